@@ -1,0 +1,2 @@
+//! Shared layouts.
+#![no_std]
