@@ -1,0 +1,204 @@
+//! Calling other programs, with errors that say what was called.
+
+use std::{
+    env,
+    ffi::OsString,
+    io::Read as _,
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+/// The workspace's root folder.
+pub(crate) fn root() -> PathBuf {
+    let manifest = env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    manifest.parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
+}
+
+/// Cargo's output folder for the host.
+pub(crate) fn target_dir() -> PathBuf {
+    root().join(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
+}
+
+/// A command that runs the cargo which runs us, in the workspace's root.
+pub(crate) fn cargo() -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    at_root(&mut command);
+    command
+}
+
+/// A command that runs the `cargo` found on the search path: with rustup that is the one which
+/// heeds `RUSTUP_TOOLCHAIN`.
+pub(crate) fn cargo_proxy() -> Command {
+    let mut command = match find("cargo") {
+        Some(path) => Command::new(path),
+        None => cargo(),
+    };
+    at_root(&mut command);
+    command
+}
+
+fn at_root(command: &mut Command) {
+    command.current_dir(root()).env("PATH", search_path());
+}
+
+/// `PATH` and the places that it often lacks: cargo's own programs (linkers among them), and the
+/// administrator's ones.
+pub(crate) fn search_path() -> OsString {
+    let given = env::var_os("PATH").unwrap_or_default();
+    let mut folders: Vec<PathBuf> = env::split_paths(&given).collect();
+    let extra = cargo_bin().into_iter().chain(["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from));
+    for folder in extra {
+        if !folders.contains(&folder) {
+            folders.push(folder);
+        }
+    }
+    env::join_paths(folders).unwrap_or(given)
+}
+
+fn cargo_bin() -> Option<PathBuf> {
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cargo")));
+    Some(home?.join("bin"))
+}
+
+/// Where a program is, looking through [`search_path`].
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
+    env::split_paths(&search_path()).map(|folder| folder.join(program)).find(|path| {
+        path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    })
+}
+
+/// Whether we are the superuser.
+pub(crate) fn is_root() -> bool {
+    // Field 2 of "Uid:\treal\teffective\t.." without a dependency on libc.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    effective_uid(&status) == Some(0)
+}
+
+fn effective_uid(status: &str) -> Option<u32> {
+    let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    line.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// Fails with one sentence if we are not the superuser.
+pub(crate) fn demand_root(what: &str, otherwise: &str) -> Result<()> {
+    if is_root() {
+        return Ok(());
+    }
+    bail!("{what} needs root: run it again with `sudo -E` or `doas`{otherwise}.")
+}
+
+/// The command as one would type it, for messages.
+pub(crate) fn shown(command: &Command) -> String {
+    let mut text = command.get_program().to_string_lossy().into_owned();
+    for arg in command.get_args() {
+        text.push(' ');
+        text.push_str(&arg.to_string_lossy());
+    }
+    text
+}
+
+/// Runs to the end, output to the terminal; fails unless the program succeeds.
+pub(crate) fn run(command: &mut Command, then: &str) -> Result<()> {
+    let status =
+        command.stdin(Stdio::null()).status().with_context(|| format!("starting `{}`", shown(command)))?;
+    succeed(command, status, then)
+}
+
+/// Runs to the end; the output is shown only if the program fails.
+pub(crate) fn run_quietly(command: &mut Command, then: &str) -> Result<()> {
+    let output =
+        command.stdin(Stdio::null()).output().with_context(|| format!("starting `{}`", shown(command)))?;
+    if !output.status.success() {
+        eprint!("{}", String::from_utf8_lossy(&output.stdout));
+        eprint!("{}", String::from_utf8_lossy(&output.stderr));
+    }
+    succeed(command, output.status, then)
+}
+
+/// Standard output of a program, if it starts and succeeds.
+pub(crate) fn output_of(command: &mut Command) -> Option<String> {
+    let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// Runs for at most `limit`; gives what went wrong, for showing beside what we do instead.
+pub(crate) fn try_within(command: &mut Command, limit: Duration) -> Result<()> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("starting `{}`", shown(command)))?;
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            if status.success() {
+                return Ok(());
+            }
+            let mut errors = String::new();
+            if let Some(mut pipe) = child.stderr.take() {
+                pipe.read_to_string(&mut errors)?;
+            }
+            let last = errors.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("no message");
+            bail!("`{}` failed ({status}): {}", shown(command), last.trim());
+        }
+        if Instant::now() >= deadline {
+            child.kill()?;
+            child.wait()?;
+            bail!("`{}` did not finish in {} s", shown(command), limit.as_secs());
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Becomes the program, so that signals and the exit code are its own.
+pub(crate) fn exec(command: &mut Command, then: &str) -> Result<()> {
+    let error = command.exec();
+    Err(error).with_context(|| format!("starting `{}`; {then}", shown(command)))
+}
+
+fn succeed(command: &Command, status: ExitStatus, then: &str) -> Result<()> {
+    if status.success() {
+        return Ok(());
+    }
+    bail!("`{}` failed ({status}); {then}", shown(command))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn effective_uid_is_the_second_number() {
+        assert_eq!(effective_uid("Name:\tx\nUid:\t1000\t0\t0\t0\n"), Some(0));
+        assert_eq!(effective_uid("Uid:\t0\t1000\t0\t0\n"), Some(1000));
+        assert_eq!(effective_uid("Name:\tx\n"), None);
+    }
+
+    #[test]
+    fn a_program_that_hangs_is_given_up() {
+        let error = try_within(Command::new("sleep").arg("60"), Duration::from_millis(50));
+        assert!(error.expect_err("sleep was not stopped").to_string().contains("did not finish"));
+    }
+
+    #[test]
+    fn a_failure_shows_the_last_line_of_the_errors() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo first >&2; echo last >&2; exit 3"]);
+        let error = try_within(&mut command, Duration::from_secs(10)).expect_err("exit 3 was accepted");
+        assert!(error.to_string().ends_with(": last"), "{error}");
+    }
+
+    #[test]
+    fn programs_are_found_by_name() {
+        assert!(find("sh").is_some());
+        assert_eq!(find("no-such-program-anywhere"), None);
+    }
+}

@@ -1,0 +1,331 @@
+//! `cargo xtask setup`: finds what the other commands need, and installs what is missing.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Result, bail};
+use clap::ValueEnum;
+
+use crate::{
+    pins::{self, Need, TOOLS, Tool},
+    process::{cargo, find, is_root, output_of, run, shown, try_within},
+    toolchain::{self, Candidate, Compiler, Version},
+};
+
+/// Find or install the BPF toolchain and the programs that the demo and the tests call
+///
+/// Says for each item what was found or why it is needed. Installs with rustup, `cargo install` and, as
+/// root where there is apt-get, with Debian's packages; elsewhere prints the command to run. Changes
+/// nothing where nothing is missing. The other commands do the same for what they need themselves.
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub(crate) struct Args {
+    /// Only report; fail if something is missing
+    #[arg(long)]
+    check: bool,
+    /// For which commands
+    #[arg(long = "for", value_enum, default_value_t = For::All, value_name = "WHAT")]
+    purpose: For,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum For {
+    /// `build`
+    Build,
+    /// `run`: the same, and what the built-in demo calls
+    Run,
+    /// `test` and `bench`: everything
+    All,
+}
+
+pub(crate) fn main(args: &Args) -> Result<()> {
+    let need = match args.purpose {
+        For::Build => Need::Build,
+        For::Run => Need::Run,
+        For::All => Need::Test,
+    };
+    let found = look(need);
+    found.print(need);
+    if found.complete() {
+        return Ok(());
+    }
+    if args.check {
+        bail!("some items are missing; `cargo xtask setup` installs them");
+    }
+    install(found, need).map(drop)
+}
+
+/// What a command needs, installed if missing; silent if all is there.
+pub(crate) fn ensure(need: Need) -> Result<Compiler> {
+    let found = look(need);
+    if let (Ok(candidate), Ok(_), []) = (&found.compiler, &found.linker, found.missing.as_slice()) {
+        return Ok(candidate.compiler.clone());
+    }
+    found.print(need);
+    install(found, need)
+}
+
+/// The compiler for BPF if both it and the linker are there; installs nothing.
+pub(crate) fn present() -> Option<Compiler> {
+    let found = look(Need::Build);
+    found.linker.is_ok().then(|| found.compiler.ok()).flatten().map(|candidate| candidate.compiler)
+}
+
+/// The state of this machine.
+struct Found {
+    compiler: Result<Candidate, Vec<String>>,
+    linker: Result<Version, String>,
+    tools: Vec<(&'static Tool, PathBuf)>,
+    missing: Vec<&'static Tool>,
+}
+
+impl Found {
+    fn complete(&self) -> bool {
+        self.compiler.is_ok() && self.linker.is_ok() && self.missing.is_empty()
+    }
+
+    fn print(&self, need: Need) {
+        match &self.compiler {
+            Ok(candidate) => item(true, "compiler for BPF", &candidate.to_string()),
+            Err(objections) => {
+                item(false, "compiler for BPF", "builds `core` for the BPF target; looked at:");
+                for objection in objections {
+                    println!("{:30}- {objection}", "");
+                }
+            }
+        }
+        match &self.linker {
+            Ok(version) => item(true, "bpf-linker", &version.to_string()),
+            Err(reason) => item(false, "bpf-linker", &format!("links BPF objects; {reason}")),
+        }
+        for tool in TOOLS.iter().filter(|tool| tool.need <= need) {
+            match self.tools.iter().find(|(present, _)| *present == tool) {
+                Some((_, path)) => item(true, tool.program, &path.display().to_string()),
+                None => item(false, tool.program, &format!("for {} (package {})", tool.why, tool.debian)),
+            }
+        }
+    }
+}
+
+fn item(present: bool, name: &str, text: &str) {
+    println!("{:<9} {name:<18}  {text}", if present { "ok" } else { "missing" });
+}
+
+fn look(need: Need) -> Found {
+    let mut found =
+        Found { compiler: toolchain::detect(), linker: linker(), tools: Vec::new(), missing: Vec::new() };
+    for tool in TOOLS.iter().filter(|tool| tool.need <= need) {
+        match find(tool.program) {
+            Some(path) => found.tools.push((tool, path)),
+            None => found.missing.push(tool),
+        }
+    }
+    found
+}
+
+fn linker() -> Result<Version, String> {
+    let wanted = format!("version {} is needed", pins::BPF_LINKER);
+    let path = find("bpf-linker").ok_or_else(|| format!("not found; {wanted}"))?;
+    let printed = output_of(Command::new(&path).arg("--version")).unwrap_or_default();
+    match (printed.parse::<Version>(), pins::BPF_LINKER.parse::<Version>()) {
+        (Ok(version), Ok(pinned)) if compatible(version, pinned) => Ok(version),
+        (Ok(version), _) => Err(format!("{} is {version}; {wanted}", path.display())),
+        (Err(()), _) => Err(format!("{} --version printed {printed:?}; {wanted}", path.display())),
+    }
+}
+
+/// The same release series, no older: what cargo calls a compatible release below 1.0.
+fn compatible(version: Version, pinned: Version) -> bool {
+    (version.0, version.1) == (pinned.0, pinned.1) && version.2 >= pinned.2
+}
+
+fn install(found: Found, need: Need) -> Result<Compiler> {
+    let compiler = match found.compiler {
+        Ok(candidate) => candidate.compiler,
+        Err(_) => install_compiler()?,
+    };
+    if found.linker.is_err() {
+        install_linker()?;
+    }
+    install_tools(&found.missing)?;
+    let after = look(need);
+    if after.complete() {
+        println!("Everything is there.");
+        return Ok(compiler);
+    }
+    after.print(need);
+    bail!(
+        "still missing after installing: see above; install these by hand and run `cargo xtask setup --check`"
+    )
+}
+
+fn install_compiler() -> Result<Compiler> {
+    let mut tried = Vec::new();
+    if find("rustup").is_some() {
+        let mut command = Command::new("rustup");
+        command.args(["component", "add", "rust-src"]);
+        println!("install   {}", shown(&command));
+        match try_within(&mut command, Duration::from_secs(90)) {
+            Ok(()) => match toolchain::detect() {
+                Ok(candidate) => return Ok(candidate.compiler),
+                Err(objections) => tried.extend(objections),
+            },
+            Err(error) => {
+                println!("          {error:#}; trying the distribution's compiler");
+                tried.push(format!("{error:#}"));
+            }
+        }
+    }
+    match apt_install(pins::DEBIAN_RUSTC) {
+        Ok(()) => match toolchain::detect() {
+            Ok(candidate) => return Ok(candidate.compiler),
+            Err(objections) => tried.extend(objections),
+        },
+        Err(error) => tried.push(format!("{error:#}")),
+    }
+    bail!(
+        "no compiler for BPF. Tried:\n  - {}\nDo one of these, then run the command again:\n  \
+         rustup component add rust-src                            (any rustup toolchain from {oldest} on)\n  \
+         rustup toolchain install nightly --component rust-src\n  \
+         apt-get install {debian}                  (Debian)\n  \
+         DISPATCHER_BPF_RUSTC=/path/to/rustc                      (one with the sources of `core`)",
+        tried.join("\n  - "),
+        oldest = pins::OLDEST_RUSTC,
+        debian = pins::DEBIAN_RUSTC.join(" "),
+    )
+}
+
+fn install_linker() -> Result<()> {
+    let mut command = cargo();
+    command.args(["install", "--locked", "bpf-linker", "--version", pins::BPF_LINKER]);
+    println!("install   {} (compiles it: one to three minutes)", shown(&command));
+    run(&mut command, "bpf-linker is needed to build BPF objects; is the crates registry reachable?")
+}
+
+fn install_tools(missing: &[&'static Tool]) -> Result<()> {
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let packages: Vec<_> = missing.iter().map(|tool| tool.debian).collect();
+    match apt_install(&packages) {
+        Ok(()) => Ok(()),
+        Err(error) => bail!("{error:#}. Install the missing programs by hand:\n{}", by_hand(missing)),
+    }
+}
+
+fn by_hand(missing: &[&'static Tool]) -> String {
+    let list = |package: fn(&Tool) -> &'static str| {
+        missing.iter().map(|tool| package(tool)).collect::<Vec<_>>().join(" ")
+    };
+    format!(
+        "  Debian, Ubuntu:  sudo apt-get install --no-install-recommends {}\n  \
+         Fedora:          sudo dnf install {}\n  \
+         Arch:            sudo pacman -S {}",
+        list(|tool| tool.debian),
+        list(|tool| tool.fedora),
+        list(|tool| tool.arch)
+    )
+}
+
+/// Installs Debian packages, without starting the services that some of them bring.
+pub(crate) fn apt_install(packages: &[&str]) -> Result<()> {
+    let names = packages.join(" ");
+    if find("apt-get").is_none() {
+        bail!("there is no apt-get to install {names} with");
+    }
+    if !is_root() {
+        bail!("installing {names} needs root");
+    }
+    println!("install   Debian packages {names}");
+    let _quiet = NoServices::new(Path::new("/usr/sbin/policy-rc.d"));
+    let update = apt_get([OsStr::new("update")]);
+    if let Err(error) = try_within(&mut { update }, Duration::from_secs(180)) {
+        println!("          {error:#}; trying with the package lists of before");
+    }
+    let fixed = ["install", "--yes", "--no-install-recommends", "--quiet"];
+    let mut command = apt_get(fixed.iter().chain(packages).map(OsStr::new));
+    try_within(&mut command, Duration::from_secs(900))
+}
+
+fn apt_get<'a>(args: impl IntoIterator<Item = &'a OsStr>) -> Command {
+    let mut command = Command::new("apt-get");
+    command.args(args).env("DEBIAN_FRONTEND", "noninteractive");
+    command
+}
+
+/// While it lives, packages that are installed start no services: nginx would take port 80.
+struct NoServices<'a>(Option<&'a Path>);
+
+impl<'a> NoServices<'a> {
+    fn new(policy: &'a Path) -> Self {
+        let written = !policy.exists()
+            && fs::write(policy, "#!/bin/sh\nexit 101\n").is_ok()
+            && fs::set_permissions(policy, fs::Permissions::from_mode(0o755)).is_ok();
+        Self(written.then_some(policy))
+    }
+}
+
+impl Drop for NoServices<'_> {
+    fn drop(&mut self) {
+        if let Some(policy) = self.0
+            && let Err(error) = fs::remove_file(policy)
+        {
+            println!("          could not remove {}: {error}; remove it by hand", policy.display());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn linkers_of_the_same_series_will_do() {
+        let pinned = Version(0, 10, 3);
+        assert!(compatible(Version(0, 10, 3), pinned));
+        assert!(compatible(Version(0, 10, 4), pinned));
+        assert!(!compatible(Version(0, 10, 2), pinned));
+        assert!(!compatible(Version(0, 11, 0), pinned));
+        assert!(!compatible(Version(1, 10, 3), pinned));
+    }
+
+    #[test]
+    fn pinned_linker_version_is_one() {
+        assert_eq!(pins::BPF_LINKER.parse(), Ok(Version(0, 10, 3)));
+    }
+
+    #[test]
+    fn commands_by_hand_name_every_package() {
+        let missing: Vec<_> =
+            TOOLS.iter().filter(|tool| tool.program == "nginx" || tool.program == "ip").collect();
+        let text = by_hand(&missing);
+        for line in ["recommends iproute2 nginx-light\n", "dnf install iproute nginx\n", "-S iproute2 nginx"]
+        {
+            assert!(text.contains(line), "{text}");
+        }
+    }
+
+    #[test]
+    fn demo_needs_no_servers() {
+        let demo: Vec<_> =
+            TOOLS.iter().filter(|tool| tool.need <= Need::Run).map(|tool| tool.program).collect();
+        assert_eq!(demo, ["ip", "ethtool"]);
+    }
+
+    #[test]
+    fn policy_file_is_removed_again_and_a_foreign_one_is_kept() {
+        let path = std::env::temp_dir().join(format!("xtask-policy-{}", std::process::id()));
+        drop(NoServices::new(&path));
+        assert!(!path.exists());
+        fs::write(&path, "mine").expect("writing a temporary file");
+        drop(NoServices::new(&path));
+        assert_eq!(fs::read_to_string(&path).expect("reading it again"), "mine");
+        fs::remove_file(&path).expect("removing it");
+    }
+}
