@@ -1,2 +1,31 @@
-//! Shared layouts.
+//! What the BPF program and the daemon share: map layouts, reasons, parsers and the arithmetic of
+//! checksums, sequence numbers and cookies.
+//!
+//! This crate performs no I/O, allocates nothing and never panics on input: every parser is tested
+//! on every prefix of real messages and fuzzed on the host.
+//!
+//! Byte order: whatever is copied from or to a packet (addresses, ports, MAC addresses, VLAN tags)
+//! keeps network byte order in memory; everything else (sequence numbers, counters, times) is in
+//! host order.
 #![no_std]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
+
+pub mod abi;
+pub mod addr;
+pub mod checksum;
+pub mod cookie;
+pub mod event;
+pub mod flow;
+pub mod globals;
+pub mod opaque;
+pub mod proxy;
+pub mod reason;
+pub mod service;
+pub mod session;
+pub mod siphash;
+pub mod stash;
+pub mod tcp;
+pub mod tls;
+
+#[cfg(feature = "user")]
+mod pod;

@@ -1,0 +1,68 @@
+//! Names and default capacities of the maps, and the version of their layout.
+
+/// Version of every layout in this crate. The daemon refuses maps of another version.
+pub const ABI_VERSION: u32 = 1;
+
+/// Name of the XDP program attached to interfaces.
+pub const PROGRAM: &str = "dispatcher";
+/// Name of the XDP program that runs on frames leaving through a replay map.
+pub const PROGRAM_EMIT: &str = "emit";
+/// Name of the XDP program through which the daemon releases held hellos.
+pub const PROGRAM_RELEASE: &str = "release";
+
+/// `FLOWS`: LRU hash, [`FlowKey`](crate::flow::FlowKey) -> [`Flow`](crate::flow::Flow); two entries a connection.
+pub const MAP_FLOWS: &str = "FLOWS";
+/// `SESSIONS`: LRU hash, [`SessionKey`](crate::session::SessionKey) -> [`Session`](crate::session::Session).
+pub const MAP_SESSIONS: &str = "SESSIONS";
+/// `VIPS`: hash, [`VipKey`](crate::service::VipKey) -> index into `FRONTENDS` (u32).
+pub const MAP_VIPS: &str = "VIPS";
+/// `FRONTENDS`: array of [`Frontend`](crate::service::Frontend).
+pub const MAP_FRONTENDS: &str = "FRONTENDS";
+/// `BACKENDS`: array of [`Backend`](crate::service::Backend), two a backend: see [`endpoint_index`](crate::service::endpoint_index).
+pub const MAP_BACKENDS: &str = "BACKENDS";
+/// `BACKEND_INDEX`: hash, stable backend id (u32) -> backend index (u32).
+pub const MAP_BACKEND_INDEX: &str = "BACKEND_INDEX";
+/// `LB_TABLE`: array of backend indexes (u32); each frontend owns a range of it.
+pub const MAP_LB_TABLE: &str = "LB_TABLE";
+/// `SOURCES`: array of [`Addr`](crate::addr::Addr): the source addresses of `source = "dispatcher"` services.
+pub const MAP_SOURCES: &str = "SOURCES";
+/// `STASH`: array of [`Slot`](crate::stash::Slot); the number of entries is a power of two.
+pub const MAP_STASH: &str = "STASH";
+/// `GLOBALS`: array with one [`Globals`](crate::globals::Globals).
+pub const MAP_GLOBALS: &str = "GLOBALS";
+/// `REASONS`: per-CPU array of u64 indexed by [`Reason`](crate::reason::Reason).
+pub const MAP_REASONS: &str = "REASONS";
+/// `BACKEND_STATS`: per-CPU array of [`BackendStats`](crate::service::BackendStats) indexed by backend index.
+pub const MAP_BACKEND_STATS: &str = "BACKEND_STATS";
+/// `EVENTS`: ring buffer of [`Event`](crate::event::Event).
+pub const MAP_EVENTS: &str = "EVENTS";
+/// `RELEASES`: array of [`Release`](crate::event::Release), read by the `release` program.
+pub const MAP_RELEASES: &str = "RELEASES";
+/// Prefix of the replay device maps `REPLAY0` .. `REPLAY7`, one an interface through which backends
+/// are reached. Every one has [`REPLAY_WIDTH`] entries, all the same interface with the `emit` program.
+pub const MAP_REPLAY_PREFIX: &str = "REPLAY";
+
+/// Number of replay maps, so of interfaces through which passthrough backends can be reached.
+pub const REPLAY_MAPS: u32 = 8;
+/// Entries of a replay map: clones of one frame that can become segments, plus the frame itself.
+pub const REPLAY_WIDTH: u32 = 5;
+
+/// Default capacity of `FLOWS` in entries.
+pub const DEFAULT_FLOWS: u32 = 262_144;
+/// Default capacity of `SESSIONS` in entries.
+pub const DEFAULT_SESSIONS: u32 = 262_144;
+/// Default number of stash slots (a power of two).
+pub const DEFAULT_STASH_SLOTS: u32 = 4096;
+/// Default capacity of `VIPS` and `FRONTENDS`.
+pub const DEFAULT_FRONTENDS: u32 = 1024;
+/// Default number of backends (`BACKENDS` has twice as many entries).
+pub const DEFAULT_BACKENDS: u32 = 4096;
+/// Default capacity of `LB_TABLE` in entries; a frontend's table of N entries needs 2 N, so that a
+/// new table is written beside the one in use.
+pub const DEFAULT_LB_TABLE: u32 = 1_048_576;
+/// Default capacity of `SOURCES`.
+pub const DEFAULT_SOURCES: u32 = 256;
+/// Size of the `EVENTS` ring in bytes.
+pub const EVENTS_BYTES: u32 = 1 << 20;
+/// Capacity of `RELEASES`: held hellos that one run of the `release` program can release.
+pub const RELEASES_MAX: u32 = 256;

@@ -1,0 +1,45 @@
+//! What the data path tells the daemon, and the daemon's answers.
+
+use crate::{flow::FlowKey, session::SessionKey};
+
+/// A secure request with an identifier that was not known was bound by the table.
+pub const EVENT_MISS: u32 = 1;
+/// A hello is held for the daemon to pick a backend: answer with a [`Release`].
+pub const EVENT_HELD: u32 = 2;
+/// A backend refused or did not answer a connection.
+pub const EVENT_REFUSED: u32 = 3;
+/// An identifier was learned from a ServerHello.
+pub const EVENT_LEARNED: u32 = 4;
+
+/// One record of the `EVENTS` ring. 96 bytes.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Event {
+    /// `EVENT_*`.
+    pub kind: u32,
+    /// Index into `FRONTENDS`.
+    pub frontend: u32,
+    /// Backend index; for [`EVENT_HELD`] what the table would pick.
+    pub backend: u32,
+    /// Stash slot, for [`EVENT_HELD`].
+    pub slot: u32,
+    /// The client's flow (client -> VIP).
+    pub flow: FlowKey,
+    /// Identifier; `len` 0 where there is none.
+    pub session: SessionKey,
+}
+
+/// The daemon's pick for a held hello.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Release {
+    /// Stash slot, from the event.
+    pub slot: u32,
+    /// Backend index.
+    pub backend: u32,
+    /// The client's flow, from the event: a slot that belongs to another flow by now is left alone.
+    pub flow: FlowKey,
+}
+
+const _: () = assert!(size_of::<Event>() == 96);
+const _: () = assert!(size_of::<Release>() == 48);

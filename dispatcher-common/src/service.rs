@@ -1,0 +1,151 @@
+//! Services and backends as the data path sees them.
+
+use crate::{addr::Addr, flow::Link};
+
+/// Key of `VIPS`: what a new connection is addressed to. 20 bytes without padding.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, Debug)]
+#[repr(C)]
+pub struct VipKey {
+    /// Destination address.
+    pub addr: Addr,
+    /// Destination port, as on the wire.
+    pub port: u16,
+    /// IP protocol number, host order.
+    pub proto: u16,
+}
+
+impl VipKey {
+    /// From a port in host order.
+    #[must_use]
+    pub fn new(addr: impl Into<Addr>, port: u16, proto: u8) -> Self {
+        Self { addr: addr.into(), port: port.to_be(), proto: proto as u16 }
+    }
+}
+
+/// Delayed binding: the first data decides.
+pub const MODE_PASSTHROUGH: u8 = 1;
+/// Bound on the first packet by consistent hash.
+pub const MODE_L4: u8 = 2;
+
+/// Backends see the dispatcher's address, not the client's.
+pub const FRONTEND_SOURCE_DISPATCHER: u32 = 1 << 0;
+/// A PROXY protocol v2 header goes before the client's first byte.
+pub const FRONTEND_PROXY_V2: u32 = 1 << 1;
+/// Misses are held for the daemon instead of going by the table.
+pub const FRONTEND_MISS_DAEMON: u32 = 1 << 2;
+/// Do not agree to SACK with clients. The data path sets this when a backend refuses it.
+pub const FRONTEND_NO_SACK: u32 = 1 << 3;
+/// Do not agree to timestamps with clients. The data path sets this when a backend refuses them.
+pub const FRONTEND_NO_TS: u32 = 1 << 4;
+/// Do not agree to window scaling with clients. The data path sets this when a backend refuses it.
+pub const FRONTEND_NO_WSCALE: u32 = 1 << 5;
+
+/// One VIP address/port of a service, with the service's settings.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Frontend {
+    /// The VIP.
+    pub addr: Addr,
+    /// Port, as on the wire.
+    pub port: u16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// `MODE_*`.
+    pub mode: u8,
+    /// Stable id of the service, see [`stable_id`].
+    pub service: u32,
+    /// `FRONTEND_*`.
+    pub flags: u32,
+    /// First entry of the load-balancing table in `LB_TABLE`.
+    pub table_base: u32,
+    /// Entries of the table; 0: no backend is available.
+    pub table_len: u32,
+    /// First source address in `SOURCES` (`source = "dispatcher"`).
+    pub source_base: u32,
+    /// Number of source addresses, at least 1 with `FRONTEND_SOURCE_DISPATCHER`.
+    pub source_len: u32,
+    /// First port of the source port pool, host order.
+    pub port_min: u16,
+    /// Last port of the source port pool, host order.
+    pub port_max: u16,
+    /// Window scale told to clients (0-14).
+    pub wscale: u8,
+    /// Unused, zero.
+    pub pad: u8,
+    /// Largest MSS told to clients.
+    pub mss: u16,
+    /// Life of a confirmed session entry without use, seconds.
+    pub session_ttl: u32,
+    /// Life of a provisional session entry, seconds.
+    pub provisional_ttl: u32,
+    /// Unused, zero.
+    pub reserved: u32,
+}
+
+/// The endpoint can be reached: route and neighbour are known, and it is not disabled.
+pub const BACKEND_UP: u16 = 1 << 0;
+/// Known sessions still go here, new ones do not.
+pub const BACKEND_DRAIN: u16 = 1 << 1;
+
+/// One address of a backend.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Backend {
+    /// Address; all zero where the backend has none of this family.
+    pub addr: Addr,
+    /// Port, as on the wire.
+    pub port: u16,
+    /// `BACKEND_*`.
+    pub flags: u16,
+    /// Stable id, see [`stable_id`].
+    pub id: u32,
+    /// How frames reach it.
+    pub link: Link,
+    /// MTU of the route, bytes.
+    pub mtu: u16,
+    /// Number of the replay map of the interface (0..REPLAY_MAPS).
+    pub replay: u16,
+    /// Unused, zero.
+    pub reserved: [u32; 3],
+}
+
+/// Where a backend's address of a family stands in `BACKENDS`.
+#[inline(always)]
+#[must_use]
+pub const fn endpoint_index(backend: u32, v4: bool) -> u32 {
+    backend.wrapping_mul(2).wrapping_add(if v4 { 0 } else { 1 })
+}
+
+/// Counted once a connection, per backend.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct BackendStats {
+    /// Connections bound.
+    pub connections: u64,
+    /// Of these, by a session known before.
+    pub hits: u64,
+    /// Of these, secure with an identifier that was not known.
+    pub misses: u64,
+    /// Of these, secure without an identifier.
+    pub fresh: u64,
+    /// Of these, not secure.
+    pub nonsecure: u64,
+    /// Connections that the backend accepted.
+    pub established: u64,
+    /// Connections that the backend refused or did not answer.
+    pub refused: u64,
+    /// Sessions learned from the backend's ServerHello.
+    pub learned: u64,
+}
+
+/// A stable 32-bit id from a name (FNV-1a), never 0. Services use their name, backends
+/// `service/name`. Two names with one id are refused by the config.
+#[must_use]
+pub fn stable_id(name: &str) -> u32 {
+    let hash = name.bytes().fold(0x811c_9dc5_u32, |h, b| (h ^ b as u32).wrapping_mul(0x0100_0193));
+    if hash == 0 { 1 } else { hash }
+}
+
+const _: () = assert!(size_of::<VipKey>() == 20);
+const _: () = assert!(size_of::<Frontend>() == 64);
+const _: () = assert!(size_of::<Backend>() == 64);

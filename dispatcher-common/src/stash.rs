@@ -1,0 +1,103 @@
+//! Where the first bytes of a connection wait until its backend has answered.
+
+use crate::{
+    addr::Addr,
+    flow::{FlowKey, Link},
+    proxy::ROOM,
+    session::SessionKey,
+};
+
+/// Payload bytes that a slot holds: five segments of 1460.
+pub const PAYLOAD_MAX: usize = 7552;
+/// Bytes of [`Slot::buf`]: room for a PROXY header, payload, and slack for one segment's copy.
+pub const BUF: usize = ROOM + PAYLOAD_MAX + 256;
+
+/// Free.
+pub const STAGE_FREE: u32 = 0;
+/// Collects a hello; no backend yet.
+pub const STAGE_FILLING: u32 = 1;
+/// Waits for the daemon's pick.
+pub const STAGE_HELD: u32 = 2;
+/// The SYN went to the backend.
+pub const STAGE_BOUND: u32 = 3;
+/// The backend has answered and the content was sent; kept for repair, may be taken over.
+pub const STAGE_REPLAYED: u32 = 4;
+
+/// A slot that was not touched for so long may be taken over by another flow, nanoseconds.
+pub const SLOT_LIFE_NS: u64 = 3_000_000_000;
+
+/// One stashed connection. 8192 bytes.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Slot {
+    /// 1 while a CPU works on the slot.
+    pub lock: u32,
+    /// `STAGE_*`.
+    pub stage: u32,
+    /// The client's flow (client -> VIP).
+    pub key: FlowKey,
+    /// Last touched, nanoseconds of CLOCK_MONOTONIC.
+    pub stamp: u64,
+    /// The client's initial sequence number.
+    pub isn: u32,
+    /// Ours toward the client.
+    pub cookie: u32,
+    /// Payload bytes held from the first on without a gap.
+    pub len: u32,
+    /// One piece beyond a gap: its start in the payload.
+    pub ahead_start: u32,
+    /// One piece beyond a gap: its end; 0 for none.
+    pub ahead_end: u32,
+    /// Index into `FRONTENDS`.
+    pub frontend: u32,
+    /// Backend index.
+    pub backend: u32,
+    /// Counts the clones that the emit program has turned into something.
+    pub emitted: u32,
+    /// The backend's initial sequence number.
+    pub peer_isn: u32,
+    /// The backend's TSval.
+    pub peer_ts: u32,
+    /// Stream bytes a segment toward the backend.
+    pub chunk: u32,
+    /// Where the stream to the backend begins in `buf`: before `ROOM` by a PROXY header's length.
+    pub start: u32,
+    /// The client's last TSval.
+    pub tsval: u32,
+    /// The client's window field (unscaled), host order.
+    pub window: u16,
+    /// The client's MSS.
+    pub mss: u16,
+    /// The client's window scale, [`NO_WSCALE`](crate::cookie::NO_WSCALE) for none.
+    pub wscale: u8,
+    /// 1: the client agreed to SACK.
+    pub sack: u8,
+    /// 1: the client agreed to timestamps.
+    pub ts: u8,
+    /// TTL or hop limit of the client's packet, less one.
+    pub ttl: u8,
+    /// How frames reach the client.
+    pub client: Link,
+    /// How frames reach the backend.
+    pub link: Link,
+    /// Source address of packets to the backend.
+    pub src: Addr,
+    /// Destination address of packets to the backend.
+    pub dst: Addr,
+    /// Ports of packets to the backend, as on the wire.
+    pub ports: u32,
+    /// Result of the scan, `flow::FLAG_SECURE` or 0.
+    pub flags: u32,
+    /// TOS or traffic class of the client's packet.
+    pub tos: u32,
+    /// The identifier found, `len` 0 for none.
+    pub session: SessionKey,
+    /// Segments taken so far.
+    pub segments: u32,
+    /// Unused, zero.
+    pub pad: [u32; 17],
+    /// `ROOM` bytes for a PROXY header, then the payload.
+    pub buf: [u8; BUF],
+}
+
+const _: () = assert!(size_of::<Slot>() == 8192);
