@@ -103,7 +103,15 @@ pub(crate) fn bpf_cargo(compiler: &Compiler, verb: &str) -> Result<Command> {
 
 /// [`bpf_cargo`] with more compiler flags.
 pub(crate) fn bpf_cargo_with(compiler: &Compiler, verb: &str, flags: &[&str]) -> Result<Command> {
-    let mut command = compiler.cargo();
+    for_bpf(compiler.cargo(), verb, flags)
+}
+
+/// Clippy for dispatcher-ebpf where the compiler has one beside it, outside rustup.
+pub(crate) fn bpf_clippy(compiler: &Compiler) -> Result<Option<Command>> {
+    compiler.own_clippy().map(|command| for_bpf(command, "clippy", &[])).transpose()
+}
+
+fn for_bpf(mut command: Command, verb: &str, flags: &[&str]) -> Result<Command> {
     command
         .args([verb, "--package", "dispatcher-ebpf", "--target", pins::BPF_TARGET, "-Zbuild-std=core"])
         .arg("--target-dir")

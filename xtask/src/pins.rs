@@ -24,11 +24,8 @@ pub(crate) const DEBIAN_CLIPPY: &str = "rust-web-clippy";
 /// Where a distribution puts its compiler.
 pub(crate) const DISTRIBUTION_RUSTC: &str = "/usr/bin/rustc";
 
-/// Where a distribution puts its clippy.
-pub(crate) const DISTRIBUTION_CLIPPY: &str = "/usr/bin/clippy-driver";
-
 /// The licence checker that `cargo xtask check` offers to install.
-pub(crate) const CARGO_DENY: &str = "0.19.0";
+pub(crate) const CARGO_DENY: &str = "0.20.2";
 
 /// What needs a tool; each includes the ones before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -3,7 +3,7 @@
 use std::{
     env,
     ffi::OsString,
-    io::Read as _,
+    io::{BufRead as _, BufReader, Read},
     os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
@@ -27,24 +27,19 @@ pub(crate) fn target_dir() -> PathBuf {
 
 /// A command that runs the cargo which runs us, in the workspace's root.
 pub(crate) fn cargo() -> Command {
-    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    at_root(&mut command);
-    command
+    at_root(Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into())))
 }
 
 /// A command that runs the `cargo` found on the search path: with rustup that is the one which
 /// heeds `RUSTUP_TOOLCHAIN`.
 pub(crate) fn cargo_proxy() -> Command {
-    let mut command = match find("cargo") {
-        Some(path) => Command::new(path),
-        None => cargo(),
-    };
-    at_root(&mut command);
-    command
+    find("cargo").map_or_else(cargo, |path| at_root(Command::new(path)))
 }
 
-fn at_root(command: &mut Command) {
+/// The command, run in the workspace's root and with [`search_path`].
+pub(crate) fn at_root(mut command: Command) -> Command {
     command.current_dir(root()).env("PATH", search_path());
+    command
 }
 
 /// `PATH` and the places that it often lacks: cargo's own programs (linkers among them), and the
@@ -128,7 +123,7 @@ pub(crate) fn output_of(command: &mut Command) -> Option<String> {
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// Runs for at most `limit`; gives what went wrong, for showing beside what we do instead.
+/// Runs for at most `limit`, without output; the error has the last line that the program complained with.
 pub(crate) fn try_within(command: &mut Command, limit: Duration) -> Result<()> {
     let mut child = command
         .stdin(Stdio::null())
@@ -136,18 +131,15 @@ pub(crate) fn try_within(command: &mut Command, limit: Duration) -> Result<()> {
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("starting `{}`", shown(command)))?;
+    let errors = child.stderr.take().map(last_line_of);
     let deadline = Instant::now() + limit;
     loop {
         if let Some(status) = child.try_wait()? {
             if status.success() {
                 return Ok(());
             }
-            let mut errors = String::new();
-            if let Some(mut pipe) = child.stderr.take() {
-                pipe.read_to_string(&mut errors)?;
-            }
-            let last = errors.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("no message");
-            bail!("`{}` failed ({status}): {}", shown(command), last.trim());
+            let line = errors.and_then(|thread| thread.join().ok()).unwrap_or_default();
+            bail!("`{}` failed ({status}): {line}", shown(command));
         }
         if Instant::now() >= deadline {
             child.kill()?;
@@ -156,6 +148,14 @@ pub(crate) fn try_within(command: &mut Command, limit: Duration) -> Result<()> {
         }
         thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Reads to the end beside the caller, so that the writer never waits for us.
+fn last_line_of(pipe: impl Read + Send + 'static) -> thread::JoinHandle<String> {
+    thread::spawn(move || {
+        let lines = BufReader::new(pipe).lines().map_while(Result::ok);
+        lines.filter(|line| !line.trim().is_empty()).last().unwrap_or_default()
+    })
 }
 
 /// Becomes the program, so that signals and the exit code are its own.

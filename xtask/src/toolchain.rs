@@ -12,7 +12,7 @@ use std::{
 
 use crate::{
     pins,
-    process::{cargo_proxy, output_of},
+    process::{at_root, cargo_proxy, output_of},
 };
 
 /// A release number; order is by age.
@@ -97,7 +97,21 @@ impl fmt::Display for Compiler {
 impl Compiler {
     /// A cargo that compiles with this compiler.
     pub(crate) fn cargo(&self) -> Command {
-        let mut command = cargo_proxy();
+        self.employ(cargo_proxy())
+    }
+
+    /// The `cargo-clippy` beside a compiler that is not rustup's.
+    pub(crate) fn own_clippy(&self) -> Option<Command> {
+        match self {
+            Self::Chosen(path) | Self::Distribution(path) => {
+                let program = path.with_file_name("cargo-clippy");
+                program.is_file().then(|| self.employ(at_root(Command::new(program))))
+            }
+            Self::Nightly | Self::Active => None,
+        }
+    }
+
+    fn employ(&self, mut command: Command) -> Command {
         command.env("RUSTC_BOOTSTRAP", "1").env_remove("RUSTC_WRAPPER").env_remove("RUSTC_WORKSPACE_WRAPPER");
         match self {
             Self::Chosen(path) | Self::Distribution(path) => command.env("RUSTC", path),
@@ -151,7 +165,6 @@ fn examine(compiler: Compiler) -> Candidate {
 }
 
 fn examine_rustc(compiler: Compiler, rustc: &Path) -> Candidate {
-    // Both answers from one start of the compiler: with several --print, and the version last.
     let version =
         output_of(Command::new(rustc).arg("--version")).and_then(|text| Version::from_str(&text).ok());
     let sysroot = version.and_then(|_| output_of(Command::new(rustc).args(["--print", "sysroot"])));
