@@ -22,12 +22,14 @@ use clap::{Parser, Subcommand};
     name = "cargo xtask",
     about = "Set up, build, run, test, check and measure Dispatcher",
     after_help = "\
-New here?     cargo xtask run                 sets up, builds and shows the demo (as root)
-Every day:    cargo xtask test --host         no root needed
-              cargo xtask check               before a commit
-              sudo -E cargo xtask test        everything, in network namespaces
+New here?     cargo xtask run             (root) sets up, builds and shows the demo
+Every day:    cargo xtask test --host     needs no root
+              cargo xtask check           before a commit
+              cargo xtask test            (root) everything, in network namespaces
 On a server:  cargo xtask build
-              sudo -E cargo xtask run --config dispatcher.toml"
+              cargo xtask run --config dispatcher.toml       (root)
+
+Root with your own cargo:  sudo -E env \"PATH=$PATH\" cargo xtask ..."
 )]
 struct Cli {
     #[command(subcommand)]

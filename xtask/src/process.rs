@@ -86,12 +86,20 @@ pub(crate) fn demand_root(what: &str, otherwise: &str) -> Result<()> {
     if is_root() {
         return Ok(());
     }
-    bail!("{what} needs root: run it again with `sudo -E` or `doas`{otherwise}.")
+    // sudo replaces PATH, and with it goes cargo, even under -E.
+    let given: Vec<_> = env::args().skip(1).collect();
+    bail!(
+        "{what} needs root: run `sudo -E env \"PATH=$PATH\" cargo xtask {}`, or the same with doas{otherwise}.",
+        given.join(" ")
+    )
 }
 
 /// The command as one would type it, for messages.
 pub(crate) fn shown(command: &Command) -> String {
-    let mut text = command.get_program().to_string_lossy().into_owned();
+    let program = Path::new(command.get_program());
+    // Which cargo it is depends on how we were started and matters to nobody.
+    let cargo = program.file_name().filter(|&name| name == "cargo");
+    let mut text = cargo.unwrap_or(program.as_os_str()).to_string_lossy().into_owned();
     for arg in command.get_args() {
         text.push(' ');
         text.push_str(&arg.to_string_lossy());
@@ -194,6 +202,13 @@ mod tests {
         command.args(["-c", "echo first >&2; echo last >&2; exit 3"]);
         let error = try_within(&mut command, Duration::from_secs(10)).expect_err("exit 3 was accepted");
         assert!(error.to_string().ends_with(": last"), "{error}");
+    }
+
+    #[test]
+    fn cargo_is_shown_without_its_folder() {
+        let shown = |program: &str| shown(Command::new(program).args(["build", "x"]));
+        assert_eq!(shown("/opt/rust/bin/cargo"), "cargo build x");
+        assert_eq!(shown("/opt/bin/dispatcherd"), "/opt/bin/dispatcherd build x");
     }
 
     #[test]

@@ -59,7 +59,7 @@ fn host(args: &Args) -> Result<()> {
 fn full(args: &Args) -> Result<()> {
     demand_root(
         "the full test loads BPF programs and makes network namespaces, which",
-        " (or `cargo xtask test --host`)",
+        "; `cargo xtask test --host` does without",
     )?;
     // The demo and the programs first: scenarios start them.
     let objects = build::all(&setup::ensure(Need::Test)?)?;
