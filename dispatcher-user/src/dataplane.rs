@@ -1,0 +1,669 @@
+//! The BPF programs and maps, loaded: the only file that knows how aya is called.
+//!
+//! Maps are typed by the layouts of `dispatcher-common` and can be used from several threads at once.
+
+use std::{
+    collections::BTreeMap,
+    ffi::CString,
+    fmt, io,
+    os::fd::AsFd as _,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{DevMap, Map, MapData, MapError, PerCpuArray, RingBuf},
+    programs::{
+        ProgramError, Xdp, XdpMode,
+        xdp::{XdpError, XdpLinkId},
+    },
+};
+use dispatcher_common::{
+    abi,
+    addr::Addr,
+    event::Release,
+    flow::{Flow, FlowKey},
+    globals::{GLOBAL_NO_CLONES, Globals},
+    reason::{REASONS_MAX, Reason},
+    service::{Backend, BackendStats, Frontend, VipKey},
+    session::{Session, SessionKey},
+    stash::Slot,
+};
+
+mod capacity;
+mod table;
+mod test_run;
+
+pub use capacity::{Capacities, memory_bytes};
+pub use table::{Cells, Table};
+pub use test_run::{LIVE_FRAMES, TestRun, test_run};
+
+/// What can go wrong between us and the kernel.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The program was compiled without a BPF object.
+    #[error("built without the BPF object; build with `cargo xtask build`")]
+    NoObject,
+    /// The kernel does not let us.
+    #[error("{action}: not permitted; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")]
+    NotPermitted {
+        /// What was tried.
+        action: String,
+    },
+    /// The kernel has no memory for a map, or the limit on locked memory forbids it.
+    #[error(
+        "creating map {map}: {source}; lower its size under [capacity], or raise the memory limit (`ulimit -l`, the cgroup's memory.max)"
+    )]
+    Memory {
+        /// Name of the map.
+        map: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The object cannot be used.
+    #[error("loading the BPF object: {}; build it again with `cargo xtask build`", chain(.0))]
+    Object(#[source] Box<EbpfError>),
+    /// The object lacks a map or a program, or one has another layout.
+    #[error(
+        "the BPF object and this program disagree about {name} ({reason}); build both with `cargo xtask build`"
+    )]
+    Layout {
+        /// The map or program.
+        name: String,
+        /// How they disagree.
+        reason: String,
+    },
+    /// The verifier refuses a program.
+    #[error("the kernel's verifier refused program {program}; Linux 6.1 or later is needed\n{log}")]
+    Verifier {
+        /// Name of the program.
+        program: &'static str,
+        /// End of the verifier's log.
+        log: String,
+    },
+    /// No such interface.
+    #[error("interface {0} does not exist; `ip link` lists those that do")]
+    NoInterface(String),
+    /// Another XDP program is there already.
+    #[error(
+        "interface {interface} has an XDP program already; remove it with `ip link set dev {interface} xdp off`"
+    )]
+    Busy {
+        /// The interface.
+        interface: String,
+    },
+    /// Native mode does not work there.
+    #[error(
+        "attaching to {interface} in native mode: {source}; use attach = \"generic\", or lower the MTU (most drivers allow up to about 3500 bytes with XDP)"
+    )]
+    NativeUnsupported {
+        /// The interface.
+        interface: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Any other failure to attach.
+    #[error("attaching to {interface}: {reason}")]
+    Attach {
+        /// The interface.
+        interface: String,
+        /// What aya says.
+        reason: String,
+    },
+    /// A map operation failed.
+    #[error("map {map}: {action}: {}", chain(.source))]
+    Map {
+        /// Name of the map.
+        map: String,
+        /// What was tried.
+        action: &'static str,
+        /// What aya says.
+        source: MapError,
+    },
+    /// A program could not be run.
+    #[error("running program {program}: {source}")]
+    Run {
+        /// Name of the program.
+        program: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// No random bytes for keys.
+    #[error("reading random bytes for the cookie keys: {0}")]
+    Random(getrandom::Error),
+    /// A capacity that cannot be.
+    #[error("capacity {name} = {value} {problem}")]
+    Capacity {
+        /// Which.
+        name: &'static str,
+        /// Its value.
+        value: u32,
+        /// What is wrong, and what would be right.
+        problem: &'static str,
+    },
+}
+
+/// How a program is attached to an interface.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AttachMode {
+    /// Native, and generic where the driver does not support that.
+    #[default]
+    Auto,
+    /// In the driver.
+    Native,
+    /// In the network stack: slower, and frames cannot be cloned for replay.
+    Generic,
+}
+
+impl fmt::Display for AttachMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Native => "native",
+            Self::Generic => "generic",
+        })
+    }
+}
+
+/// The object with the XDP programs; empty in a build without `cargo xtask build`.
+#[must_use]
+pub fn object() -> &'static [u8] {
+    // The ELF reader wants the alignment of a 64-bit header.
+    #[repr(C, align(8))]
+    struct Aligned<T: ?Sized>(T);
+    static OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/dispatcher.bpf")));
+    &OBJECT.0
+}
+
+/// The loaded programs and their maps. Dropping it detaches and unloads everything.
+pub struct Dataplane {
+    ebpf: Mutex<Ebpf>,
+    links: Mutex<BTreeMap<u32, Link>>,
+    capacities: Capacities,
+    copy: Mutex<Globals>,
+    flows: Table<FlowKey, Flow>,
+    sessions: Table<SessionKey, Session>,
+    vips: Table<VipKey, u32>,
+    frontends: Cells<Frontend>,
+    backends: Cells<Backend>,
+    backend_index: Table<u32, u32>,
+    lb_table: Cells<u32>,
+    sources: Cells<Addr>,
+    stash: Cells<Slot>,
+    globals: Cells<Globals>,
+    releases: Cells<Release>,
+    reasons: PerCpuArray<MapData, u64>,
+    backend_stats: PerCpuArray<MapData, BackendStats>,
+    replay: Vec<Mutex<DevMap<MapData>>>,
+    events: Mutex<Option<RingBuf<MapData>>>,
+}
+
+struct Link {
+    interface: String,
+    mode: AttachMode,
+    id: XdpLinkId,
+}
+
+/// An interface that the dispatcher is attached to.
+#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+pub struct Attached {
+    /// Name when it was attached.
+    pub name: String,
+    /// Interface index.
+    pub ifindex: u32,
+    /// How; never [`AttachMode::Auto`].
+    pub mode: AttachMode,
+}
+
+impl Dataplane {
+    /// Makes the maps, loads the programs and writes new cookie keys. Nothing is attached yet.
+    pub fn load(object: &[u8], capacities: &Capacities) -> Result<Self, Error> {
+        if object.is_empty() {
+            return Err(Error::NoObject);
+        }
+        capacities.check()?;
+        let mut ebpf = load_maps(object, capacities)?;
+        for program in [abi::PROGRAM_EMIT, abi::PROGRAM_RELEASE, abi::PROGRAM] {
+            load_program(&mut ebpf, program)?;
+        }
+        let e = &mut ebpf;
+        let dataplane = Self {
+            flows: Table::take(e, abi::MAP_FLOWS)?,
+            sessions: Table::take(e, abi::MAP_SESSIONS)?,
+            vips: Table::take(e, abi::MAP_VIPS)?,
+            frontends: Cells::take(e, abi::MAP_FRONTENDS)?,
+            backends: Cells::take(e, abi::MAP_BACKENDS)?,
+            backend_index: Table::take(e, abi::MAP_BACKEND_INDEX)?,
+            lb_table: Cells::take(e, abi::MAP_LB_TABLE)?,
+            sources: Cells::take(e, abi::MAP_SOURCES)?,
+            stash: Cells::take(e, abi::MAP_STASH)?,
+            globals: Cells::take(e, abi::MAP_GLOBALS)?,
+            releases: Cells::take(e, abi::MAP_RELEASES)?,
+            reasons: take_map(e, abi::MAP_REASONS)?,
+            backend_stats: take_map(e, abi::MAP_BACKEND_STATS)?,
+            replay: (0..abi::REPLAY_MAPS)
+                .map(|n| take_map(e, &format!("{}{n}", abi::MAP_REPLAY_PREFIX)).map(Mutex::new))
+                .collect::<Result<_, _>>()?,
+            events: Mutex::new(Some(take_map(e, abi::MAP_EVENTS)?)),
+            links: Mutex::default(),
+            copy: Mutex::new(Globals::default()),
+            capacities: *capacities,
+            ebpf: Mutex::new(ebpf),
+        };
+        let keys = [[random()?, random()?], [random()?, random()?]];
+        dataplane.update_globals(|globals| {
+            globals.abi = abi::ABI_VERSION;
+            globals.stash_mask = capacities.stash_slots - 1;
+            globals.cookie_keys = keys;
+            globals.heartbeat = monotonic_ns();
+        })?;
+        Ok(dataplane)
+    }
+
+    /// Attaches the dispatcher to an interface and says in which mode.
+    pub fn attach(&self, interface: &str, mode: AttachMode) -> Result<AttachMode, Error> {
+        let ifindex = interface_index(interface).ok_or_else(|| Error::NoInterface(interface.to_owned()))?;
+        let (id, mode) = {
+            let mut ebpf = lock(&self.ebpf);
+            let program = xdp(&mut ebpf, abi::PROGRAM)?;
+            match mode {
+                AttachMode::Native | AttachMode::Generic => {
+                    (attach(program, interface, ifindex, mode)?, mode)
+                }
+                AttachMode::Auto => match attach(program, interface, ifindex, AttachMode::Native) {
+                    Ok(id) => (id, AttachMode::Native),
+                    Err(Error::NativeUnsupported { source, .. }) => {
+                        log::warn!(
+                            "{interface}: no native XDP here ({source}); attaching in generic mode, which is slower"
+                        );
+                        (attach(program, interface, ifindex, AttachMode::Generic)?, AttachMode::Generic)
+                    }
+                    Err(error) => return Err(error),
+                },
+            }
+        };
+        lock(&self.links).insert(ifindex, Link { interface: interface.to_owned(), mode, id });
+        self.update_clones()?;
+        Ok(mode)
+    }
+
+    /// Detaches from an interface; false when the dispatcher was not attached to it.
+    pub fn detach(&self, interface: &str) -> Result<bool, Error> {
+        let link = {
+            let mut links = lock(&self.links);
+            let ifindex = links.iter().find(|(_, link)| link.interface == interface).map(|(index, _)| *index);
+            ifindex.and_then(|ifindex| links.remove(&ifindex))
+        };
+        let Some(link) = link else { return Ok(false) };
+        let mut ebpf = lock(&self.ebpf);
+        let program = xdp(&mut ebpf, abi::PROGRAM)?;
+        program
+            .detach(link.id)
+            .map_err(|error| Error::Attach { interface: interface.to_owned(), reason: chain(&error) })?;
+        drop(ebpf);
+        self.update_clones()?;
+        Ok(true)
+    }
+
+    /// The interfaces that the dispatcher is attached to.
+    #[must_use]
+    pub fn attached(&self) -> Vec<Attached> {
+        lock(&self.links)
+            .iter()
+            .map(|(ifindex, link)| Attached {
+                name: link.interface.clone(),
+                ifindex: *ifindex,
+                mode: link.mode,
+            })
+            .collect()
+    }
+
+    /// In generic mode frames cannot be cloned: the program must know.
+    fn update_clones(&self) -> Result<(), Error> {
+        let generic = lock(&self.links).values().any(|link| link.mode == AttachMode::Generic);
+        self.update_globals(|globals| {
+            globals.flags = globals.flags & !GLOBAL_NO_CLONES | if generic { GLOBAL_NO_CLONES } else { 0 };
+        })
+    }
+
+    /// The capacities that the maps were made with.
+    #[must_use]
+    pub fn capacities(&self) -> &Capacities {
+        &self.capacities
+    }
+
+    /// The flow table.
+    #[must_use]
+    pub fn flows(&self) -> &Table<FlowKey, Flow> {
+        &self.flows
+    }
+
+    /// The mapping table.
+    #[must_use]
+    pub fn sessions(&self) -> &Table<SessionKey, Session> {
+        &self.sessions
+    }
+
+    /// VIP -> frontend index.
+    #[must_use]
+    pub fn vips(&self) -> &Table<VipKey, u32> {
+        &self.vips
+    }
+
+    /// The frontends.
+    #[must_use]
+    pub fn frontends(&self) -> &Cells<Frontend> {
+        &self.frontends
+    }
+
+    /// The endpoints of the backends.
+    #[must_use]
+    pub fn backends(&self) -> &Cells<Backend> {
+        &self.backends
+    }
+
+    /// Stable backend id -> backend index.
+    #[must_use]
+    pub fn backend_index(&self) -> &Table<u32, u32> {
+        &self.backend_index
+    }
+
+    /// The load-balancing tables.
+    #[must_use]
+    pub fn lb_table(&self) -> &Cells<u32> {
+        &self.lb_table
+    }
+
+    /// Source addresses of `source = "dispatcher"` services.
+    #[must_use]
+    pub fn sources(&self) -> &Cells<Addr> {
+        &self.sources
+    }
+
+    /// The stash.
+    #[must_use]
+    pub fn stash(&self) -> &Cells<Slot> {
+        &self.stash
+    }
+
+    /// Our copy of the globals; nothing but [`update_globals`](Self::update_globals) writes them.
+    #[must_use]
+    pub fn globals(&self) -> Globals {
+        *lock(&self.copy)
+    }
+
+    /// Changes the globals and writes them.
+    pub fn update_globals(&self, change: impl FnOnce(&mut Globals)) -> Result<(), Error> {
+        let mut globals = lock(&self.copy);
+        change(&mut globals);
+        self.globals.set(0, *globals)
+    }
+
+    /// Packets by reason, of all CPUs together, in the order of [`Reason::ALL`].
+    pub fn reasons(&self) -> Result<Vec<(Reason, u64)>, Error> {
+        debug_assert!(self.reasons.len() >= REASONS_MAX);
+        Reason::ALL.iter().map(|reason| Ok((*reason, self.reason(*reason)?))).collect()
+    }
+
+    /// Packets with one reason, of all CPUs together.
+    pub fn reason(&self, reason: Reason) -> Result<u64, Error> {
+        let values = self.reasons.get(&(reason as u32), 0).map_err(map_error(abi::MAP_REASONS, "reading"))?;
+        Ok(values.iter().sum())
+    }
+
+    /// Counters of a backend, of all CPUs together.
+    pub fn backend_stats(&self, backend: u32) -> Result<BackendStats, Error> {
+        let values =
+            self.backend_stats.get(&backend, 0).map_err(map_error(abi::MAP_BACKEND_STATS, "reading"))?;
+        Ok(values.iter().fold(BackendStats::default(), |sum, one| BackendStats {
+            connections: sum.connections + one.connections,
+            hits: sum.hits + one.hits,
+            misses: sum.misses + one.misses,
+            fresh: sum.fresh + one.fresh,
+            nonsecure: sum.nonsecure + one.nonsecure,
+            established: sum.established + one.established,
+            refused: sum.refused + one.refused,
+            learned: sum.learned + one.learned,
+        }))
+    }
+
+    /// Points a replay map at an interface.
+    pub fn set_replay(&self, number: u32, ifindex: u32) -> Result<(), Error> {
+        let name = || format!("{}{number}", abi::MAP_REPLAY_PREFIX);
+        let Some(map) = self.replay.get(number as usize) else {
+            return Err(Error::Map {
+                map: name(),
+                action: "writing",
+                source: MapError::OutOfBounds { index: number, max_entries: abi::REPLAY_MAPS },
+            });
+        };
+        let mut ebpf = lock(&self.ebpf);
+        let emit = xdp(&mut ebpf, abi::PROGRAM_EMIT)?.fd().map_err(layout(abi::PROGRAM_EMIT))?;
+        let mut map = lock(map);
+        for entry in 0..abi::REPLAY_WIDTH {
+            map.set(entry, ifindex, Some(emit), 0).map_err(|error| Error::Layout {
+                name: name(),
+                reason: format!("pointing it at interface {ifindex}: {}", chain(&error)),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The ring of events; `None` after the first call.
+    pub fn take_events(&self) -> Option<RingBuf<MapData>> {
+        lock(&self.events).take()
+    }
+
+    /// Starts to hand on what the programs log, where they do.
+    pub fn logger(&self) -> Option<aya_log::EbpfLogger<&'static dyn log::Log>> {
+        aya_log::EbpfLogger::init(&mut lock(&self.ebpf)).ok()
+    }
+
+    /// Answers held hellos with the daemon's picks.
+    pub fn release(&self, releases: &[Release]) -> Result<(), Error> {
+        for batch in releases.chunks(abi::RELEASES_MAX as usize - 1) {
+            let mut next = 1;
+            for release in batch {
+                self.releases.set(next, *release)?;
+                next += 1;
+            }
+            // Entry 0 is the program's cursor.
+            self.releases.set(0, Release { slot: 1, ..Release::default() })?;
+            self.run(abi::PROGRAM_RELEASE, &[0; 128], None, next - 1, LIVE_FRAMES)?;
+        }
+        Ok(())
+    }
+
+    /// Runs a program on a frame without any interface.
+    pub fn run(
+        &self,
+        program: &str,
+        frame: &[u8],
+        ifindex: Option<u32>,
+        repeat: u32,
+        flags: u32,
+    ) -> Result<TestRun, Error> {
+        let mut ebpf = lock(&self.ebpf);
+        let fd = xdp(&mut ebpf, program)?.fd().map_err(layout(program))?;
+        test_run(fd.as_fd(), frame, ifindex, repeat, flags)
+            .map_err(|source| Error::Run { program: program.to_owned(), source })
+    }
+
+    /// A descriptor of a program, for those who run it themselves.
+    pub fn program_fd(&self, program: &str) -> Result<std::os::fd::OwnedFd, Error> {
+        let mut ebpf = lock(&self.ebpf);
+        let fd = xdp(&mut ebpf, program)?.fd().map_err(layout(program))?;
+        fd.as_fd().try_clone_to_owned().map_err(|source| Error::Run { program: program.to_owned(), source })
+    }
+}
+
+impl fmt::Debug for Dataplane {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dataplane").field("attached", &self.attached()).finish_non_exhaustive()
+    }
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC: the clock of the data path.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let now = monotonic();
+    now.as_secs() * 1_000_000_000 + u64::from(now.subsec_nanos())
+}
+
+/// Seconds of CLOCK_MONOTONIC, as flows and sessions carry them.
+#[must_use]
+pub fn monotonic_seconds() -> u32 {
+    monotonic().as_secs() as u32
+}
+
+fn monotonic() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a valid place for one timespec, which is all that the call writes.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
+}
+
+/// The index of an interface, if it exists.
+#[must_use]
+pub fn interface_index(name: &str) -> Option<u32> {
+    let name = CString::new(name).ok()?;
+    // SAFETY: `name` is a string that ends with a zero byte and outlives the call.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    (index != 0).then_some(index)
+}
+
+fn load_maps(object: &[u8], capacities: &Capacities) -> Result<Ebpf, Error> {
+    let mut loader = EbpfLoader::new();
+    for (map, entries) in capacities.maps() {
+        loader.map_max_entries(map, entries);
+    }
+    loader.load(object).map_err(|error| {
+        if let EbpfError::MapError(MapError::CreateError { name, io_error }) = &error {
+            match io_error.raw_os_error() {
+                Some(libc::EPERM) => return Error::NotPermitted { action: format!("creating map {name}") },
+                Some(code @ (libc::ENOMEM | libc::E2BIG)) => {
+                    return Error::Memory { map: name.clone(), source: io::Error::from_raw_os_error(code) };
+                }
+                _ => {}
+            }
+        }
+        if matches!(&error, EbpfError::BtfError(inner) if chain(inner).contains("os error 1)")) {
+            return Error::NotPermitted { action: "loading type information (BTF)".to_owned() };
+        }
+        Error::Object(Box::new(error))
+    })
+}
+
+fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Error> {
+    match xdp(ebpf, name)?.load() {
+        Ok(()) => Ok(()),
+        Err(ProgramError::LoadError { io_error, verifier_log }) => {
+            let log = verifier_log.to_string();
+            if io_error.raw_os_error() == Some(libc::EPERM) && log.trim().is_empty() {
+                return Err(Error::NotPermitted { action: format!("loading program {name}") });
+            }
+            let tail: Vec<&str> = log.lines().rev().take(30).collect();
+            let tail = tail.into_iter().rev().collect::<Vec<_>>().join("\n");
+            Err(Error::Verifier { program: name, log: format!("{io_error}\n{tail}") })
+        }
+        Err(error) => Err(Error::Layout { name: name.to_owned(), reason: chain(&error) }),
+    }
+}
+
+fn xdp<'e>(ebpf: &'e mut Ebpf, name: &str) -> Result<&'e mut Xdp, Error> {
+    let program = ebpf
+        .program_mut(name)
+        .ok_or_else(|| Error::Layout { name: name.to_owned(), reason: "no such program".to_owned() })?;
+    program.try_into().map_err(layout(name))
+}
+
+fn take_map<M: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &str) -> Result<M, Error> {
+    let map = ebpf
+        .take_map(name)
+        .ok_or_else(|| Error::Layout { name: name.to_owned(), reason: "no such map".to_owned() })?;
+    M::try_from(map).map_err(layout(name))
+}
+
+fn attach(program: &mut Xdp, interface: &str, ifindex: u32, mode: AttachMode) -> Result<XdpLinkId, Error> {
+    let flags = match mode {
+        AttachMode::Native | AttachMode::Auto => XdpMode::Driver,
+        AttachMode::Generic => XdpMode::Skb,
+    };
+    program.attach_to_if_index(ifindex, flags).map_err(|error| {
+        let code = if let ProgramError::SyscallError(error) = &error {
+            error.io_error.raw_os_error()
+        } else if let ProgramError::XdpError(XdpError::NetlinkError(error)) = &error {
+            error.raw_os_error()
+        } else {
+            None
+        };
+        match code {
+            Some(libc::EPERM) => Error::NotPermitted { action: format!("attaching to {interface}") },
+            Some(libc::EBUSY | libc::EEXIST) => Error::Busy { interface: interface.to_owned() },
+            Some(libc::ENODEV) => Error::NoInterface(interface.to_owned()),
+            Some(code) if mode != AttachMode::Generic => Error::NativeUnsupported {
+                interface: interface.to_owned(),
+                source: io::Error::from_raw_os_error(code),
+            },
+            _ => Error::Attach { interface: interface.to_owned(), reason: chain(&error) },
+        }
+    })
+}
+
+fn random() -> Result<u64, Error> {
+    getrandom::u64().map_err(Error::Random)
+}
+
+fn layout<E: std::error::Error>(name: &str) -> impl FnOnce(E) -> Error {
+    move |error| Error::Layout { name: name.to_owned(), reason: chain(&error) }
+}
+
+fn map_error(map: &str, action: &'static str) -> impl FnOnce(MapError) -> Error {
+    move |source| Error::Map { map: map.to_owned(), action, source }
+}
+
+/// An error with its causes, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// Locks; a panic elsewhere does not make the maps unusable.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_object_says_how_to_build() {
+        let error = Dataplane::load(&[], &Capacities::default()).expect_err("nothing to load");
+        assert!(error.to_string().contains("cargo xtask build"), "{error}");
+    }
+
+    #[test]
+    fn rubbish_is_no_object() {
+        let error = Dataplane::load(&[1; 64], &Capacities::default()).expect_err("not an object");
+        assert!(matches!(error, Error::Object(_)), "{error:?}");
+    }
+
+    #[test]
+    fn the_loopback_interface_has_an_index() {
+        assert!(interface_index("lo").is_some());
+        assert_eq!(interface_index("no-such-interface"), None);
+        assert_eq!(interface_index("a\0b"), None);
+    }
+}
