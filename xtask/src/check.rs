@@ -72,7 +72,10 @@ impl Report {
 }
 
 fn format() -> Result<Outcome> {
-    run_quietly(cargo().args(["fmt", "--all", "--check"]), "`cargo fmt --all` mends it")?;
+    run_quietly(
+        cargo().args(["fmt", "--all", "--check", "--", "--color=never"]),
+        "`cargo fmt --all` mends it",
+    )?;
     Ok(Outcome::Done)
 }
 

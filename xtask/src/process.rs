@@ -131,7 +131,7 @@ pub(crate) fn output_of(command: &mut Command) -> Option<String> {
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// Runs for at most `limit`, without output; the error has the last line that the program complained with.
+/// Runs for at most `limit`, without output; the error has the last lines that the program complained with.
 pub(crate) fn try_within(command: &mut Command, limit: Duration) -> Result<()> {
     let mut child = command
         .stdin(Stdio::null())
@@ -139,15 +139,15 @@ pub(crate) fn try_within(command: &mut Command, limit: Duration) -> Result<()> {
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("starting `{}`", shown(command)))?;
-    let errors = child.stderr.take().map(last_line_of);
+    let errors = child.stderr.take().map(last_lines_of);
     let deadline = Instant::now() + limit;
     loop {
         if let Some(status) = child.try_wait()? {
             if status.success() {
                 return Ok(());
             }
-            let line = errors.and_then(|thread| thread.join().ok()).unwrap_or_default();
-            bail!("`{}` failed ({status}): {line}", shown(command));
+            let lines = errors.and_then(|thread| thread.join().ok()).unwrap_or_default();
+            bail!("`{}` failed ({status}): {lines}", shown(command));
         }
         if Instant::now() >= deadline {
             child.kill()?;
@@ -159,10 +159,12 @@ pub(crate) fn try_within(command: &mut Command, limit: Duration) -> Result<()> {
 }
 
 /// Reads to the end beside the caller, so that the writer never waits for us.
-fn last_line_of(pipe: impl Read + Send + 'static) -> thread::JoinHandle<String> {
+fn last_lines_of(pipe: impl Read + Send + 'static) -> thread::JoinHandle<String> {
+    const KEPT: usize = 3;
     thread::spawn(move || {
         let lines = BufReader::new(pipe).lines().map_while(Result::ok);
-        lines.filter(|line| !line.trim().is_empty()).last().unwrap_or_default()
+        let lines: Vec<_> = lines.filter(|line| !line.trim().is_empty()).collect();
+        lines[lines.len().saturating_sub(KEPT)..].join(" | ")
     })
 }
 
@@ -197,11 +199,11 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_shows_the_last_line_of_the_errors() {
+    fn a_failure_shows_the_last_lines_of_the_errors() {
         let mut command = Command::new("sh");
-        command.args(["-c", "echo first >&2; echo last >&2; exit 3"]);
+        command.args(["-c", "for i in 1 2 3 4; do echo $i >&2; done; exit 3"]);
         let error = try_within(&mut command, Duration::from_secs(10)).expect_err("exit 3 was accepted");
-        assert!(error.to_string().ends_with(": last"), "{error}");
+        assert!(error.to_string().ends_with("): 2 | 3 | 4"), "{error}");
     }
 
     #[test]

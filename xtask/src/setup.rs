@@ -58,17 +58,41 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     if args.check {
         bail!("some items are missing; `cargo xtask setup` installs them");
     }
-    install(found, need).map(drop)
+    install(found)?;
+    let after = look(need);
+    after.print(need);
+    if !after.missing.is_empty() {
+        bail!("still missing. Install by hand:\n{}", by_hand(&after.missing));
+    }
+    Ok(())
 }
 
 /// What a command needs, installed if missing; silent if all is there.
+///
+/// Programs that only some scenarios call are not worth giving up all the others.
 pub(crate) fn ensure(need: Need) -> Result<Compiler> {
     let found = look(need);
-    if let (Ok(candidate), Ok(_), []) = (&found.compiler, &found.linker, found.missing.as_slice()) {
-        return Ok(candidate.compiler.clone());
+    if found.complete()
+        && let Ok(candidate) = found.compiler
+    {
+        return Ok(candidate.compiler);
     }
     found.print(need);
-    install(found, need)
+    let compiler = install(found)?;
+    let after = look(need);
+    let missing = |needed: fn(&Tool) -> bool| {
+        let names = after.missing.iter().filter(|tool| needed(tool)).map(|tool| tool.program);
+        names.collect::<Vec<_>>().join(", ")
+    };
+    let (required, optional) =
+        (missing(|tool| tool.need < Need::Test), missing(|tool| tool.need == Need::Test));
+    if !required.is_empty() {
+        bail!("{required} could not be installed. Install by hand:\n{}", by_hand(&after.missing));
+    }
+    if !optional.is_empty() {
+        eprintln!("xtask: going on without {optional}: what calls them will fail");
+    }
+    Ok(compiler)
 }
 
 /// The compiler for BPF if both it and the linker are there; installs nothing.
@@ -145,24 +169,20 @@ fn compatible(version: Version, pinned: Version) -> bool {
     (version.0, version.1) == (pinned.0, pinned.1) && version.2 >= pinned.2
 }
 
-fn install(found: Found, need: Need) -> Result<Compiler> {
+/// Compiler and linker or an error; of the programs those that can be had.
+fn install(found: Found) -> Result<Compiler> {
     let compiler = match found.compiler {
         Ok(candidate) => candidate.compiler,
         Err(_) => install_compiler()?,
     };
     if found.linker.is_err() {
         install_linker()?;
+        if let Err(reason) = linker() {
+            bail!("bpf-linker was installed, but {reason}; is another one earlier on PATH?");
+        }
     }
-    install_tools(&found.missing)?;
-    let after = look(need);
-    if after.complete() {
-        println!("Everything is there.");
-        return Ok(compiler);
-    }
-    after.print(need);
-    bail!(
-        "still missing after installing: see above; install these by hand and run `cargo xtask setup --check`"
-    )
+    install_tools(&found.missing);
+    Ok(compiler)
 }
 
 fn install_compiler() -> Result<Compiler> {
@@ -208,14 +228,20 @@ fn install_linker() -> Result<()> {
     run(&mut command, "bpf-linker is needed to build BPF objects; is the crates registry reachable?")
 }
 
-fn install_tools(missing: &[&'static Tool]) -> Result<()> {
-    if missing.is_empty() {
-        return Ok(());
-    }
+fn install_tools(missing: &[&'static Tool]) {
     let packages: Vec<_> = missing.iter().map(|tool| tool.debian).collect();
-    match apt_install(&packages) {
-        Ok(()) => Ok(()),
-        Err(error) => bail!("{error:#}. Install the missing programs by hand:\n{}", by_hand(missing)),
+    if packages.is_empty() {
+        return;
+    }
+    let Err(error) = apt_install(&packages) else { return };
+    println!("          {error:#}");
+    // One package that is not to be had makes apt-get refuse all.
+    if packages.len() > 1 && find("apt-get").is_some() && is_root() {
+        for package in packages {
+            if let Err(error) = apt_install(&[package]) {
+                println!("          {error:#}");
+            }
+        }
     }
 }
 
