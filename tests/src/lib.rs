@@ -1,1 +1,10 @@
-//! Test support.
+//! Everything that runs the dispatcher on packets: network namespaces, TLS peers, a packet builder,
+//! the program-run harness and the demo.
+//!
+//! Namespaces, processes and files that are made here are removed when their owner is dropped, also
+//! on panic. Nothing touches the interfaces of the host.
+
+pub mod netns;
+pub mod sockets;
+pub mod tagger;
+pub mod topology;
