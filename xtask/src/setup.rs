@@ -189,7 +189,7 @@ fn install_compiler() -> Result<Compiler> {
     let mut tried = Vec::new();
     if find("rustup").is_some() {
         let mut command = Command::new("rustup");
-        command.args(["component", "add", "rust-src"]);
+        command.args(["component", "add", "rust-src"]).env("RUST_BACKTRACE", "0");
         println!("install   {}", shown(&command));
         match try_within(&mut command, Duration::from_secs(90)) {
             Ok(()) => match toolchain::detect() {
