@@ -666,4 +666,40 @@ mod tests {
         assert_eq!(interface_index("no-such-interface"), None);
         assert_eq!(interface_index("a\0b"), None);
     }
+
+    /// In a build with the object, as root: the object and this program agree about every layout.
+    #[test]
+    fn the_embedded_object_loads_and_runs() {
+        // SAFETY: takes nothing, touches nothing.
+        if object().is_empty() || unsafe { libc::geteuid() } != 0 {
+            return;
+        }
+        let capacities = Capacities { flows: 64, sessions: 64, stash_slots: 16, ..Capacities::default() };
+        let dataplane = Dataplane::load(object(), &capacities).expect("loads");
+        assert_eq!(dataplane.stash().capacity(), 16);
+        assert_eq!(dataplane.globals().stash_mask, 15);
+        let key = SessionKey::new(1, 1, b"id").expect("a key");
+        assert!(
+            dataplane.sessions().insert_new(key, Session { backend: 7, ..Session::default() }).expect("new")
+        );
+        assert!(!dataplane.sessions().insert_new(key, Session::default()).expect("not new"));
+        assert_eq!(dataplane.sessions().get(&key).expect("reads").expect("is there").backend, 7);
+        assert_eq!(dataplane.sessions().iter().count(), 1);
+        assert!(dataplane.sessions().remove(&key).expect("removes"));
+        assert!(!dataplane.sessions().remove(&key).expect("is gone"));
+        let lo = interface_index("lo").expect("lo");
+        dataplane.set_replay(7, lo).expect("points at lo");
+        assert!(dataplane.set_replay(8, lo).is_err());
+        // An ARP frame is not ours.
+        let mut frame = [0; 60];
+        frame[12..14].copy_from_slice(&[8, 6]);
+        let run = dataplane.run(abi::PROGRAM, &frame, None, 1, 0).expect("runs");
+        assert_eq!((run.retval, run.data_out.as_slice()), (2, frame.as_slice()));
+        let passed: u64 = dataplane.reasons().expect("reads").iter().map(|(_, packets)| packets).sum();
+        assert_eq!(passed, 1);
+        let release = Release { slot: 3, backend: 0, flow: FlowKey::default() };
+        dataplane.release(&[release, release]).expect("releases");
+        assert_eq!(dataplane.releases.get(0).expect("reads").slot, 3);
+        assert!(matches!(dataplane.attach("no-such-if", AttachMode::Auto), Err(Error::NoInterface(_))));
+    }
 }
