@@ -1,6 +1,7 @@
 //! `cargo xtask setup`: finds what the other commands need, and installs what is missing.
 
 use std::{
+    env,
     ffi::OsStr,
     fs,
     os::unix::fs::PermissionsExt as _,
@@ -186,6 +187,11 @@ fn install(found: Found) -> Result<Compiler> {
 }
 
 fn install_compiler() -> Result<Compiler> {
+    if env::var_os("DISPATCHER_BPF_RUSTC").is_some() {
+        bail!(
+            "DISPATCHER_BPF_RUSTC names a compiler that cannot build BPF objects (see above); correct or unset it"
+        );
+    }
     let mut tried = Vec::new();
     if find("rustup").is_some() {
         let mut command = Command::new("rustup");
@@ -346,7 +352,7 @@ mod tests {
 
     #[test]
     fn policy_file_is_removed_again_and_a_foreign_one_is_kept() {
-        let path = std::env::temp_dir().join(format!("xtask-policy-{}", std::process::id()));
+        let path = env::temp_dir().join(format!("xtask-policy-{}", std::process::id()));
         drop(NoServices::new(&path));
         assert!(!path.exists());
         fs::write(&path, "mine").expect("writing a temporary file");
