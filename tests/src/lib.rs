@@ -4,7 +4,9 @@
 //! Namespaces, processes and files that are made here are removed when their owner is dropped, also
 //! on panic. Nothing touches the interfaces of the host.
 
+pub mod http;
 pub mod netns;
 pub mod sockets;
 pub mod tagger;
+pub mod tls;
 pub mod topology;

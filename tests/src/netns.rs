@@ -135,9 +135,7 @@ impl Netns {
 
 impl Drop for Netns {
     fn drop(&mut self) {
-        // The name goes at once; the namespace itself when the last socket in it is closed. Its
-        // devices must not wait for that.
-        let _ = self.ip("link set lo down");
+        // The name goes at once; the namespace and its devices when the last socket in it is closed.
         remove(&self.name);
     }
 }

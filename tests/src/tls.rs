@@ -1,0 +1,460 @@
+//! TLS servers that tell their name, and users that come back with their session.
+
+use std::{
+    io::{BufReader, Read, Write},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use rustls::{
+    ClientConfig, ClientConnection, HandshakeKind, RootCertStore, ServerConfig, ServerConnection,
+    StreamOwned, SupportedProtocolVersion,
+    client::{ClientSessionMemoryCache, Resumption, Tls12Resumption},
+    crypto::{CryptoProvider, ring},
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName},
+    server::ServerSessionMemoryCache,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{http, netns::Netns, sockets};
+
+/// The name that all servers have a certificate for.
+pub const HOST: &str = "service.test";
+
+/// What a server says about itself and the connection. nginx can say the same.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Identity {
+    /// The server's name.
+    pub backend: String,
+    /// `r`: the session was resumed; `.`: a new one.
+    pub reused: String,
+    /// `TLSv1.2`, `TLSv1.3`; empty without TLS.
+    pub protocol: String,
+    /// Address and port that the server sees.
+    pub peer: String,
+    /// Address and port that a PROXY header told; empty without one.
+    pub proxied: String,
+}
+
+/// A certificate authority for one test.
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    certificate: CertificateDer<'static>,
+}
+
+/// A certificate with its key, in DER.
+pub struct Credentials {
+    certificate: Vec<u8>,
+    key: Vec<u8>,
+    /// The certificate, in PEM.
+    pub certificate_pem: String,
+    /// The key, in PEM.
+    pub key_pem: String,
+}
+
+impl Authority {
+    /// Makes one.
+    pub fn new() -> Result<Self> {
+        let mut params = CertificateParams::new(Vec::new())?;
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, "test authority");
+        let key = KeyPair::generate()?;
+        let certificate = params.self_signed(&key)?.der().clone();
+        Ok(Self { issuer: Issuer::new(params, key), certificate })
+    }
+
+    /// A certificate for [`HOST`] whose subject's common name is the server's.
+    pub fn issue(&self, server: &str) -> Result<Credentials> {
+        let mut params = CertificateParams::new(vec![HOST.to_owned()])?;
+        params.distinguished_name.push(DnType::CommonName, server);
+        let key = KeyPair::generate()?;
+        let certificate = params.signed_by(&key, &self.issuer)?;
+        Ok(Credentials {
+            certificate: certificate.der().to_vec(),
+            certificate_pem: certificate.pem(),
+            key: key.serialize_der(),
+            key_pem: key.serialize_pem(),
+        })
+    }
+}
+
+impl std::fmt::Debug for Authority {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Authority")
+    }
+}
+
+/// What a server does besides TLS.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Manners {
+    /// It expects a PROXY protocol v2 header.
+    pub proxy: bool,
+    /// It agrees to no key exchange that clients send a share for: every hello is answered with a
+    /// HelloRetryRequest.
+    pub retry: bool,
+}
+
+/// A server with session cache and keys of its own. It stops when dropped.
+#[derive(Debug)]
+pub struct Server {
+    /// Its name.
+    pub name: String,
+    served: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Starts one. A connection whose first byte is no TLS record is served in clear.
+    pub fn start(
+        netns: &Netns,
+        name: &str,
+        port: u16,
+        authority: &Authority,
+        manners: Manners,
+    ) -> Result<Self> {
+        let config = Arc::new(server_config(authority, name, manners)?);
+        let listener =
+            sockets::listen(netns, port).with_context(|| format!("{name}: listening on port {port}"))?;
+        socket2::SockRef::from(&listener).set_read_timeout(Some(Duration::from_millis(50)))?;
+        let (served, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let desk = Desk { name: name.to_owned(), config, proxy: manners.proxy, served: Arc::clone(&served) };
+        let thread = Some(std::thread::spawn({
+            let stop = Arc::clone(&stop);
+            move || accept(&listener, &stop, &Arc::new(desk))
+        }));
+        Ok(Self { name: name.to_owned(), served, stop, thread })
+    }
+
+    /// Connections on which a request was answered.
+    #[must_use]
+    pub fn served(&self) -> u64 {
+        self.served.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Desk {
+    name: String,
+    config: Arc<ServerConfig>,
+    proxy: bool,
+    served: Arc<AtomicU64>,
+}
+
+fn accept(listener: &TcpListener, stop: &AtomicBool, desk: &Arc<Desk>) {
+    while !stop.load(Ordering::Relaxed) {
+        let Ok((stream, _)) = listener.accept() else { continue };
+        let desk = Arc::clone(desk);
+        // A client that goes away, or talks nonsense, is its own test's business.
+        std::thread::spawn(move || desk.serve(stream));
+    }
+}
+
+impl Desk {
+    fn serve(&self, mut stream: TcpStream) -> Result<()> {
+        sockets::limit(&stream)?;
+        stream.set_nodelay(true)?;
+        let proxied = if self.proxy { read_proxy_header(&mut stream)?.to_string() } else { String::new() };
+        let mut identity = Identity {
+            backend: self.name.clone(),
+            reused: ".".into(),
+            protocol: String::new(),
+            peer: plain_address(stream.peer_addr()?).to_string(),
+            proxied,
+        };
+        let mut first = [0];
+        if stream.peek(&mut first)? == 0 {
+            return Ok(());
+        }
+        if first != [22] {
+            return self.answer(&mut BufReader::new(Both(stream)), &identity);
+        }
+        let mut tls = ServerConnection::new(Arc::clone(&self.config))?;
+        tls.complete_io(&mut stream)?;
+        if tls.handshake_kind() == Some(HandshakeKind::Resumed) {
+            identity.reused = "r".into();
+        }
+        identity.protocol = protocol(tls.protocol_version()).to_owned();
+        self.answer(&mut BufReader::new(Both(StreamOwned::new(tls, stream))), &identity)
+    }
+
+    fn answer<S: Read + Write>(&self, stream: &mut BufReader<Both<S>>, identity: &Identity) -> Result<()> {
+        self.served.fetch_add(1, Ordering::Relaxed);
+        while let Some(head) = http::read_head(stream)? {
+            let mut words = head.line.split(' ');
+            let (method, path) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
+            if let Some(length) = path.strip_prefix("/bytes/") {
+                let length: u64 = length.parse()?;
+                let stream = stream.get_mut();
+                write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n")?;
+                std::io::copy(&mut http::Noise::default().take(length), stream)?;
+                stream.flush()?;
+                continue;
+            }
+            let body = if method == "POST" {
+                http::hash(stream, head.length)?
+            } else {
+                serde_json::to_string(identity)?
+            };
+            let stream = stream.get_mut();
+            write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
+            stream.flush()?;
+            if head.close {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+}
+
+fn server_config(authority: &Authority, name: &str, manners: Manners) -> Result<ServerConfig> {
+    let credentials = authority.issue(name)?;
+    let mut provider = ring::default_provider();
+    if manners.retry {
+        provider.kx_groups = vec![ring::kx_group::SECP384R1];
+    }
+    let mut config = ServerConfig::builder_with_provider(Arc::new(provider))
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(
+            vec![CertificateDer::from(credentials.certificate)],
+            PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(credentials.key)),
+        )?;
+    // No ticketer, so sessions are found by their ID in this server's cache only.
+    config.session_storage = ServerSessionMemoryCache::new(65_536);
+    Ok(config)
+}
+
+/// Reads a PROXY protocol v2 header; the client's address in it.
+fn read_proxy_header(stream: &mut TcpStream) -> Result<SocketAddr> {
+    let mut fixed = [0; 16];
+    stream.read_exact(&mut fixed).context("reading a PROXY header")?;
+    ensure!(fixed.starts_with(b"\r\n\r\n\0\r\nQUIT\n\x21"), "not a PROXY v2 header: {fixed:02x?}");
+    let mut rest = vec![0; usize::from(u16::from_be_bytes([fixed[14], fixed[15]]))];
+    stream.read_exact(&mut rest).context("reading the addresses of a PROXY header")?;
+    let port = |at: usize| rest.get(at..at + 2).map(|b| u16::from_be_bytes([b[0], b[1]]));
+    let address: Option<SocketAddr> = match fixed[13] {
+        0x11 => rest.first_chunk::<4>().zip(port(8)).map(|(ip, port)| (*ip, port).into()),
+        0x21 => rest.first_chunk::<16>().zip(port(32)).map(|(ip, port)| (*ip, port).into()),
+        _ => None,
+    };
+    address.with_context(|| format!("PROXY header of family {:#04x} with {} bytes", fixed[13], rest.len()))
+}
+
+/// An IPv4 address that a socket of both families reports as IPv6.
+fn plain_address(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+fn protocol(version: Option<rustls::ProtocolVersion>) -> &'static str {
+    match version {
+        Some(rustls::ProtocolVersion::TLSv1_2) => "TLSv1.2",
+        Some(rustls::ProtocolVersion::TLSv1_3) => "TLSv1.3",
+        _ => "",
+    }
+}
+
+/// Buffers what is read, hands through what is written.
+#[derive(Debug)]
+pub struct Both<S>(S);
+
+impl<S: Read> Read for Both<S> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
+impl<S: Write> Write for Both<S> {
+    fn write(&mut self, buffer: &[u8]) -> std::io::Result<usize> {
+        self.0.write(buffer)
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.flush()
+    }
+}
+
+/// A buffered stream that requests can be sent on.
+#[derive(Debug)]
+pub struct Line<S: Read + Write>(BufReader<Both<S>>);
+
+impl<S: Read + Write> Line<S> {
+    /// Wraps a stream.
+    pub fn new(stream: S) -> Self {
+        Self(BufReader::new(Both(stream)))
+    }
+
+    /// The stream.
+    pub fn stream(&mut self) -> &mut S {
+        &mut self.0.get_mut().0
+    }
+}
+
+impl<S: Read + Write> Read for Line<S> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
+impl<S: Read + Write> std::io::BufRead for Line<S> {
+    fn fill_buf(&mut self) -> std::io::Result<&[u8]> {
+        self.0.fill_buf()
+    }
+    fn consume(&mut self, amount: usize) {
+        self.0.consume(amount);
+    }
+}
+
+impl<S: Read + Write> Write for Line<S> {
+    fn write(&mut self, buffer: &[u8]) -> std::io::Result<usize> {
+        self.0.get_mut().write(buffer)
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.get_mut().flush()
+    }
+}
+
+/// A version of TLS.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Version {
+    /// TLS 1.2, with sessions found by their ID.
+    Tls12,
+    /// TLS 1.3: each hello has a fresh random session ID.
+    Tls13,
+}
+
+impl Version {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::Tls12, Self::Tls13];
+
+    fn supported(self) -> &'static SupportedProtocolVersion {
+        match self {
+            Self::Tls12 => &rustls::version::TLS12,
+            Self::Tls13 => &rustls::version::TLS13,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Tls12 => "TLSv1.2",
+            Self::Tls13 => "TLSv1.3",
+        }
+    }
+}
+
+/// Someone with one session store, whatever address the connections come from.
+#[derive(Clone, Debug)]
+pub struct User {
+    config: Arc<ClientConfig>,
+    version: Version,
+}
+
+/// How a connection failed.
+#[derive(Debug)]
+pub enum Failure {
+    /// No TCP connection.
+    Connect(anyhow::Error),
+    /// No TLS connection.
+    Handshake(anyhow::Error),
+    /// No answer, or a wrong one.
+    Request(anyhow::Error),
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Connect(error) => write!(f, "connecting: {error:#}"),
+            Self::Handshake(error) => write!(f, "handshake: {error:#}"),
+            Self::Request(error) => write!(f, "request: {error:#}"),
+        }
+    }
+}
+
+impl std::error::Error for Failure {}
+
+impl User {
+    /// A user who trusts the authority and has no session yet.
+    pub fn new(authority: &Authority, version: Version) -> Result<Self> {
+        let mut roots = RootCertStore::empty();
+        roots.add(authority.certificate.clone())?;
+        let provider: Arc<CryptoProvider> = Arc::new(ring::default_provider());
+        let mut config = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[version.supported()])?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        config.resumption = Resumption::store(Arc::new(ClientSessionMemoryCache::new(8)))
+            .tls12_resumption(Tls12Resumption::SessionIdOnly);
+        Ok(Self { config: Arc::new(config), version })
+    }
+
+    /// The same user with a hello that needs more than `bytes`.
+    #[must_use]
+    pub fn with_long_hello(&self, bytes: usize) -> Self {
+        let mut config = ClientConfig::clone(&self.config);
+        // Protocols that no server here knows of, so that it ignores the extension.
+        config.alpn_protocols = (0..bytes / 200 + 1).map(|i| format!("{i:0>200}").into_bytes()).collect();
+        Self { config: Arc::new(config), version: self.version }
+    }
+
+    /// Connects from an address to a service and does the handshake.
+    pub fn connect(
+        &self,
+        netns: &Netns,
+        from: IpAddr,
+        to: SocketAddr,
+    ) -> Result<Line<StreamOwned<ClientConnection, TcpStream>>, Failure> {
+        let stream = sockets::connect(netns, from, to)
+            .with_context(|| format!("from {from} to {to}"))
+            .map_err(Failure::Connect)?;
+        self.secure(stream).map_err(Failure::Handshake)
+    }
+
+    /// Does the handshake on a stream.
+    pub fn secure(&self, mut stream: TcpStream) -> Result<Line<StreamOwned<ClientConnection, TcpStream>>> {
+        let mut tls = ClientConnection::new(Arc::clone(&self.config), ServerName::try_from(HOST)?)?;
+        while tls.is_handshaking() {
+            tls.complete_io(&mut stream)?;
+        }
+        Ok(Line::new(StreamOwned::new(tls, stream)))
+    }
+
+    /// Connects, asks who answers, and closes.
+    pub fn visit(&self, netns: &Netns, from: IpAddr, to: SocketAddr) -> Result<Identity, Failure> {
+        let mut line = self.connect(netns, from, to)?;
+        let ask = |line: &mut Line<StreamOwned<ClientConnection, TcpStream>>| {
+            let identity: Identity = serde_json::from_str(&http::get(line, "/")?)?;
+            let tls = &mut line.stream().conn;
+            let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
+            if identity.protocol != self.version.name() || resumed != (identity.reused == "r") {
+                bail!("client and server disagree: resumed {resumed}, {identity:?}");
+            }
+            tls.send_close_notify();
+            line.flush()?;
+            Ok(identity)
+        };
+        ask(&mut line).map_err(Failure::Request)
+    }
+}
+
+/// Connects without TLS, asks who answers, and closes.
+pub fn visit_in_clear(netns: &Netns, from: IpAddr, to: SocketAddr) -> Result<Identity, Failure> {
+    let stream = sockets::connect(netns, from, to)
+        .with_context(|| format!("from {from} to {to}"))
+        .map_err(Failure::Connect)?;
+    let ask = |mut line: Line<TcpStream>| Ok(serde_json::from_str(&http::get(&mut line, "/")?)?);
+    ask(Line::new(stream)).map_err(Failure::Request)
+}
