@@ -16,3 +16,11 @@ pub fn opaque(x: u64) -> u64 {
     #[cfg(not(target_arch = "bpf"))]
     x
 }
+
+/// Returns `x`, of which the verifier then knows nothing: `salt` must come from memory that it does
+/// not track (a map value). Paths through a loop that differ only in what is known of `x` merge.
+#[inline(always)]
+#[must_use]
+pub fn forget(x: usize, salt: u64) -> usize {
+    (opaque(x as u64 ^ salt) ^ salt) as usize
+}

@@ -7,10 +7,14 @@ use crate::{
     session::SessionKey,
 };
 
-/// Payload bytes that a slot holds: five segments of 1460.
-pub const PAYLOAD_MAX: usize = 7552;
-/// Bytes of [`Slot::buf`]: room for a PROXY header, payload, and slack for one segment's copy.
-pub const BUF: usize = ROOM + PAYLOAD_MAX + 256;
+/// Bytes of [`Slot::buf`]: room for a PROXY header and payload.
+pub const BUF: usize = 7872;
+/// Longest segment that is stashed.
+pub const SEGMENT_MAX: usize = 2047;
+/// Largest offset at which a segment is stashed, so that any segment fits behind it.
+pub const OFFSET_MAX: usize = BUF - ROOM - SEGMENT_MAX - 1;
+/// Most payload that is stashed: what the clones of one SYN-ACK can carry at an MSS of 1300.
+pub const PAYLOAD_MAX: usize = 4 * 1300;
 
 /// Free.
 pub const STAGE_FREE: u32 = 0;

@@ -1,6 +1,6 @@
 //! TCP header arithmetic: flags, options, window scaling (RFC 9293, RFC 7323, RFC 2018).
 
-use crate::{cookie::NO_WSCALE, opaque::opaque};
+use crate::{cookie::NO_WSCALE, opaque::forget};
 
 /// FIN.
 pub const FIN: u8 = 0x01;
@@ -93,7 +93,7 @@ pub fn parse_options(bytes: &OptionBytes, len: usize, out: &mut Options) {
     *out = Options::NONE;
     let mut at = 0;
     for _ in 0..40 {
-        at = opaque(at as u64) as usize & MASK;
+        at = forget(at, bytes[MASK] as u64) & MASK;
         let Some((kind, size)) = option_at(bytes, len, at) else { return };
         match (kind, size) {
             (2, 4) => {
@@ -133,7 +133,7 @@ pub struct Translation {
 pub fn translate_options(bytes: &mut OptionBytes, len: usize, how: Translation) {
     let mut at = 0;
     for _ in 0..40 {
-        at = opaque(at as u64) as usize & MASK;
+        at = forget(at, bytes[MASK] as u64) & MASK;
         let Some((kind, size)) = option_at(bytes, len, at) else { return };
         let strip = (kind == 5 && how.strip_sack) || (kind == 8 && how.strip_ts);
         if strip {

@@ -3,7 +3,7 @@
 //! Nothing here panics or reads beyond what [`Bytes`] offers. The functions read through a trait,
 //! so that the BPF program uses them on a map value and the host on a slice.
 
-use crate::{opaque::opaque, session::ID_MAX};
+use crate::{opaque::forget, session::ID_MAX};
 
 /// Bytes at offsets; `None` beyond the end.
 pub trait Bytes {
@@ -11,6 +11,10 @@ pub trait Bytes {
     fn len(&self) -> usize;
     /// The byte at an offset.
     fn byte(&self, at: usize) -> Option<u8>;
+    /// Any number that the verifier does not know, see [`forget`].
+    fn salt(&self) -> u64 {
+        0
+    }
     /// True without bytes.
     fn is_empty(&self) -> bool {
         self.len() == 0
@@ -157,8 +161,8 @@ pub fn scan_client_hello<B: Bytes + ?Sized>(bytes: &B) -> Scan {
     }
     let mut at = 0;
     for _ in 0..RECORDS_MAX {
-        at = opaque(at as u64) as usize;
-        need = opaque(need as u64) as usize;
+        at = forget(at, bytes.salt());
+        need = forget(need, bytes.salt());
         let len = match record_len(bytes, at) {
             Record::Of(len) => len,
             Record::Cut => return Scan::Partial,
@@ -185,9 +189,9 @@ pub fn client_session_id<B: Bytes + ?Sized>(bytes: &B, id: &mut [u8; ID_MAX]) ->
     let mut cursor = Cursor::START;
     let mut len = 0_usize;
     for index in 0..=SESSION_ID_LEN_AT + ID_MAX {
-        cursor.at = opaque(cursor.at as u64) as usize;
-        cursor.left = opaque(cursor.left as u64) as usize;
-        len = opaque(len as u64) as usize;
+        cursor.at = forget(cursor.at, bytes.salt());
+        cursor.left = forget(cursor.left, bytes.salt());
+        len = forget(len, bytes.salt());
         if index > SESSION_ID_LEN_AT && index - SESSION_ID_LEN_AT > len {
             break;
         }
@@ -267,7 +271,7 @@ pub fn server_hello<B: Bytes + ?Sized>(bytes: &B, id: &mut [u8; ID_MAX], id_len:
     let end = RECORD_HEADER + 4 + body;
     let mut at = RECORD_HEADER + 4 + fixed + 2;
     for _ in 0..24 {
-        at = opaque(at as u64) as usize & 0x3fff;
+        at = forget(at, bytes.salt()) & 0x3fff;
         if at + 4 > end {
             return ServerHello::Tls12(len);
         }

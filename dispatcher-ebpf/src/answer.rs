@@ -1,0 +1,251 @@
+//! The backend's answer to our SYN: deltas are set, the stashed data follow, and later the
+//! ServerHello is read.
+
+use dispatcher_common::{
+    cookie::NO_WSCALE,
+    flow::{FLAG_LEARN, FLAG_NO_SACK, FLAG_NO_TS, FLAG_RST, FLAG_SECURE, FLAG_SYN_SENT, Flow, FlowKey},
+    globals::GLOBAL_NO_CLONES,
+    proxy::ROOM,
+    reason::Reason,
+    service::{FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_NO_WSCALE},
+    session::KIND_TLS_SESSION_ID,
+    stash::{STAGE_BOUND, STAGE_REPLAYED, Slot},
+    tcp::{ACK, RST, SYN, scale_window},
+    tls::{self, Bytes, ServerHello},
+};
+
+use crate::{
+    counters, emit, flows,
+    globals::{PAYLOAD, Scratch, globals, scratch},
+    packet::{Frame, Tcp},
+    parse::{Parsed, packet_end},
+    reply, services, sessions, stash, syn,
+};
+
+/// Window of an ACK that we make, when the client's is not known.
+const SOME_WINDOW: u16 = 1024;
+
+/// A packet of a backend on a flow whose SYN it was sent.
+#[inline(never)]
+pub fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Result<Reason, Reason> {
+    let tcp = frame.view().ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
+    // SAFETY: `ptr` checked the bounds.
+    let (flags, seq, ack) = unsafe { ((*tcp).flags, u32::from_be((*tcp).seq), u32::from_be((*tcp).ack)) };
+    let forward = flows::peer(flow, p.key.proto).ok_or(Reason::BadAnswer)?;
+    if forward.flags & FLAG_SYN_SENT == 0 {
+        return Err(Reason::BadAnswer);
+    }
+    if flags & RST != 0 {
+        // Refused. The client's retransmission of its first data goes to another backend.
+        forward.tries = u8::MAX;
+        return Ok(Reason::WaitingBackend);
+    }
+    if flags & (SYN | ACK) != SYN | ACK {
+        // Left over from an earlier connection of these ports: RST ends it (RFC 9293 section 3.5.2).
+        reply::reset(frame, p)?;
+        return Ok(Reason::ResetBackend);
+    }
+    syn::read_options(frame, p)?;
+    let parsed = &scratch()?.parsed;
+    let frontend = services::frontend(flow.frontend as u32)?;
+    let slot = stash::slot(forward.slot)?;
+    let key = flows::peer_key(flow, p.key.proto);
+    let ours = slot.key == key && slot.stage == STAGE_BOUND;
+
+    let isn = forward.seq_add;
+    let header = if ours { (ROOM as u32).wrapping_sub(slot.start) } else { isn.wrapping_sub(ack).wrapping_add(1) };
+    if header > ROOM as u32 || ack.wrapping_add(header) != isn.wrapping_add(1) {
+        reply::reset(frame, p)?;
+        return Ok(Reason::ResetBackend);
+    }
+    let [client_wscale, client_sack, client_ts, _] = forward.ts_add.to_ne_bytes();
+    let delta = seq.wrapping_sub(flow.seq_add);
+    forward.seq_add = delta;
+    flow.seq_add = 0_u32.wrapping_sub(delta);
+    forward.ts_add = 0;
+    flow.ts_add = 0;
+    let mut refuses = 0;
+    let mut flags = 0;
+    if client_ts != 0 {
+        if parsed.ts != 0 {
+            // Toward the client our clock began at its ISN.
+            flow.ts_add = isn.wrapping_sub(parsed.tsval);
+            forward.ts_add = 0_u32.wrapping_sub(flow.ts_add);
+        } else {
+            flags |= FLAG_NO_TS;
+            refuses |= FRONTEND_NO_TS;
+        }
+    }
+    if client_sack != 0 && parsed.sack == 0 {
+        flags |= FLAG_NO_SACK;
+        refuses |= FRONTEND_NO_SACK;
+    }
+    if client_wscale != NO_WSCALE {
+        let told = frontend.wscale as i8;
+        if parsed.wscale == NO_WSCALE {
+            refuses |= FRONTEND_NO_WSCALE;
+            forward.win_shift = client_wscale as i8;
+            flow.win_shift = 0_i8.wrapping_sub(told);
+        } else {
+            forward.win_shift = 0;
+            flow.win_shift = (parsed.wscale as i8).wrapping_sub(told);
+        }
+    }
+    if frontend.flags & refuses != refuses {
+        // From now on clients are not offered what this service's backends do not have.
+        frontend.flags |= refuses;
+    }
+    let learn = if flow.flags & FLAG_SECURE != 0 { FLAG_LEARN } else { 0 };
+    forward.flags = (forward.flags | flags) & !FLAG_SYN_SENT;
+    flow.flags = (flow.flags | learn) & !FLAG_SYN_SENT;
+    counters::backend(flow.backend, |stats| stats.established += 1);
+
+    if ours {
+        slot.window = scale_window(slot.window, forward.win_shift);
+        slot.peer_isn = seq;
+        slot.peer_ts = parsed.tsval;
+        slot.ts = client_ts & parsed.ts;
+        slot.chunk = chunk(parsed.mss, flow.backend, key.src.is_v4(), slot.ts != 0);
+        // Checksums are taken over whole words: what follows the data must be zero.
+        let end = ROOM + (slot.len as usize & 0x1fff);
+        if end <= slot.buf.len() - 4 {
+            for i in 0..4 {
+                // SAFETY: `end + 3` lies within `buf`.
+                unsafe { *slot.buf.as_mut_ptr().add(end + i) = 0 };
+            }
+        }
+        slot.stage = STAGE_REPLAYED;
+    }
+    replay(frame, p, flow, &key)
+}
+
+/// Sends the stashed data, or a bare ACK when they are gone: then the client's retransmission
+/// brings them.
+#[inline(never)]
+pub fn replay(frame: &Frame, p: &Parsed, flow: &Flow, key: &FlowKey) -> Result<Reason, Reason> {
+    let slot = stash::slot(flow.slot)?;
+    if slot.key == *key && slot.stage == STAGE_REPLAYED && globals()?.flags & GLOBAL_NO_CLONES == 0 {
+        slot.emitted = 0;
+        let backend =
+            services::endpoint(flow.backend, key.src.is_v4()).ok_or(Reason::NoBackend)?;
+        emit::broadcast(frame, flow.slot, backend.replay as u32)?;
+        return Ok(Reason::Replayed);
+    }
+    acknowledge(frame, p, slot, key)
+}
+
+#[inline(always)]
+fn acknowledge(frame: &Frame, p: &Parsed, slot: &Slot, key: &FlowKey) -> Result<Reason, Reason> {
+    let tcp = frame.view().ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
+    // SAFETY: `ptr` checked the bounds.
+    let (seq, ack) = unsafe { (u32::from_be((*tcp).seq), u32::from_be((*tcp).ack)) };
+    let parsed = &scratch()?.parsed;
+    let known = slot.key == *key;
+    let answer = reply::Segment {
+        seq: ack,
+        ack: seq.wrapping_add(1),
+        flags: ACK,
+        window: if known { slot.window } else { SOME_WINDOW },
+        ts: parsed.ts,
+        tsval: parsed.tsecr,
+        tsecr: parsed.tsval,
+    };
+    reply::segment(frame, p, &answer)?;
+    Ok(Reason::AckedBackend)
+}
+
+/// Stream bytes of a segment to a backend: its MSS, no more than the route's MTU, in whole words.
+#[inline(always)]
+fn chunk(mss: u16, backend: u32, v4: bool, ts: bool) -> u32 {
+    let mtu = services::endpoint(backend, v4).map_or(0, |e| e.mtu);
+    let headers = if v4 { 40 } else { 60 };
+    let by_mtu = if mtu < 576 { 1500 - headers } else { mtu - headers };
+    let mut size = (if mss < by_mtu { mss } else { by_mtu }) as u32;
+    if ts {
+        size -= 12;
+    }
+    size = size.clamp(64, 1460);
+    size & !3
+}
+
+/// The bytes of a packet, as the parsers read them.
+struct Copy<'a> {
+    scratch: &'a Scratch,
+    len: usize,
+}
+
+impl Bytes for Copy<'_> {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.len
+    }
+    #[inline(always)]
+    fn byte(&self, at: usize) -> Option<u8> {
+        let at = dispatcher_common::opaque::opaque(at as u64) as usize;
+        if at >= PAYLOAD || at >= self.len {
+            return None;
+        }
+        // SAFETY: `at` is below the size of `payload`.
+        Some(unsafe { *self.scratch.payload.as_ptr().add(at) })
+    }
+    #[inline(always)]
+    fn salt(&self) -> u64 {
+        self.scratch.salt
+    }
+}
+
+/// Reads the ServerHello in the first packet with payload and learns its session ID. True when the
+/// packet had payload.
+#[inline(never)]
+pub fn learn(frame: &Frame, p: &Parsed, flow: &Flow) -> bool {
+    let Ok(scratch) = scratch() else { return false };
+    let view = frame.view();
+    let Some(tcp) = view.ptr::<Tcp>(p.l4()) else { return false };
+    // SAFETY: `ptr` checked the bounds.
+    let at = p.l4() + unsafe { (*tcp).offset >> 4 } as usize * 4;
+    let Some(end) = packet_end(view, p) else { return false };
+    if end <= at {
+        return false;
+    }
+    let mut len = end - at;
+    if len > PAYLOAD - 1 {
+        len = PAYLOAD - 1;
+    }
+    let len = dispatcher_common::opaque::opaque(len as u64) as usize & (PAYLOAD - 1);
+    if len == 0 || !frame.load(at, scratch.payload.as_mut_ptr(), len) {
+        return true;
+    }
+    let Ok(frontend) = services::frontend(flow.frontend as u32) else { return true };
+    let mut id = [0_u8; 32];
+    let mut id_len = 0_u8;
+    let hello = tls::server_hello(&Copy { scratch, len }, &mut id, &mut id_len);
+    if id_len == 0 {
+        return true;
+    }
+    scratch.session_key.service = frontend.service;
+    scratch.session_key.kind = KIND_TLS_SESSION_ID;
+    scratch.session_key.len = id_len;
+    scratch.session_key.pad = [0; 2];
+    scratch.session_key.id = id;
+    match hello {
+        ServerHello::Tls12(_) => {
+            let Some(backend) = services::endpoint(flow.backend, p.is_v4()) else { return true };
+            if sessions::confirm(&scratch.session_key, &mut scratch.session, backend.id, frontend) {
+                counters::backend(flow.backend, |stats| stats.learned += 1);
+            }
+        }
+        // The client made the ID up for middleboxes (RFC 8446 appendix D.4): it will never return.
+        ServerHello::Tls13 => sessions::forget_provisional(&scratch.session_key),
+        ServerHello::Unknown => {}
+    }
+    true
+}
+
+/// Ends both entries of a flow: the next SYN begins a new one.
+#[inline(always)]
+pub fn end(flow: &mut Flow, proto: u32) {
+    flow.flags |= FLAG_RST;
+    if let Some(peer) = flows::peer(flow, proto) {
+        peer.flags |= FLAG_RST;
+    }
+}

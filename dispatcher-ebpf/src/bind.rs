@@ -1,0 +1,382 @@
+//! First data -> backend: session lookup, balancing, flow entries, and the SYN.
+
+use aya_ebpf::{macros::map, maps::RingBuf};
+use dispatcher_common::{
+    abi,
+    addr::Addr,
+    event::{EVENT_HELD, EVENT_MISS, EVENT_REFUSED, Event},
+    flow::{
+        FLAG_HIT, FLAG_SECURE, FLAG_SYN_SENT, FLAG_TO_BACKEND, FLAG_VLAN, Flow, FlowKey, Link, is_closed,
+        ports_of, ports_swapped,
+    },
+    globals::{GLOBAL_NO_CLONES, HEARTBEAT_LIMIT_NS},
+    proxy::{self, ROOM, ROOM_WORDS},
+    reason::Reason,
+    service::{Backend, FRONTEND_MISS_DAEMON, FRONTEND_PROXY_V2, FRONTEND_SOURCE_DISPATCHER, Frontend},
+    stash::{STAGE_BOUND, STAGE_HELD, Slot},
+};
+
+use crate::{
+    counters, emit, flows,
+    globals::{globals, now, now_ns, scratch},
+    packet::Frame,
+    services, sessions, stash,
+};
+
+#[map]
+static EVENTS: RingBuf = RingBuf::with_byte_size(abi::EVENTS_BYTES, 0);
+
+/// SYNs to a backend that does not answer before another one is tried.
+const TRIES_MAX: u8 = 3;
+/// Ports tried in the source pool for one connection.
+const PORT_TRIES: u32 = 8;
+/// No backend is to be avoided.
+const NO_BACKEND: u32 = u32::MAX;
+
+/// Binds a slot whose content is enough to decide.
+#[inline(always)]
+pub fn first(frame: &Frame, slot: &mut Slot, index: u32) -> Result<Reason, Reason> {
+    bind(frame, slot, index, NO_BACKEND, true)
+}
+
+/// Binds a held slot that the daemon left alone for too long.
+#[inline(always)]
+pub fn by_table(frame: &Frame, slot: &mut Slot, index: u32) -> Result<Reason, Reason> {
+    bind(frame, slot, index, NO_BACKEND, false)
+}
+
+/// Binds a held slot to the daemon's pick.
+#[inline(always)]
+pub fn to(frame: &Frame, slot: &mut Slot, index: u32, backend: u32) -> Result<Reason, Reason> {
+    bind(frame, slot, index, backend, false)
+}
+
+/// Sends the SYN of a bound slot again, to another backend if this one does not answer.
+#[inline(always)]
+pub fn again(frame: &Frame, slot: &mut Slot, index: u32) -> Result<Reason, Reason> {
+    bind(frame, slot, index, NO_BACKEND, true)
+}
+
+#[inline(never)]
+fn bind(frame: &Frame, slot: &mut Slot, index: u32, pick: u32, may_hold: bool) -> Result<Reason, Reason> {
+    let frontend = services::frontend(slot.frontend)?;
+    let mut avoid = NO_BACKEND;
+    if let Some(flow) = flows::get(&slot.key)
+        && flow.flags & FLAG_SYN_SENT != 0
+    {
+        if flow.tries < TRIES_MAX && services::endpoint_up(flow.backend, slot.key.src.is_v4()).is_some() {
+            return repeat(frame, slot, index, flow);
+        }
+        avoid = flow.backend;
+        refused(slot.frontend, avoid, &slot.key);
+    }
+    let reason = if pick != NO_BACKEND {
+        slot.backend = pick;
+        Reason::Released
+    } else {
+        choose(slot, index, frontend, avoid, may_hold)?
+    };
+    if reason as u32 == Reason::Held as u32 {
+        return Ok(reason);
+    }
+    open_slot(slot, index, frontend, reason)?;
+    let reason_kind = reason as u32;
+    let secure = slot.flags & FLAG_SECURE != 0;
+    let known = slot.session.len != 0;
+    counters::backend(slot.backend, |stats| {
+        stats.connections += 1;
+        if reason_kind == Reason::BoundHit as u32 {
+            stats.hits += 1;
+        } else if !secure {
+            stats.nonsecure += 1;
+        } else if known {
+            stats.misses += 1;
+        } else {
+            stats.fresh += 1;
+        }
+    });
+    send_syn(frame, slot, index)?;
+    Ok(reason)
+}
+
+/// Sends the slot's SYN: in this frame if it has the room, else in a clone.
+#[inline(always)]
+fn send_syn(frame: &Frame, slot: &mut Slot, index: u32) -> Result<(), Reason> {
+    slot.stage = STAGE_BOUND;
+    slot.emitted = 0;
+    match emit::syn(frame, slot) {
+        Ok(()) => {
+            frame.redirect(slot.link.ifindex);
+            Ok(())
+        }
+        Err(reason) => {
+            if globals()?.flags & GLOBAL_NO_CLONES != 0 {
+                return Err(reason);
+            }
+            let endpoint =
+                services::endpoint(slot.backend, slot.key.src.is_v4()).ok_or(Reason::NoBackend)?;
+            emit::broadcast(frame, index, endpoint.replay as u32)
+        }
+    }
+}
+
+/// The same backend once more: the slot may be a new one, so everything comes from the flow.
+#[inline(always)]
+fn repeat(frame: &Frame, slot: &mut Slot, index: u32, flow: &mut Flow) -> Result<Reason, Reason> {
+    let frontend = services::frontend(slot.frontend)?;
+    flow.tries = flow.tries.wrapping_add(1);
+    flow.slot = index;
+    slot.backend = flow.backend;
+    slot.src = flow.src;
+    slot.dst = flow.dst;
+    slot.ports = flow.ports;
+    slot.link = flow.link;
+    if let Some(peer) = flows::peer(flow, slot.key.proto) {
+        peer.slot = index;
+        peer.seq_add = slot.cookie;
+    }
+    flow.seq_add = slot.isn;
+    proxy_header(slot, frontend);
+    send_syn(frame, slot, index)?;
+    Ok(Reason::SynRepeated)
+}
+
+/// Decides on a backend: the session's, or the daemon's later, or the table's.
+#[inline(never)]
+fn choose(
+    slot: &mut Slot,
+    index: u32,
+    frontend: &Frontend,
+    avoid: u32,
+    may_hold: bool,
+) -> Result<Reason, Reason> {
+    let v4 = slot.key.src.is_v4();
+    slot.session.len = 0;
+    if slot.flags & FLAG_SECURE != 0 {
+        stash::read_session_id(slot, frontend.service);
+    }
+    let known = slot.session.len != 0;
+    if known {
+        let now = now();
+        if let Some(session) = sessions::get(&slot.session, now)
+            && let Some(backend) = services::backend_of_id(session.backend)
+            && backend != avoid
+            && services::endpoint_up(backend, v4).is_some()
+        {
+            sessions::touch(session, frontend, now);
+            slot.backend = backend;
+            return Ok(Reason::BoundHit);
+        }
+    }
+    let hash = (stash::mix(&slot.key) >> 16) as u32 ^ slot.isn;
+    let mut backend = services::pick(frontend, hash, v4, avoid)?;
+    if may_hold && frontend.flags & FRONTEND_MISS_DAEMON != 0 && avoid == NO_BACKEND {
+        let age = now_ns().wrapping_sub(globals()?.heartbeat);
+        if age < HEARTBEAT_LIMIT_NS && tell(EVENT_HELD, slot.frontend, backend, index, slot) {
+            slot.stage = STAGE_HELD;
+            return Ok(Reason::Held);
+        }
+    }
+    let mut reason = if slot.flags & FLAG_SECURE == 0 {
+        Reason::BoundNonsecure
+    } else if known {
+        Reason::BoundMiss
+    } else {
+        Reason::BoundFresh
+    };
+    if known {
+        let id = services::endpoint(backend, v4).ok_or(Reason::NoBackend)?.id;
+        let winner = sessions::add_provisional(&slot.session, &mut scratch()?.session, id, frontend);
+        // Another first request with this identifier was faster: follow it.
+        if let Some(winner) = winner
+            && winner != id
+            && let Some(other) = services::backend_of_id(winner)
+            && other != avoid
+            && services::endpoint_up(other, v4).is_some()
+        {
+            backend = other;
+            reason = Reason::BoundHit;
+        } else if winner.is_none() {
+            tell(EVENT_MISS, slot.frontend, backend, index, slot);
+        }
+    }
+    slot.backend = backend;
+    Ok(reason)
+}
+
+/// Writes an event; false when the ring is full.
+#[inline(always)]
+fn tell(kind: u32, frontend: u32, backend: u32, index: u32, slot: &Slot) -> bool {
+    let Some(mut entry) = EVENTS.reserve::<Event>(0) else { return false };
+    entry.write(Event { kind, frontend, backend, slot: index, flow: slot.key, session: slot.session });
+    entry.submit(0);
+    true
+}
+
+/// Notes that a backend refused or did not answer a connection.
+#[inline(never)]
+pub fn refused(frontend: u32, backend: u32, flow: &FlowKey) {
+    counters::backend(backend, |stats| stats.refused += 1);
+    if let Some(mut entry) = EVENTS.reserve::<Event>(0) {
+        entry.write(Event {
+            kind: EVENT_REFUSED,
+            frontend,
+            backend,
+            slot: 0,
+            flow: *flow,
+            session: dispatcher_common::session::SessionKey {
+                service: 0,
+                kind: 0,
+                len: 0,
+                pad: [0; 2],
+                id: [0; 32],
+            },
+        });
+        entry.submit(0);
+    }
+}
+
+/// Makes the slot's flow entries and takes over what the SYN needs.
+#[inline(never)]
+fn open_slot(slot: &mut Slot, index: u32, frontend: &Frontend, reason: Reason) -> Result<(), Reason> {
+    let scratch = scratch()?;
+    let hit = if reason as u32 == Reason::BoundHit as u32 { FLAG_HIT } else { 0 };
+    let opening = Opening {
+        frontend: slot.frontend,
+        backend: slot.backend,
+        flags: FLAG_SYN_SENT | (slot.flags & FLAG_SECURE) | hit,
+        slot: index,
+        isn: slot.isn,
+        cookie: slot.cookie,
+        client: u32::from_ne_bytes([slot.wscale, slot.sack, slot.ts, 0]),
+    };
+    open(&slot.key, &slot.client, frontend, &opening)?;
+    slot.src = scratch.forward.src;
+    slot.dst = scratch.forward.dst;
+    slot.ports = scratch.forward.ports;
+    slot.link = scratch.forward.link;
+    proxy_header(slot, frontend);
+    Ok(())
+}
+
+#[inline(always)]
+fn proxy_header(slot: &mut Slot, frontend: &Frontend) {
+    slot.start = ROOM as u32;
+    if frontend.flags & FRONTEND_PROXY_V2 != 0 {
+        let room = slot.buf.as_mut_ptr().cast::<[u32; ROOM_WORDS]>();
+        // SAFETY: `buf` begins with ROOM bytes, at an offset of the slot that is a multiple of 64.
+        slot.start = ROOM as u32 - proxy::write(&slot.key, unsafe { &mut *room });
+    }
+}
+
+/// What makes two flow entries, beside the client's packet.
+pub struct Opening {
+    /// Index of the frontend.
+    pub frontend: u32,
+    /// Backend index.
+    pub backend: u32,
+    /// `FLAG_*` of both entries.
+    pub flags: u32,
+    /// Stash slot.
+    pub slot: u32,
+    /// The client's initial sequence number; waits in the forward entry's `seq_add` for the SYN-ACK.
+    pub isn: u32,
+    /// Ours; waits in the backward entry's `seq_add`.
+    pub cookie: u32,
+    /// What the client agreed to (window scale, SACK, timestamps); waits in the forward entry's `ts_add`.
+    pub client: u32,
+}
+
+/// Makes both flow entries of a connection. They are left in scratch memory for the caller.
+#[inline(never)]
+pub fn open(key: &FlowKey, client: &Link, frontend: &Frontend, opening: &Opening) -> Result<(), Reason> {
+    let scratch = scratch()?;
+    let v4 = key.src.is_v4();
+    let backend = services::endpoint_up(opening.backend, v4).ok_or(Reason::NoBackend)?;
+    let tags = client.vlans[0] | backend.link.vlans[0];
+    let flags = opening.flags | if tags != 0 { FLAG_VLAN } else { 0 };
+    let now = now();
+    let (client_port, _) = ports_of(key.ports);
+
+    let forward = &mut scratch.forward;
+    *forward = Flow {
+        link: backend.link,
+        generation: globals()?.generation,
+        flags: flags | FLAG_TO_BACKEND,
+        src: key.src,
+        dst: backend.addr,
+        ports: join(client_port.to_be(), backend.port),
+        seq_add: opening.isn,
+        ts_add: opening.client,
+        l4_delta: 0,
+        ip_delta: 0,
+        win_shift: 0,
+        tries: 1,
+        frontend: opening.frontend as u16,
+        backend: opening.backend,
+        slot: opening.slot,
+        created: now,
+        reserved: [0; 2],
+    };
+    let backward = &mut scratch.backward;
+    *backward = *forward;
+    backward.link = *client;
+    backward.flags = flags;
+    backward.src = key.dst;
+    backward.dst = key.src;
+    backward.ports = ports_swapped(key.ports);
+    backward.seq_add = opening.cookie;
+    backward.ts_add = 0;
+
+    if frontend.flags & FRONTEND_SOURCE_DISPATCHER != 0 {
+        from_pool(key, frontend, backend)?;
+    } else {
+        scratch.backward_key = flows::peer_key(&scratch.forward, key.proto);
+        flows::set_deltas(&scratch.backward_key, &mut scratch.backward);
+        flows::put(&scratch.backward_key, &scratch.backward)?;
+    }
+    flows::set_deltas(key, &mut scratch.forward);
+    flows::put(key, &scratch.forward)
+}
+
+/// Finds a free source address and port, and takes it with the backward entry.
+#[inline(never)]
+fn from_pool(key: &FlowKey, frontend: &Frontend, backend: &Backend) -> Result<(), Reason> {
+    let scratch = scratch()?;
+    let range = (frontend.port_max as u32).wrapping_sub(frontend.port_min as u32).wrapping_add(1) & 0x1ffff;
+    if range == 0 {
+        return Err(Reason::NoSourcePort);
+    }
+    // Starts anywhere, so that a port rests before it is used again.
+    let mut hash = (stash::mix(key) as u32).wrapping_add(now_ns() as u32);
+    for _ in 0..PORT_TRIES {
+        let Some(addr) = services::source(frontend, hash) else { return Err(Reason::NoSourcePort) };
+        let port = frontend.port_min.wrapping_add(((hash >> 8) % range) as u16);
+        set_source(&mut scratch.forward, addr, port, backend.port);
+        scratch.backward_key = flows::peer_key(&scratch.forward, key.proto);
+        flows::set_deltas(&scratch.backward_key, &mut scratch.backward);
+        if flows::add(&scratch.backward_key, &scratch.backward) {
+            return Ok(());
+        }
+        if let Some(old) = flows::get(&scratch.backward_key)
+            && is_closed(old.flags)
+        {
+            return flows::put(&scratch.backward_key, &scratch.backward);
+        }
+        hash = hash.wrapping_mul(0x9e37_79b1).wrapping_add(0x85eb_ca6b);
+    }
+    Err(Reason::NoSourcePort)
+}
+
+#[inline(always)]
+fn set_source(forward: &mut Flow, addr: Addr, port: u16, backend_port: u16) {
+    forward.src = addr;
+    forward.ports = join(port.to_be(), backend_port);
+}
+
+/// A ports word of two ports as on the wire.
+#[inline(always)]
+fn join(src: u16, dst: u16) -> u32 {
+    let (s, d) = (src.to_ne_bytes(), dst.to_ne_bytes());
+    u32::from_ne_bytes([s[0], s[1], d[0], d[1]])
+}

@@ -1,0 +1,146 @@
+//! Packets of known flows that are not plain data: handshake, SYN, FIN, RST, tags, a ServerHello.
+
+use dispatcher_common::{
+    flow::{
+        FLAG_FIN, FLAG_FIN_PEER, FLAG_L4, FLAG_LEARN, FLAG_RESYN, FLAG_SYN_SENT, FLAG_TO_BACKEND, Flow,
+        is_closed,
+    },
+    reason::Reason,
+    tcp::{ACK, FIN, RST, SYN},
+};
+
+use crate::{
+    answer, flows,
+    globals::globals,
+    packet::{Frame, Tcp},
+    parse::{Parsed, packet_end},
+    pipeline, reply,
+    rewrite::{self, leave},
+    services, stash,
+};
+
+/// Handles a packet that the fast path leaves.
+#[inline(never)]
+pub fn handle(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Result<Reason, Reason> {
+    let to_backend = flow.flags & FLAG_TO_BACKEND != 0;
+    if to_backend {
+        refresh(p, flow)?;
+    }
+    if !p.is_tcp() {
+        return forward(frame, p, flow, rewrite::direction(flow));
+    }
+    let tcp = frame.view().ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
+    // SAFETY: `ptr` checked the bounds.
+    let flags = unsafe { (*tcp).flags };
+    let opens = flags & (SYN | ACK) == SYN;
+    if flow.flags & FLAG_SYN_SENT != 0 {
+        return if to_backend { waiting(frame, p, flow, flags) } else { answer::to_syn(frame, p, flow) };
+    }
+    if to_backend && opens && is_closed(flow.flags) {
+        // The same addresses and ports again, after the end of the old connection.
+        return pipeline::new_connection(frame, p);
+    }
+    if flow.flags & FLAG_L4 == 0 {
+        if to_backend && opens {
+            // On a living flow only the backend can say whether it lives: it answers with a
+            // challenge ACK (RFC 5961 section 4.2), or does not know the flow any more.
+            flow.flags |= FLAG_RESYN;
+            if let Some(peer) = flows::peer(flow, p.key.proto) {
+                peer.flags |= FLAG_RESYN;
+            }
+            return forward(frame, p, flow, Reason::Control);
+        }
+        if !to_backend && flags & (SYN | ACK) == SYN | ACK {
+            if flow.flags & FLAG_RESYN != 0 {
+                // It took the SYN for a new connection, which our client does not know of.
+                answer::end(flow, p.key.proto);
+                reply::reset(frame, p)?;
+                return Ok(Reason::ResetBackend);
+            }
+            // Our ACK or the data were lost: once more.
+            let key = flows::peer_key(flow, p.key.proto);
+            crate::syn::read_options(frame, p)?;
+            return answer::replay(frame, p, flow, &key);
+        }
+        if !to_backend && flow.flags & FLAG_RESYN != 0 {
+            if flags & RST != 0 {
+                answer::end(flow, p.key.proto);
+                return Ok(Reason::StaleFlow);
+            }
+            flow.flags &= !FLAG_RESYN;
+            if let Some(peer) = flows::peer(flow, p.key.proto) {
+                peer.flags &= !FLAG_RESYN;
+            }
+        }
+    }
+    if !to_backend && flow.flags & FLAG_LEARN != 0 && answer::learn(frame, p, flow) {
+        flow.flags &= !FLAG_LEARN;
+    }
+    let mut reason = rewrite::direction(flow);
+    if flags & (SYN | FIN | RST) != 0 {
+        reason = Reason::Control;
+        if flags & RST != 0 {
+            answer::end(flow, p.key.proto);
+        } else if flags & FIN != 0 {
+            flow.flags |= FLAG_FIN;
+            if let Some(peer) = flows::peer(flow, p.key.proto) {
+                peer.flags |= FLAG_FIN_PEER;
+            }
+        }
+    }
+    forward(frame, p, flow, reason)
+}
+
+/// The backend's neighbour may have changed since the flow was last used.
+#[inline(always)]
+fn refresh(p: &Parsed, flow: &mut Flow) -> Result<(), Reason> {
+    let generation = globals()?.generation;
+    if flow.generation != generation {
+        if let Some(backend) = services::endpoint(flow.backend, p.is_v4())
+            && backend.addr == flow.dst
+            && backend.link.ifindex != 0
+        {
+            flow.link = backend.link;
+        }
+        flow.generation = generation;
+    }
+    Ok(())
+}
+
+/// A client's packet while the backend has not answered.
+#[inline(always)]
+fn waiting(frame: &Frame, p: &Parsed, flow: &mut Flow, flags: u8) -> Result<Reason, Reason> {
+    if flags & RST != 0 {
+        answer::end(flow, p.key.proto);
+        flow.flags &= !FLAG_SYN_SENT;
+        return Ok(Reason::ResetIgnored);
+    }
+    if flags & SYN != 0 {
+        return pipeline::new_connection(frame, p);
+    }
+    if has_payload(frame, p) {
+        return stash::first_data(frame, p, flow.frontend as u32);
+    }
+    Ok(Reason::WaitingBackend)
+}
+
+/// True when a TCP packet carries data.
+#[inline(always)]
+pub fn has_payload(frame: &Frame, p: &Parsed) -> bool {
+    let view = frame.view();
+    let Some(tcp) = view.ptr::<Tcp>(p.l4()) else { return false };
+    // SAFETY: `ptr` checked the bounds.
+    let at = p.l4() + unsafe { (*tcp).offset >> 4 } as usize * 4;
+    match packet_end(view, p) {
+        Some(end) => end > at,
+        None => false,
+    }
+}
+
+/// Translates and sends on, with whatever tags.
+#[inline(never)]
+pub fn forward(frame: &Frame, p: &Parsed, flow: &Flow, reason: Reason) -> Result<Reason, Reason> {
+    rewrite::translate(frame, frame.view(), p, flow)?;
+    leave(frame, p, &flow.link)?;
+    Ok(reason)
+}

@@ -1,0 +1,77 @@
+//! The daemon's one record for all packets, time, and scratch memory.
+
+use aya_ebpf::{
+    helpers::generated::bpf_ktime_get_coarse_ns,
+    macros::map,
+    maps::{Array, PerCpuArray},
+};
+use dispatcher_common::{
+    flow::{Flow, FlowKey},
+    globals::Globals,
+    reason::Reason,
+    session::{Session, SessionKey},
+    tcp::{OptionBytes, Options},
+};
+
+#[map]
+static GLOBALS: Array<Globals> = Array::with_max_entries(1, 0);
+#[map]
+static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+/// Bytes of the payload buffer.
+pub const PAYLOAD: usize = 4096;
+
+/// Memory for what does not fit the stack of 512 bytes, one a CPU. Valid within one program run.
+#[repr(C)]
+pub struct Scratch {
+    /// A segment's payload.
+    pub payload: [u8; PAYLOAD],
+    /// A TCP header with options, or options before their translation.
+    pub old: OptionBytes,
+    /// Options after their translation.
+    pub options: OptionBytes,
+    /// A frame's headers: IP at offset 32, what is before it right-aligned.
+    pub header: [u32; 48],
+    /// What the options say.
+    pub parsed: Options,
+    /// Entry toward the backend.
+    pub forward: Flow,
+    /// Entry toward the client.
+    pub backward: Flow,
+    /// Key of the entry toward the client.
+    pub backward_key: FlowKey,
+    /// Key of a session.
+    pub session_key: SessionKey,
+    /// A session to be written.
+    pub session: Session,
+    /// Something that the verifier does not know.
+    pub salt: u64,
+}
+
+/// The record.
+#[inline(always)]
+pub fn globals() -> Result<&'static Globals, Reason> {
+    GLOBALS.get(0).ok_or(Reason::Internal)
+}
+
+/// This CPU's scratch memory.
+#[inline(always)]
+pub fn scratch() -> Result<&'static mut Scratch, Reason> {
+    let scratch = SCRATCH.get_ptr_mut(0).ok_or(Reason::Internal)?;
+    // SAFETY: the entry belongs to this CPU; each stage uses it as plain memory and hands no
+    // reference to another run of the program.
+    Ok(unsafe { &mut *scratch })
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC, a tick coarse.
+#[inline(always)]
+pub fn now_ns() -> u64 {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_ktime_get_coarse_ns() }
+}
+
+/// Seconds of CLOCK_MONOTONIC.
+#[inline(always)]
+pub fn now() -> u32 {
+    (now_ns() / 1_000_000_000) as u32
+}

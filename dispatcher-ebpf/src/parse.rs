@@ -1,0 +1,193 @@
+//! Frame -> addresses, ports and offsets.
+
+use dispatcher_common::{addr::Addr, flow::FlowKey, opaque::opaque, reason::Reason};
+
+use crate::packet::{Frame, Ipv4, Ipv6, MACS, Tcp, Udp, View};
+
+/// TCP.
+pub const TCP: u32 = 6;
+/// UDP.
+pub const UDP: u32 = 17;
+/// ICMP.
+pub const ICMP: u32 = 1;
+/// ICMP for IPv6.
+pub const ICMP6: u32 = 58;
+
+const IPV4: u16 = 0x0800_u16.to_be();
+const IPV6: u16 = 0x86dd_u16.to_be();
+const VLAN: u16 = 0x8100_u16.to_be();
+const QINQ: u16 = 0x88a8_u16.to_be();
+/// More fragments, or an offset (RFC 791).
+const FRAGMENT: u16 = 0x3fff_u16.to_be();
+/// Ethertype after two tags that is a third: drop.
+const TAGS_MAX: u32 = 2;
+
+/// What the later stages need to know of a packet.
+#[derive(Clone, Copy)]
+pub struct Parsed {
+    /// Addresses, ports, protocol.
+    pub key: FlowKey,
+    l3: u32,
+    l4: u32,
+    /// VLAN tags, 0-2.
+    pub tags: u32,
+    /// 1: IPv4, 0: IPv6.
+    pub v4: u32,
+    /// 1: a fragment.
+    pub fragment: u32,
+}
+
+impl Parsed {
+    /// Nothing known yet.
+    #[inline(always)]
+    pub fn empty() -> Self {
+        Self {
+            key: FlowKey {
+                src: Addr { words: [0; 4] },
+                dst: Addr { words: [0; 4] },
+                ports: 0,
+                proto: 0,
+            },
+            l3: 0,
+            l4: 0,
+            tags: 0,
+            v4: 0,
+            fragment: 0,
+        }
+    }
+
+    /// Offset of the IP header. The mask tells the verifier what it cannot know of a stored value.
+    #[inline(always)]
+    pub fn l3(&self) -> usize {
+        opaque(self.l3 as u64) as usize & 0x1f
+    }
+
+    /// Offset of the transport header.
+    #[inline(always)]
+    pub fn l4(&self) -> usize {
+        opaque(self.l4 as u64) as usize & 0xff
+    }
+
+    /// True for IPv4.
+    #[inline(always)]
+    pub fn is_v4(&self) -> bool {
+        self.v4 != 0
+    }
+
+    /// True for TCP.
+    #[inline(always)]
+    pub fn is_tcp(&self) -> bool {
+        self.key.proto == TCP
+    }
+}
+
+/// Reads Ethernet and IP headers. Transport ports come later, see [`ports`], because packets that
+/// are not ours are passed whatever they hold.
+#[inline(always)]
+pub fn network(view: View, p: &mut Parsed) -> Result<(), Reason> {
+    let mut at = MACS;
+    let mut ethertype: u16 = view.read(at).ok_or(Reason::ShortFrame)?;
+    at += 2;
+    if ethertype == VLAN || ethertype == QINQ {
+        p.tags = 1;
+        ethertype = view.read(at + 2).ok_or(Reason::ShortFrame)?;
+        at += 4;
+        if ethertype == VLAN || ethertype == QINQ {
+            p.tags = TAGS_MAX;
+            ethertype = view.read(at + 2).ok_or(Reason::ShortFrame)?;
+            at += 4;
+            if ethertype == VLAN || ethertype == QINQ {
+                return Err(Reason::TooManyTags);
+            }
+        }
+    }
+    p.l3 = at as u32;
+    if ethertype == IPV4 {
+        let ip = view.ptr::<Ipv4>(at).ok_or(Reason::BadIp)?;
+        // SAFETY: `ptr` checked the bounds.
+        let ip = unsafe { &*ip };
+        let words = (ip.version & 0xf) as usize;
+        if ip.version >> 4 != 4 || words < 5 {
+            return Err(Reason::BadIp);
+        }
+        p.l4 = (at + words * 4) as u32;
+        p.v4 = 1;
+        p.fragment = (ip.fragment & FRAGMENT != 0) as u32;
+        p.key.src = Addr::from_v4_word(ip.src);
+        p.key.dst = Addr::from_v4_word(ip.dst);
+        p.key.proto = ip.proto as u32;
+        return Ok(());
+    }
+    if ethertype == IPV6 {
+        let ip = view.ptr::<Ipv6>(at).ok_or(Reason::BadIp)?;
+        // SAFETY: `ptr` checked the bounds.
+        let ip = unsafe { &*ip };
+        if ip.head & 0xf0_u32 != 0x60 {
+            return Err(Reason::BadIp);
+        }
+        p.l4 = (at + size_of::<Ipv6>()) as u32;
+        p.key.src = Addr { words: ip.src };
+        p.key.dst = Addr { words: ip.dst };
+        p.key.proto = ip.next as u32;
+        return Ok(());
+    }
+    Err(Reason::NotIp)
+}
+
+/// Skips IPv6 extension headers (RFC 8200 section 4) of a packet to or from one of our addresses.
+/// Returns the transport protocol and offset, and whether it is a fragment.
+#[inline(never)]
+pub fn extensions(frame: &Frame, p: &mut Parsed) -> bool {
+    let view = frame.view();
+    for _ in 0..6 {
+        let at = p.l4();
+        let Some([next, len]) = view.read::<[u8; 2]>(at) else { return false };
+        let size = match p.key.proto {
+            // hop-by-hop options, routing, destination options
+            0 | 43 | 60 => (len as usize + 1) * 8,
+            44 => {
+                p.fragment = 1;
+                8
+            }
+            _ => return true,
+        };
+        if at + size > 0xff - 60 {
+            return false;
+        }
+        p.key.proto = next as u32;
+        p.l4 = (at + size) as u32;
+    }
+    false
+}
+
+/// Reads the ports of TCP and UDP and checks that the header is there.
+#[inline(always)]
+pub fn ports(view: View, p: &mut Parsed) -> Result<(), Reason> {
+    let at = p.l4();
+    if p.key.proto == TCP {
+        let tcp = view.ptr::<Tcp>(at).ok_or(Reason::BadTransport)?;
+        // SAFETY: `ptr` checked the bounds.
+        p.key.ports = unsafe { (*tcp).ports };
+    } else {
+        let udp = view.ptr::<Udp>(at).ok_or(Reason::BadTransport)?;
+        // SAFETY: `ptr` checked the bounds.
+        p.key.ports = unsafe { (*udp).ports };
+    }
+    Ok(())
+}
+
+/// The end of the packet by its IP header: offset in the frame. `None` when the frame is shorter.
+#[inline(always)]
+pub fn packet_end(view: View, p: &Parsed) -> Option<usize> {
+    let l3 = p.l3();
+    let end = if p.is_v4() {
+        // SAFETY: `ptr` checked the bounds.
+        let len = unsafe { (*view.ptr::<Ipv4>(l3)?).len };
+        l3 + u16::from_be(len) as usize
+    } else {
+        // SAFETY: `ptr` checked the bounds.
+        let len = unsafe { (*view.ptr::<Ipv6>(l3)?).len };
+        l3 + size_of::<Ipv6>() + u16::from_be(len) as usize
+    };
+    if end > view.len() { None } else { Some(end) }
+}

@@ -1,0 +1,382 @@
+//! The first data of a connection: checked, kept, and bound once enough of it is there.
+
+use aya_ebpf::{macros::map, maps::Array};
+use dispatcher_common::{
+    abi, cookie,
+    flow::{FLAG_SECURE, FlowKey, Link},
+    opaque::opaque,
+    proxy::ROOM,
+    reason::Reason,
+    stash::{
+        BUF, OFFSET_MAX, PAYLOAD_MAX, SEGMENT_MAX, SLOT_LIFE_NS, STAGE_BOUND, STAGE_FILLING, STAGE_FREE,
+        STAGE_HELD, STAGE_REPLAYED, Slot,
+    },
+    tcp::ACK,
+    tls::{self, Bytes, Scan},
+};
+
+use crate::{
+    atomic::Word,
+    bind,
+    emit::sum_bytes,
+    globals::{globals, now_ns, scratch},
+    packet::{Frame, Ipv4, Ipv6, Tcp},
+    parse::{Parsed, packet_end},
+    reply::{self, pseudo},
+    services, syn,
+};
+
+#[map]
+static STASH: Array<Slot> = Array::with_max_entries(abi::DEFAULT_STASH_SLOTS, 0);
+
+/// Segments after which a hello that still is not whole is bound by what was seen.
+const SEGMENTS_MAX: u32 = 8;
+/// A held hello whose client retransmits after so long goes by the table, nanoseconds.
+const HELD_LIMIT_NS: u64 = 100_000_000;
+
+/// A slot by its number.
+#[inline(always)]
+pub fn slot(index: u32) -> Result<&'static mut Slot, Reason> {
+    let slot = STASH.get_ptr_mut(index).ok_or(Reason::Internal)?;
+    // SAFETY: array entries live as long as the map; `lock` decides who writes.
+    Ok(unsafe { &mut *slot })
+}
+
+/// Runs `work` with the slot locked, or not at all when another CPU has it.
+#[inline(always)]
+pub fn locked(
+    slot: &mut Slot,
+    work: impl FnOnce(&mut Slot) -> Result<Reason, Reason>,
+) -> Result<Reason, Reason> {
+    let lock = Word::new(&mut slot.lock);
+    if !lock.try_lock() {
+        return Err(Reason::StashBusy);
+    }
+    let result = work(slot);
+    lock.unlock();
+    result
+}
+
+/// A hash of a flow, for the choice of slots and table entries. Not secret: the cookie has been
+/// checked before it matters.
+#[inline(always)]
+pub fn mix(key: &FlowKey) -> u64 {
+    let mut h = key.ports as u64;
+    for i in 0..4 {
+        h = (h ^ key.src.words[i] as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        h ^= h >> 29;
+    }
+    h = (h ^ key.dst.words[3] as u64).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    h ^ h >> 32
+}
+
+/// The payload in a slot, as the parsers read it.
+struct Payload<'a> {
+    slot: &'a Slot,
+}
+
+impl Bytes for Payload<'_> {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.slot.len as usize
+    }
+    #[inline(always)]
+    fn byte(&self, at: usize) -> Option<u8> {
+        let at = opaque(at as u64) as usize;
+        if at >= BUF - ROOM || at >= self.slot.len as usize {
+            return None;
+        }
+        // SAFETY: `at` is below the length of the payload part of `buf`.
+        Some(unsafe { *self.slot.buf.as_ptr().add(ROOM + at) })
+    }
+    #[inline(always)]
+    fn salt(&self) -> u64 {
+        self.slot.stamp
+    }
+}
+
+/// A segment with payload: where it stands.
+struct Segment {
+    seq: u32,
+    ack: u32,
+    at: usize,
+    len: usize,
+    now: u64,
+}
+
+/// Takes a segment of a connection that is not established.
+#[inline(never)]
+pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Result<Reason, Reason> {
+    let globals = globals()?;
+    syn::read_options(frame, p)?;
+    let parsed = &scratch()?.parsed;
+    let view = frame.view();
+    let tcp = view.ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
+    // SAFETY: `ptr` checked the bounds.
+    let tcp = unsafe { &*tcp };
+    let at = p.l4() + (tcp.offset >> 4) as usize * 4;
+    let end = packet_end(view, p).ok_or(Reason::BadIp)?;
+    if end <= at {
+        return Err(Reason::BadTransport);
+    }
+    let segment = Segment {
+        seq: u32::from_be(tcp.seq),
+        ack: u32::from_be(tcp.ack),
+        at,
+        len: end - at,
+        now: now_ns(),
+    };
+    let our_isn = segment.ack.wrapping_sub(1);
+
+    let hash = mix(&p.key);
+    let first = hash as u32 & globals.stash_mask;
+    let second = (hash >> 32) as u32 & globals.stash_mask;
+    for index in [first, second] {
+        let slot = slot(index)?;
+        if slot.key == p.key
+            && slot.cookie == our_isn
+            && slot.stage != STAGE_FREE
+            && slot.stage != STAGE_REPLAYED
+        {
+            return locked(slot, |slot| take(frame, p, slot, index, &segment));
+        }
+    }
+
+    let mut isn = segment.seq.wrapping_sub(1);
+    let mut options = cookie::Options { mss: 0, wscale: 0, sack: false };
+    let mut worth = syn::check(globals, &p.key, isn, our_isn, &mut options);
+    if worth == syn::ADDRESS && parsed.ts != 0 {
+        // Our SYN-ACK's timestamp was the client's ISN: a later segment tells it.
+        isn = parsed.tsecr;
+        if (segment.seq.wrapping_sub(isn) as usize) < PAYLOAD_MAX {
+            worth = syn::check(globals, &p.key, isn, our_isn, &mut options);
+        }
+    }
+    if worth == syn::INVALID {
+        reply::reset(frame, p)?;
+        return Ok(Reason::ResetClient);
+    }
+    if worth != syn::FULL {
+        return Err(Reason::BeforeFirst);
+    }
+    for index in [first, second] {
+        let slot = slot(index)?;
+        let free = slot.stage == STAGE_FREE
+            || slot.stage == STAGE_REPLAYED
+            || slot.key == p.key
+            || segment.now.wrapping_sub(slot.stamp) > SLOT_LIFE_NS;
+        if free {
+            return locked(slot, |slot| {
+                claim(frame, p, slot, isn, our_isn);
+                slot.frontend = frontend;
+                slot.mss = cookie::mss_of(options.mss);
+                slot.wscale = options.wscale;
+                slot.sack = options.sack as u8;
+                take(frame, p, slot, index, &segment)
+            });
+        }
+    }
+    Err(Reason::StashFull)
+}
+
+/// Makes a slot this flow's.
+#[inline(always)]
+fn claim(frame: &Frame, p: &Parsed, slot: &mut Slot, isn: u32, our_isn: u32) {
+    slot.stage = STAGE_FILLING;
+    slot.key = p.key;
+    slot.isn = isn;
+    slot.cookie = our_isn;
+    slot.len = 0;
+    slot.ahead_end = 0;
+    slot.segments = 0;
+    slot.flags = 0;
+    slot.start = ROOM as u32;
+    slot.session.len = 0;
+    slot.client = client_link(frame, p);
+}
+
+/// How frames reach the sender of this one: back the way it came.
+#[inline(always)]
+pub fn client_link(frame: &Frame, p: &Parsed) -> Link {
+    let mut link = Link { ifindex: frame.ingress(), macs: [0; 3], vlans: [0; 2] };
+    let view = frame.view();
+    if let Some(m) = view.read::<[u16; 6]>(0) {
+        let word = |a: u16, b: u16| a as u32 | (b as u32) << 16;
+        link.macs = [word(m[3], m[4]), word(m[5], m[0]), word(m[1], m[2])];
+    }
+    if p.tags > 0
+        && let Some(tag) = view.read::<u32>(12)
+    {
+        link.vlans[0] = tag;
+    }
+    if p.tags > 1
+        && let Some(tag) = view.read::<u32>(16)
+    {
+        link.vlans[1] = tag;
+    }
+    link
+}
+
+/// Keeps a segment in a locked slot and goes on as far as the data allow.
+#[inline(never)]
+fn take(
+    frame: &Frame,
+    p: &Parsed,
+    slot: &mut Slot,
+    index: u32,
+    segment: &Segment,
+) -> Result<Reason, Reason> {
+    let scratch = scratch()?;
+    let stage = slot.stage;
+    let offset = segment.seq.wrapping_sub(slot.isn).wrapping_sub(1) as usize;
+    let len = segment.len;
+    if offset > OFFSET_MAX || len > SEGMENT_MAX || len == 0 || offset + len > PAYLOAD_MAX {
+        if stage == STAGE_FILLING && slot.len > 0 && offset < 0x8000 {
+            // Longer than the stash: bound by what was seen; the client sends the rest again.
+            slot.flags = FLAG_SECURE;
+            return bind::first(frame, slot, index);
+        }
+        return Err(Reason::StashBeyond);
+    }
+
+    // The checksum covers what will be sent with a checksum of ours: it must have been right.
+    let header = segment.at - p.l4();
+    if !(size_of::<Tcp>()..=60).contains(&header) || !frame.load(p.l4(), scratch.old.as_mut_ptr(), header) {
+        return Err(Reason::BadTransport);
+    }
+    if !frame.load(segment.at, scratch.payload.as_mut_ptr(), len) {
+        return Err(Reason::BadTransport);
+    }
+    for i in 0..3 {
+        scratch.payload[(len + i) & 4095] = 0;
+    }
+    let sum = sum_bytes(scratch.old.as_ptr(), header)
+        + sum_bytes(scratch.payload.as_ptr(), len)
+        + pseudo(p, header + len);
+    if dispatcher_common::checksum::fold(sum) != 0xffff {
+        return Err(Reason::BadChecksum);
+    }
+    // SAFETY: `offset` and `len` are bounded so that the segment lies in `buf`.
+    if !frame.load(segment.at, unsafe { slot.buf.as_mut_ptr().add(ROOM + offset) }, len) {
+        return Err(Reason::BadTransport);
+    }
+
+    let before = slot.len;
+    merge(slot, offset as u32, (offset + len) as u32)?;
+    slot.segments = slot.segments.wrapping_add(1);
+    slot.tsval = scratch.parsed.tsval;
+    slot.ts = scratch.parsed.ts;
+    note_header(frame, p, slot);
+    let age = segment.now.wrapping_sub(slot.stamp);
+    if stage != STAGE_HELD {
+        slot.stamp = segment.now;
+    }
+
+    match stage {
+        STAGE_BOUND => {
+            // The client repeats itself: the SYN or its answer was lost.
+            if slot.len == before { bind::again(frame, slot, index) } else { Ok(Reason::Stashed) }
+        }
+        STAGE_HELD => {
+            if age > HELD_LIMIT_NS { bind::by_table(frame, slot, index) } else { Ok(Reason::Stashed) }
+        }
+        _ => match tls::scan_client_hello(&Payload { slot }) {
+            Scan::NotTls => {
+                slot.flags = 0;
+                if slot.len == 0 { Ok(Reason::Stashed) } else { bind::first(frame, slot, index) }
+            }
+            Scan::Complete => {
+                slot.flags = FLAG_SECURE;
+                bind::first(frame, slot, index)
+            }
+            Scan::Partial => {
+                if slot.segments >= SEGMENTS_MAX {
+                    slot.flags = FLAG_SECURE;
+                    return bind::first(frame, slot, index);
+                }
+                if slot.len == before {
+                    return Ok(Reason::Stashed);
+                }
+                // A client that waits for an acknowledgment (Nagle) would never send the rest.
+                acknowledge(frame, p, slot)
+            }
+        },
+    }
+}
+
+/// Notes the fields of the client's headers that the backend shall see.
+#[inline(always)]
+fn note_header(frame: &Frame, p: &Parsed, slot: &mut Slot) {
+    let view = frame.view();
+    if let Some(tcp) = view.ptr::<Tcp>(p.l4()) {
+        // SAFETY: `ptr` checked the bounds.
+        slot.window = u16::from_be(unsafe { (*tcp).window });
+    }
+    if p.is_v4() {
+        if let Some(ip) = view.ptr::<Ipv4>(p.l3()) {
+            // SAFETY: `ptr` checked the bounds.
+            let ip = unsafe { &*ip };
+            slot.tos = ip.tos as u32;
+            slot.ttl = ip.ttl.wrapping_sub(1);
+        }
+    } else if let Some(ip) = view.ptr::<Ipv6>(p.l3()) {
+        // SAFETY: `ptr` checked the bounds.
+        let ip = unsafe { &*ip };
+        slot.tos = u32::from_be(ip.head) >> 20 & 0xff;
+        slot.ttl = ip.hops.wrapping_sub(1);
+    }
+}
+
+/// Adds a range to what the slot holds: a run from the start, and one piece ahead of it.
+#[inline(always)]
+fn merge(slot: &mut Slot, from: u32, to: u32) -> Result<(), Reason> {
+    if from > slot.len {
+        if slot.ahead_end == 0 {
+            slot.ahead_start = from;
+            slot.ahead_end = to;
+        } else if from <= slot.ahead_end && to >= slot.ahead_start {
+            slot.ahead_start = slot.ahead_start.min(from);
+            slot.ahead_end = slot.ahead_end.max(to);
+        } else {
+            return Err(Reason::BeforeFirst);
+        }
+        return Ok(());
+    }
+    slot.len = slot.len.max(to);
+    if slot.ahead_end != 0 && slot.ahead_start <= slot.len {
+        slot.len = slot.len.max(slot.ahead_end);
+        slot.ahead_end = 0;
+    }
+    Ok(())
+}
+
+/// Acknowledges what the slot holds so far.
+#[inline(always)]
+fn acknowledge(frame: &Frame, p: &Parsed, slot: &Slot) -> Result<Reason, Reason> {
+    let frontend = services::frontend(slot.frontend)?;
+    let room = PAYLOAD_MAX as u32 - slot.len;
+    let scale = if slot.wscale == cookie::NO_WSCALE { 0 } else { frontend.wscale as u32 & 15 };
+    let answer = reply::Segment {
+        seq: slot.cookie.wrapping_add(1),
+        ack: slot.isn.wrapping_add(1).wrapping_add(slot.len),
+        flags: ACK,
+        window: (room >> scale) as u16,
+        ts: slot.ts,
+        tsval: slot.isn,
+        tsecr: slot.tsval,
+    };
+    reply::segment(frame, p, &answer)?;
+    Ok(Reason::AckedPart)
+}
+
+/// The session ID in the slot's hello, into `slot.session`.
+#[inline(never)]
+pub fn read_session_id(slot: &mut Slot, service: u32) {
+    let mut id = [0_u8; 32];
+    let len = tls::client_session_id(&Payload { slot }, &mut id);
+    slot.session.service = service;
+    slot.session.kind = dispatcher_common::session::KIND_TLS_SESSION_ID;
+    slot.session.len = len;
+    slot.session.pad = [0; 2];
+    slot.session.id = id;
+}

@@ -1,0 +1,198 @@
+//! SYN -> SYN-ACK with a stateless cookie, and the check of what comes back.
+
+use dispatcher_common::{
+    checksum::fold,
+    cookie::{self, Check, MSS_TABLE, NO_WSCALE, WINDOW_SHIFT},
+    flow::{FlowKey, ports_swapped},
+    globals::Globals,
+    reason::Reason,
+    service::{FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_NO_WSCALE, Frontend},
+    tcp::{ACK, Options, SYN, TIMESTAMP_WORD, parse_options},
+};
+
+use crate::{
+    globals::{globals, now_ns, scratch},
+    packet::{Frame, Tcp, View},
+    parse::{Parsed, packet_end},
+    reply::{pseudo, sum_header, turn_around},
+};
+
+const TCP_MIN: usize = size_of::<Tcp>();
+
+/// Segments of the client that the SYN-ACK's window admits before a backend is bound.
+const WINDOW_SEGMENTS: u16 = 3;
+
+/// Reads the options of a packet into scratch memory.
+#[inline(never)]
+pub fn read_options(frame: &Frame, p: &Parsed) -> Result<(), Reason> {
+    let scratch = scratch()?;
+    let at = p.l4();
+    let tcp = frame.view().ptr::<Tcp>(at).ok_or(Reason::BadTransport)?;
+    // SAFETY: `ptr` checked the bounds.
+    let len = unsafe { ((*tcp).offset >> 4) as usize * 4 };
+    if len < TCP_MIN {
+        return Err(Reason::BadTransport);
+    }
+    scratch.parsed = Options::NONE;
+    let len = len - TCP_MIN;
+    if len > 0 {
+        if len > 40 || !frame.load(at + TCP_MIN, scratch.options.as_mut_ptr(), len) {
+            return Err(Reason::BadTransport);
+        }
+        parse_options(&scratch.options, len, &mut scratch.parsed);
+    }
+    Ok(())
+}
+
+/// The five option words of a SYN as Linux and others send it, without a walk.
+#[inline(always)]
+fn usual_options(view: View, at: usize) -> Option<Options> {
+    let [mss, sack_ts, tsval, _, wscale] = view.read::<[u32; 5]>(at)?;
+    let mss = mss.to_ne_bytes();
+    let wscale = wscale.to_ne_bytes();
+    if mss[0] != 2
+        || mss[1] != 4
+        || sack_ts != u32::from_ne_bytes([4, 2, 8, 10])
+        || wscale[0] != 1
+        || wscale[1] != 3
+        || wscale[2] != 3
+    {
+        return None;
+    }
+    Some(Options {
+        tsval: u32::from_be(tsval),
+        mss: u16::from_be_bytes([mss[2], mss[3]]),
+        wscale: if wscale[3] > 14 { 14 } else { wscale[3] },
+        sack: 1,
+        ts: 1,
+        has_mss: 1,
+        ..Options::NONE
+    })
+}
+
+/// Answers a SYN. The answer never is longer than the SYN: it only carries options that came.
+#[inline(never)]
+pub fn answer(frame: &Frame, p: &Parsed, frontend: &Frontend) -> Result<Reason, Reason> {
+    let globals = globals()?;
+    let view = frame.view();
+    let l4 = p.l4();
+    let tcp = view.ptr::<Tcp>(l4).ok_or(Reason::BadTransport)?;
+    // SAFETY: `ptr` checked the bounds.
+    let len = unsafe { ((*tcp).offset >> 4) as usize * 4 };
+    if packet_end(view, p).ok_or(Reason::BadIp)? < l4 + len || len < TCP_MIN {
+        return Err(Reason::BadTransport);
+    }
+    let words = len / 4 - 5;
+    let usual = if words == 5 { usual_options(view, l4 + TCP_MIN) } else { None };
+    let mut options = match usual {
+        Some(options) => options,
+        None => {
+            read_options(frame, p)?;
+            scratch()?.parsed
+        }
+    };
+    if frontend.flags & FRONTEND_NO_SACK != 0 {
+        options.sack = 0;
+    }
+    if frontend.flags & FRONTEND_NO_TS != 0 {
+        options.ts = 0;
+    }
+    if frontend.flags & FRONTEND_NO_WSCALE != 0 {
+        options.wscale = NO_WSCALE;
+    }
+
+    let view = frame.view();
+    let tcp = view.ptr::<Tcp>(l4).ok_or(Reason::BadTransport)?;
+    // SAFETY: `ptr` checked the bounds.
+    let tcp = unsafe { &mut *tcp };
+    let isn = u32::from_be(tcp.seq);
+    let mss = if options.mss < frontend.mss { options.mss } else { frontend.mss };
+    let carried =
+        cookie::Options { mss: cookie::mss_index(mss), wscale: options.wscale, sack: options.sack != 0 };
+    let key = globals.cookie_keys[(globals.epoch & 1) as usize];
+    let hash = tuple_hash(key[0], key[1], &p.key, now_ns() >> WINDOW_SHIFT);
+    tcp.ports = ports_swapped(p.key.ports);
+    tcp.seq = cookie::make(hash, isn, carried).to_be();
+    tcp.ack = isn.wrapping_add(1).to_be();
+    tcp.flags = SYN | ACK;
+    let window = if mss < MSS_TABLE[0] { MSS_TABLE[0] } else { mss };
+    tcp.window = (window * WINDOW_SEGMENTS).to_be();
+    tcp.check = 0;
+    tcp.urgent = 0;
+    let mut sum = sum_header(tcp) + pseudo(p, len);
+
+    // MSS, then SACK permitted and timestamps in a word that they share, then window scale.
+    let mut at = l4 + TCP_MIN;
+    let end = at + words * 4;
+    let mut push = |word: u32| -> Option<()> {
+        if at < end {
+            let to = view.ptr::<u32>(at)?;
+            // SAFETY: `ptr` checked the bounds.
+            unsafe { *to = word };
+            sum += word as u64;
+            at += 4;
+        }
+        Some(())
+    };
+    let bytes = u32::from_ne_bytes;
+    let wrote = (|| {
+        if options.has_mss != 0 {
+            let [high, low] = frontend.mss.to_be_bytes();
+            push(bytes([2, 4, high, low]))?;
+        }
+        if options.ts != 0 {
+            push(if options.sack != 0 { bytes([4, 2, 8, 10]) } else { TIMESTAMP_WORD })?;
+            // The client's own ISN as our timestamp: what echoes it tells a later segment's place.
+            push(isn.to_be())?;
+            push(options.tsval.to_be())?;
+        } else if options.sack != 0 {
+            push(bytes([1, 1, 4, 2]))?;
+        }
+        if options.wscale != NO_WSCALE {
+            push(bytes([1, 3, 3, frontend.wscale]))?;
+        }
+        for _ in 0..10 {
+            push(0)?;
+        }
+        Some(())
+    })();
+    if wrote.is_none() {
+        return Err(Reason::BadTransport);
+    }
+    tcp.check = !fold(sum);
+    turn_around(frame, p, len)?;
+    // A SYN with data (RFC 7413) gets no cookie for it: what is beyond the header is padding now.
+    frame.redirect(frame.ingress());
+    Ok(Reason::SynAnswered)
+}
+
+#[inline(never)]
+fn tuple_hash(key0: u64, key1: u64, flow: &FlowKey, window: u64) -> u64 {
+    cookie::hash([key0, key1], flow, window)
+}
+
+/// Checks a cookie against both keys and the current and the previous time window.
+#[inline(never)]
+pub fn check(globals: &Globals, flow: &FlowKey, isn: u32, cookie: u32, out: &mut cookie::Options) -> u32 {
+    let window = now_ns() >> WINDOW_SHIFT;
+    for attempt in 0..4_u32 {
+        let key = globals.cookie_keys[((globals.epoch ^ (attempt >> 1)) & 1) as usize];
+        let hash = tuple_hash(key[0], key[1], flow, window.wrapping_sub((attempt & 1) as u64));
+        match cookie::check(hash, isn, cookie) {
+            Check::Invalid => {}
+            Check::Address => return ADDRESS,
+            Check::Full(options) => {
+                *out = options;
+                return FULL;
+            }
+        }
+    }
+    INVALID
+}
+
+/// [`check`]: not ours.
+pub const INVALID: u32 = 0;
+/// [`check`]: ours, but not with this initial sequence number.
+pub const ADDRESS: u32 = 1;
+/// [`check`]: ours.
+pub const FULL: u32 = 2;
