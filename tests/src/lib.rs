@@ -6,6 +6,7 @@
 
 pub mod http;
 pub mod netns;
+pub mod packet;
 pub mod sockets;
 pub mod tagger;
 pub mod tls;
