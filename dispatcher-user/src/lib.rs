@@ -4,4 +4,6 @@
 //! Desired state ([`config`], reachability, operator commands) and actual state (the maps, behind
 //! [`dataplane`]) meet in one place, [`reconcile`].
 
+pub mod balancer;
+pub mod config;
 pub mod dataplane;

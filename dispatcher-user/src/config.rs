@@ -1,0 +1,832 @@
+//! The configuration: a TOML file becomes a [`Config`] in which everything fits together, or an error that
+//! names the line and the key and says what to write instead.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::{IpAddr, SocketAddr},
+    ops::{Range, RangeInclusive},
+    path::{Path, PathBuf},
+};
+
+use dispatcher_common::service::stable_id;
+use serde::{Deserialize, Serialize};
+use toml::Spanned;
+
+use crate::{
+    balancer::Balance,
+    dataplane::{AttachMode, Capacities},
+};
+
+mod raw;
+
+/// Where `dispatcherd` listens for `dispatcherctl`.
+pub const DEFAULT_CONTROL: &str = "/run/dispatcher/control.sock";
+
+/// What is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The file cannot be read.
+    #[error("reading {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The file says something that cannot be.
+    #[error("{}line {line}: {key}: {problem}", match path { Some(path) => format!("{}: ", path.display()), None => String::new() })]
+    Invalid {
+        /// The file, where there is one.
+        path: Option<PathBuf>,
+        /// Line, from 1.
+        line: usize,
+        /// The key.
+        key: String,
+        /// What is wrong and what to do.
+        problem: String,
+    },
+}
+
+/// A configuration in which everything fits together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The control socket.
+    pub control: PathBuf,
+    /// Group that may use the control socket besides root.
+    pub control_group: Option<String>,
+    /// Interfaces to attach to.
+    pub interfaces: Vec<Interface>,
+    /// Sizes of the maps.
+    pub capacities: Capacities,
+    /// The services.
+    pub services: Vec<Service>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            control: DEFAULT_CONTROL.into(),
+            control_group: None,
+            interfaces: Vec::new(),
+            capacities: Capacities::default(),
+            services: Vec::new(),
+        }
+    }
+}
+
+/// An interface to attach to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Name.
+    pub name: String,
+    /// How.
+    pub attach: AttachMode,
+}
+
+/// A service: one or more VIPs and the backends behind them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Name.
+    pub name: String,
+    /// Stable id of the name.
+    pub id: u32,
+    /// Addresses and ports.
+    pub vips: Vec<SocketAddr>,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// When a connection is bound.
+    pub mode: Mode,
+    /// Who picks a backend for an unknown identifier.
+    pub miss: Miss,
+    /// Whose address backends see.
+    pub source: Source,
+    /// A PROXY protocol v2 header goes before the client's first byte.
+    pub proxy_protocol: bool,
+    /// Load-balancing algorithm.
+    pub balance: Balance,
+    /// Entries of the load-balancing table of each VIP.
+    pub table_size: u32,
+    /// Life of a confirmed session without use, seconds.
+    pub session_ttl: u32,
+    /// Life of a provisional session, seconds.
+    pub provisional_ttl: u32,
+    /// Window scale told to clients.
+    pub wscale: u8,
+    /// Largest MSS told to clients.
+    pub mss: u16,
+    /// Agree to timestamps with clients.
+    pub timestamps: bool,
+    /// Agree to SACK with clients.
+    pub sack: bool,
+    /// The backends.
+    pub backends: Vec<Backend>,
+}
+
+/// A server of a service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// Name.
+    pub name: String,
+    /// Stable id of `service/name`.
+    pub id: u32,
+    /// Its IPv4 address and port.
+    pub v4: Option<SocketAddr>,
+    /// Its IPv6 address and port.
+    pub v6: Option<SocketAddr>,
+    /// Weight; 0 takes no new connections.
+    pub weight: u32,
+    /// What the operator wants of it.
+    pub state: AdminState,
+}
+
+impl Backend {
+    /// The address of a family.
+    #[must_use]
+    pub fn address(&self, v4: bool) -> Option<SocketAddr> {
+        if v4 { self.v4 } else { self.v6 }
+    }
+
+    /// All addresses.
+    pub fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
+        self.v4.into_iter().chain(self.v6)
+    }
+}
+
+/// Transport protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl Protocol {
+    /// The IP protocol number.
+    #[must_use]
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+        }
+    }
+}
+
+/// When a connection is bound to a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// By its first data.
+    Passthrough,
+    /// By its first packet.
+    L4,
+}
+
+/// Who picks the backend when a session identifier is not known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Miss {
+    /// The data path, by the load-balancing table.
+    Table,
+    /// The daemon, while the hello is held.
+    Daemon,
+}
+
+/// Whose address backends see.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The client's.
+    Client,
+    /// One of ours.
+    Dispatcher {
+        /// The pool.
+        addresses: Vec<IpAddr>,
+        /// Ports to take.
+        ports: RangeInclusive<u16>,
+    },
+}
+
+/// What the operator wants of a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AdminState {
+    /// Takes connections.
+    Enabled,
+    /// Keeps its sessions, takes no new ones.
+    Drain,
+    /// Takes nothing.
+    Disabled,
+}
+
+impl fmt::Display for AdminState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Enabled => "enabled",
+            Self::Drain => "drain",
+            Self::Disabled => "disabled",
+        })
+    }
+}
+
+impl Config {
+    /// Reads and checks a file. `interfaces` come on top of those in the file.
+    pub fn load(path: &Path, interfaces: &[Interface]) -> Result<Self, Error> {
+        let text =
+            std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        Self::parse(&text, interfaces).map_err(|error| match error {
+            Error::Invalid { line, key, problem, .. } => {
+                Error::Invalid { path: Some(path.to_owned()), line, key, problem }
+            }
+            Error::Read { .. } => error,
+        })
+    }
+
+    /// Checks a text. `interfaces` come on top of those in the text.
+    pub fn parse(text: &str, interfaces: &[Interface]) -> Result<Self, Error> {
+        let source = Text { text };
+        let raw: raw::File = toml::from_str(text).map_err(|error| source.syntax(&error))?;
+        let services =
+            raw.service.iter().map(|service| source.service(service)).collect::<Result<Vec<_>, _>>()?;
+        let config = Self {
+            control: source.control(raw.control.as_ref())?,
+            control_group: raw.control_group.as_ref().map(|group| group.get_ref().clone()),
+            interfaces: source.interfaces(&raw, interfaces)?,
+            capacities: source.capacities(raw.capacity.as_ref())?,
+            services,
+        };
+        source.check_names(&raw, &config)?;
+        source.check_addresses(&raw, &config)?;
+        source.check_sizes(&raw, &config)?;
+        Ok(config)
+    }
+}
+
+type Span = Range<usize>;
+
+/// The text, for errors that point into it.
+struct Text<'t> {
+    text: &'t str,
+}
+
+impl Text<'_> {
+    fn line(&self, at: usize) -> usize {
+        1 + self.text.bytes().take(at).filter(|byte| *byte == b'\n').count()
+    }
+
+    fn error(&self, span: Span, key: &str, problem: impl Into<String>) -> Error {
+        let line = self.line(span.start);
+        Error::Invalid { path: None, line, key: key.to_owned(), problem: problem.into() }
+    }
+
+    /// Where an element of a list stands, which may have several lines.
+    fn element(&self, list: &Spanned<raw::OneOrMany>, element: &str) -> Span {
+        let span = list.span();
+        let found = self.text.get(span.clone()).and_then(|text| text.find(&format!("\"{element}\"")));
+        found.map_or(span.clone(), |offset| span.start + offset..span.end)
+    }
+
+    /// What the TOML reader refuses: the key is what stands before the `=` there.
+    fn syntax(&self, error: &toml::de::Error) -> Error {
+        let span = error.span().unwrap_or(0..0);
+        let start = self.text.get(..span.start).and_then(|text| text.rfind('\n')).map_or(0, |at| at + 1);
+        let line = self.text.get(start..).unwrap_or_default().lines().next().unwrap_or_default();
+        let key = line.split('=').next().unwrap_or_default().trim().to_owned();
+        let message = error.message().trim().replace('\n', ", ");
+        let remedy = if message.starts_with("unknown field") {
+            "; correct or remove it"
+        } else if message.starts_with("missing field") {
+            "; add it"
+        } else {
+            ""
+        };
+        self.error(span, if key.is_empty() { "file" } else { &key }, format!("{message}{remedy}"))
+    }
+
+    fn control(&self, path: Option<&Spanned<String>>) -> Result<PathBuf, Error> {
+        let Some(path) = path else { return Ok(DEFAULT_CONTROL.into()) };
+        let value = Path::new(path.get_ref());
+        // sun_path has 108 bytes, one of them for the end.
+        if !value.is_absolute() || value.file_name().is_none() || path.get_ref().len() > 107 {
+            let problem = format!(
+                "\"{}\" is no socket's path; give an absolute path of at most 107 bytes, such as \"{DEFAULT_CONTROL}\"",
+                path.get_ref()
+            );
+            return Err(self.error(path.span(), "control", problem));
+        }
+        Ok(value.to_owned())
+    }
+
+    fn interfaces(&self, raw: &raw::File, more: &[Interface]) -> Result<Vec<Interface>, Error> {
+        let mode = |text: Option<&Spanned<String>>| {
+            self.choice(text, "attach", &ATTACH).map(|mode| mode.unwrap_or_default())
+        };
+        let common = mode(raw.attach.as_ref())?;
+        let mut found: Vec<Interface> = Vec::new();
+        let mut add = |name: &Spanned<String>, attach, key: &str| {
+            let text = name.get_ref();
+            if text.is_empty() || text.len() > 15 || text.contains(|c: char| c == '/' || c.is_whitespace()) {
+                let problem = format!("\"{text}\" is no interface's name; `ip link` lists them");
+                return Err(self.error(name.span(), key, problem));
+            }
+            if found.iter().any(|one| one.name == *text) {
+                let problem = format!("{text} is given twice; remove one");
+                return Err(self.error(name.span(), key, problem));
+            }
+            found.push(Interface { name: text.clone(), attach });
+            Ok(())
+        };
+        for name in &raw.interfaces {
+            add(name, common, "interfaces")?;
+        }
+        for interface in &raw.interface {
+            let attach = match &interface.attach {
+                Some(_) => mode(interface.attach.as_ref())?,
+                None => common,
+            };
+            add(&interface.name, attach, "interface.name")?;
+        }
+        for interface in more {
+            if !found.iter().any(|one| one.name == interface.name) {
+                found.push(interface.clone());
+            }
+        }
+        if found.is_empty() {
+            let problem =
+                "none is given; add `interfaces = [\"eth0\"]` with the interfaces of clients and backends";
+            return Err(self.error(0..0, "interfaces", problem));
+        }
+        Ok(found)
+    }
+
+    fn capacities(&self, raw: Option<&raw::Capacity>) -> Result<Capacities, Error> {
+        let mut capacities = Capacities::default();
+        let Some(raw) = raw else { return Ok(capacities) };
+        let Capacities { flows, sessions, frontends, backends, lb_table, sources, stash_slots } =
+            &mut capacities;
+        let mut spans = BTreeMap::new();
+        for (name, value, target) in [
+            ("flows", &raw.flows, flows),
+            ("sessions", &raw.sessions, sessions),
+            ("frontends", &raw.frontends, frontends),
+            ("backends", &raw.backends, backends),
+            ("lb_table", &raw.lb_table, lb_table),
+            ("sources", &raw.sources, sources),
+            ("stash_slots", &raw.stash_slots, stash_slots),
+        ] {
+            if let Some(value) = value {
+                *target = self.number(value, &format!("capacity.{name}"), 1..=1 << 26)?;
+                spans.insert(name, value.span());
+            }
+        }
+        capacities.check().map_err(|error| match error {
+            crate::dataplane::Error::Capacity { name, value, problem } => {
+                let span = spans.get(name).cloned().unwrap_or(0..0);
+                self.error(span, &format!("capacity.{name}"), format!("{value} {problem}"))
+            }
+            error => self.error(0..0, "capacity", error.to_string()),
+        })?;
+        Ok(capacities)
+    }
+
+    fn service(&self, raw: &raw::Service) -> Result<Service, Error> {
+        let name = self.name(&raw.name, "service.name")?;
+        let protocol = self.choice(raw.protocol.as_ref(), "service.protocol", &PROTOCOLS)?;
+        let protocol = protocol.unwrap_or(Protocol::Tcp);
+        let mode = self.choice(raw.mode.as_ref(), "service.mode", &MODES)?.unwrap_or(Mode::Passthrough);
+        let miss = self.choice(raw.miss.as_ref(), "service.miss", &MISSES)?.unwrap_or(Miss::Table);
+        let proxy_protocol = self.choice(raw.proxy_protocol.as_ref(), "service.proxy_protocol", &PROXY)?;
+        let proxy_protocol = proxy_protocol.unwrap_or(false);
+        let balance = self.choice(raw.balance.as_ref(), "service.balance", &Balance::NAMES)?;
+        let at = |key: Option<&Spanned<String>>| key.map_or_else(|| raw.name.span(), Spanned::span);
+        if protocol == Protocol::Udp && mode != Mode::L4 {
+            let problem = "udp goes with mode = \"l4\" only; set that, or protocol = \"tcp\"";
+            return Err(self.error(at(raw.protocol.as_ref()), "service.protocol", problem));
+        }
+        if mode == Mode::L4 && miss == Miss::Daemon {
+            let problem = "\"daemon\" goes with mode = \"passthrough\" only: an l4 service reads no identifier; remove it";
+            return Err(self.error(at(raw.miss.as_ref()), "service.miss", problem));
+        }
+        if mode == Mode::L4 && proxy_protocol {
+            let problem = "\"v2\" goes with mode = \"passthrough\" only; set \"off\"";
+            return Err(self.error(at(raw.proxy_protocol.as_ref()), "service.proxy_protocol", problem));
+        }
+        let mut vips = Vec::new();
+        for text in raw.vip.get_ref().as_slice() {
+            let span = self.element(&raw.vip, text);
+            let vip = self.address(text, span.clone(), "service.vip")?;
+            if vips.contains(&vip) {
+                return Err(self.error(span, "service.vip", format!("{vip} is given twice; remove one")));
+            }
+            vips.push(vip);
+        }
+        if vips.is_empty() {
+            let problem = "the list is empty; give at least one address and port, such as \"192.0.2.10:443\"";
+            return Err(self.error(raw.vip.span(), "service.vip", problem));
+        }
+        let backends = raw.backend.iter().map(|backend| self.backend(&name, backend));
+        let backends = backends.collect::<Result<Vec<_>, _>>()?;
+        let number = |value: &raw::Number, key: &str, default: u32, range: RangeInclusive<i64>| match value {
+            Some(value) => self.number(value, key, range),
+            None => Ok(default),
+        };
+        let service = Service {
+            id: stable_id(&name),
+            vips,
+            protocol,
+            mode,
+            miss,
+            source: self.source(raw)?,
+            proxy_protocol,
+            balance: balance.unwrap_or_default(),
+            table_size: self.table_size(raw)?,
+            session_ttl: self.duration(raw.session_ttl.as_ref(), "service.session_ttl", 3600)?,
+            provisional_ttl: self.duration(raw.provisional_ttl.as_ref(), "service.provisional_ttl", 10)?,
+            wscale: number(&raw.wscale, "service.wscale", 7, 0..=14)? as u8,
+            mss: number(&raw.mss, "service.mss", 1460, 536..=1460)? as u16,
+            timestamps: raw.timestamps.unwrap_or(true),
+            sack: raw.sack.unwrap_or(true),
+            backends,
+            name,
+        };
+        self.check_backends(raw, &service)?;
+        Ok(service)
+    }
+
+    fn check_backends(&self, raw: &raw::Service, service: &Service) -> Result<(), Error> {
+        let Service { name, backends, .. } = service;
+        if backends.is_empty() {
+            let problem =
+                format!("service {name} has no backend; add a [[service.backend]] with name and address");
+            return Err(self.error(raw.name.span(), "service.backend", problem));
+        }
+        if backends.iter().all(|backend| backend.weight == 0) {
+            let span = raw.backend.iter().find_map(|backend| backend.weight.as_ref().map(Spanned::span));
+            let problem = format!(
+                "all weights of service {name} are 0, so no backend takes connections; give one a weight of 1 or more"
+            );
+            return Err(self.error(
+                span.unwrap_or_else(|| raw.name.span()),
+                "service.backend.weight",
+                problem,
+            ));
+        }
+        for vip in &service.vips {
+            if !backends.iter().any(|backend| backend.address(vip.is_ipv4()).is_some()) {
+                let family = if vip.is_ipv4() { "IPv4" } else { "IPv6" };
+                let span = self.element(&raw.vip, &vip.to_string());
+                let problem = format!(
+                    "no backend of service {name} has an {family} address for {vip}; give one, or remove the VIP"
+                );
+                return Err(self.error(span, "service.vip", problem));
+            }
+            if let Source::Dispatcher { addresses, .. } = &service.source
+                && !addresses.iter().any(|address| address.is_ipv4() == vip.is_ipv4())
+            {
+                let family = if vip.is_ipv4() { "IPv4" } else { "IPv6" };
+                let span = raw.source_addresses.as_ref().map_or_else(|| raw.name.span(), Spanned::span);
+                let problem = format!("no {family} address is there for {vip}; add one");
+                return Err(self.error(span, "service.source_addresses", problem));
+            }
+        }
+        Ok(())
+    }
+
+    fn source(&self, raw: &raw::Service) -> Result<Source, Error> {
+        let dispatcher = self.choice(raw.source.as_ref(), "service.source", &SOURCES)?.unwrap_or(false);
+        if !dispatcher {
+            let extra = [
+                (raw.source_addresses.as_ref().map(Spanned::span), "service.source_addresses"),
+                (raw.source_ports.as_ref().map(Spanned::span), "service.source_ports"),
+            ];
+            for (span, key) in extra {
+                if let Some(span) = span {
+                    let problem = "is for source = \"dispatcher\" only; set that, or remove this";
+                    return Err(self.error(span, key, problem));
+                }
+            }
+            return Ok(Source::Client);
+        }
+        let span = raw.source.as_ref().map_or_else(|| raw.name.span(), Spanned::span);
+        let missing =
+            "source = \"dispatcher\" needs addresses to take; add source_addresses = [\"10.0.0.2\"]";
+        let Some(list) = &raw.source_addresses else {
+            return Err(self.error(span, "service.source_addresses", missing));
+        };
+        let mut addresses = Vec::new();
+        for text in list.get_ref().as_slice() {
+            let span = self.element(list, text);
+            let address: IpAddr = text.parse().map_err(|_| {
+                let problem =
+                    format!("\"{text}\" is no IP address; write one without port, such as \"10.0.0.2\"");
+                self.error(span.clone(), "service.source_addresses", problem)
+            })?;
+            self.usable(address, span.clone(), "service.source_addresses")?;
+            if addresses.contains(&address) {
+                let problem = format!("{address} is given twice; remove one");
+                return Err(self.error(span, "service.source_addresses", problem));
+            }
+            addresses.push(address);
+        }
+        if addresses.is_empty() {
+            return Err(self.error(list.span(), "service.source_addresses", missing));
+        }
+        let ports = match &raw.source_ports {
+            None => 1024..=65535,
+            Some(text) => port_range(text.get_ref()).ok_or_else(|| {
+                let problem = format!("\"{}\" is no range of ports; write \"1024-65535\"", text.get_ref());
+                self.error(text.span(), "service.source_ports", problem)
+            })?,
+        };
+        Ok(Source::Dispatcher { addresses, ports })
+    }
+
+    fn table_size(&self, raw: &raw::Service) -> Result<u32, Error> {
+        let Some(size) = &raw.table_size else { return Ok(4093) };
+        let value = self.number(size, "service.table_size", 2..=1 << 24)?;
+        if !is_prime(value) {
+            let next = (value..).find(|n| is_prime(*n)).unwrap_or(4093);
+            let problem = format!("{value} is not a prime number; use {next}");
+            return Err(self.error(size.span(), "service.table_size", problem));
+        }
+        if (value as usize) < raw.backend.len() {
+            let problem =
+                format!("{value} entries are fewer than the {} backends; use 4093", raw.backend.len());
+            return Err(self.error(size.span(), "service.table_size", problem));
+        }
+        Ok(value)
+    }
+
+    fn backend(&self, service: &str, raw: &raw::Backend) -> Result<Backend, Error> {
+        let name = self.name(&raw.name, "service.backend.name")?;
+        let (mut v4, mut v6) = (None, None);
+        for text in raw.address.get_ref().as_slice() {
+            let span = self.element(&raw.address, text);
+            let address = self.address(text, span.clone(), "service.backend.address")?;
+            let place = if address.is_ipv4() { &mut v4 } else { &mut v6 };
+            if place.replace(address).is_some() {
+                let problem = format!(
+                    "backend {name} has two addresses of one family; make the second a backend of its own"
+                );
+                return Err(self.error(span, "service.backend.address", problem));
+            }
+        }
+        if v4.is_none() && v6.is_none() {
+            let problem = format!("backend {name} has no address; give one, such as \"10.0.0.1:443\"");
+            return Err(self.error(raw.address.span(), "service.backend.address", problem));
+        }
+        let weight = match &raw.weight {
+            Some(weight) => self.number(weight, "service.backend.weight", 0..=65535)?,
+            None => 1,
+        };
+        let state = self.choice(raw.state.as_ref(), "service.backend.state", &STATES)?;
+        let id = backend_id(service, &name);
+        Ok(Backend { name, id, v4, v6, weight, state: state.unwrap_or(AdminState::Enabled) })
+    }
+
+    fn address(&self, text: &str, span: Span, key: &str) -> Result<SocketAddr, Error> {
+        let Ok(address) = text.parse::<SocketAddr>() else {
+            let problem = match text.parse::<IpAddr>() {
+                Ok(IpAddr::V4(ip)) => format!("\"{text}\" has no port; write \"{ip}:443\""),
+                Ok(IpAddr::V6(ip)) => format!("\"{text}\" has no port; write \"[{ip}]:443\""),
+                Err(_) => format!(
+                    "\"{text}\" is no address and port; write \"192.0.2.10:443\" or \"[2001:db8::10]:443\" (names are not looked up)"
+                ),
+            };
+            return Err(self.error(span, key, problem));
+        };
+        if address.port() == 0 {
+            let problem = format!("\"{text}\" has port 0; give the service's port, such as 443");
+            return Err(self.error(span, key, problem));
+        }
+        self.usable(address.ip(), span, key)?;
+        Ok(address)
+    }
+
+    fn usable(&self, ip: IpAddr, span: Span, key: &str) -> Result<(), Error> {
+        let what = match ip {
+            _ if ip.is_unspecified() => "stands for all addresses",
+            _ if ip.is_loopback() => "is a loopback address, which no other host reaches",
+            _ if ip.is_multicast() => "is a multicast address",
+            IpAddr::V4(v4) if v4.is_broadcast() => "is the broadcast address",
+            IpAddr::V4(v4) if v4.is_link_local() => "is a link-local address",
+            IpAddr::V6(v6) if v6.is_unicast_link_local() => "is a link-local address",
+            IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => "is an IPv4 address in IPv6 form",
+            IpAddr::V4(_) | IpAddr::V6(_) => return Ok(()),
+        };
+        Err(self.error(span, key, format!("{ip} {what}; give the address of one host")))
+    }
+
+    fn name(&self, name: &Spanned<String>, key: &str) -> Result<String, Error> {
+        let text = name.get_ref();
+        let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        if text.is_empty() || text.len() > 63 || !text.chars().all(good) {
+            let problem = format!("\"{text}\" is no name; use 1 to 63 letters, digits, '.', '_' and '-'");
+            return Err(self.error(name.span(), key, problem));
+        }
+        Ok(text.clone())
+    }
+
+    fn choice<T: Clone>(
+        &self,
+        text: Option<&Spanned<String>>,
+        key: &str,
+        choices: &[(&str, T)],
+    ) -> Result<Option<T>, Error> {
+        let Some(text) = text else { return Ok(None) };
+        if let Some((_, value)) = choices.iter().find(|(name, _)| name == text.get_ref()) {
+            return Ok(Some(value.clone()));
+        }
+        let names: Vec<String> = choices.iter().map(|(name, _)| format!("\"{name}\"")).collect();
+        let problem = format!("\"{}\" is unknown; use {}", text.get_ref(), names.join(" or "));
+        Err(self.error(text.span(), key, problem))
+    }
+
+    fn number(&self, value: &Spanned<i64>, key: &str, range: RangeInclusive<i64>) -> Result<u32, Error> {
+        let number = u32::try_from(*value.get_ref()).ok().filter(|n| range.contains(&i64::from(*n)));
+        number.ok_or_else(|| {
+            let problem =
+                format!("{} is out of range; use {} to {}", value.get_ref(), range.start(), range.end());
+            self.error(value.span(), key, problem)
+        })
+    }
+
+    fn duration(&self, text: Option<&Spanned<String>>, key: &str, default: u32) -> Result<u32, Error> {
+        let Some(text) = text else { return Ok(default) };
+        seconds(text.get_ref()).filter(|seconds| *seconds > 0).ok_or_else(|| {
+            let problem =
+                format!("\"{}\" is no duration; write \"10s\", \"5m\", \"1h\" or \"1h30m\"", text.get_ref());
+            self.error(text.span(), key, problem)
+        })
+    }
+
+    /// Names and the ids made of them must differ.
+    fn check_names(&self, raw: &raw::File, config: &Config) -> Result<(), Error> {
+        let mut services: BTreeMap<u32, &str> = BTreeMap::new();
+        let mut backends: BTreeMap<u32, String> = BTreeMap::new();
+        for (raw, service) in raw.service.iter().zip(&config.services) {
+            if let Some(other) = services.insert(service.id, &service.name) {
+                return Err(self.error(raw.name.span(), "service.name", clash(&service.name, other)));
+            }
+            for (raw, backend) in raw.backend.iter().zip(&service.backends) {
+                let full = format!("{}/{}", service.name, backend.name);
+                if let Some(other) = backends.insert(backend.id, full.clone()) {
+                    return Err(self.error(raw.name.span(), "service.backend.name", clash(&full, &other)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// VIPs, backends and source addresses must not meet.
+    fn check_addresses(&self, raw: &raw::File, config: &Config) -> Result<(), Error> {
+        let mut vips = BTreeMap::new();
+        for (raw, service) in raw.service.iter().zip(&config.services) {
+            for vip in &service.vips {
+                if let Some(other) = vips.insert((*vip, service.protocol.number()), &service.name) {
+                    let problem = format!(
+                        "{vip} belongs to service {other} already; give each service its own address or port"
+                    );
+                    return Err(self.error(self.element(&raw.vip, &vip.to_string()), "service.vip", problem));
+                }
+            }
+        }
+        let vip_addresses: BTreeSet<IpAddr> = vips.keys().map(|(vip, _)| vip.ip()).collect();
+        let mut backend_addresses = BTreeSet::new();
+        for (raw, service) in raw.service.iter().zip(&config.services) {
+            let mut seen: BTreeMap<SocketAddr, &str> = BTreeMap::new();
+            for (raw, backend) in raw.backend.iter().zip(&service.backends) {
+                for address in backend.addresses() {
+                    let span = self.element(&raw.address, &address.to_string());
+                    if vip_addresses.contains(&address.ip()) {
+                        let problem = format!(
+                            "{} is a VIP too, so packets would come back here; give the server's own address",
+                            address.ip()
+                        );
+                        return Err(self.error(span, "service.backend.address", problem));
+                    }
+                    if let Some(other) = seen.insert(address, &backend.name) {
+                        let problem =
+                            format!("{address} is backend {other} already; give the weight there instead");
+                        return Err(self.error(span, "service.backend.address", problem));
+                    }
+                    backend_addresses.insert(address.ip());
+                }
+            }
+        }
+        for (raw, service) in raw.service.iter().zip(&config.services) {
+            let (Source::Dispatcher { addresses, .. }, Some(list)) = (&service.source, &raw.source_addresses)
+            else {
+                continue;
+            };
+            for address in addresses {
+                if vip_addresses.contains(address) || backend_addresses.contains(address) {
+                    let problem = format!(
+                        "{address} is a VIP or a backend; give an address of the dispatcher that nothing else uses"
+                    );
+                    let span = self.element(list, &address.to_string());
+                    return Err(self.error(span, "service.source_addresses", problem));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything must fit the maps.
+    fn check_sizes(&self, raw: &raw::File, config: &Config) -> Result<(), Error> {
+        let capacities = &config.capacities;
+        let none = raw::Capacity::default();
+        let given = raw.capacity.as_ref().unwrap_or(&none);
+        let (mut frontends, mut backends, mut table, mut sources) = (0_u64, 0_u64, 0_u64, 0_u64);
+        for service in &config.services {
+            frontends += service.vips.len() as u64;
+            backends += service.backends.len() as u64;
+            table += service.vips.len() as u64 * u64::from(service.table_size) * 2;
+            if let Source::Dispatcher { addresses, .. } = &service.source {
+                sources += addresses.len() as u64;
+            }
+        }
+        for (name, need, have, given) in [
+            ("frontends", frontends, capacities.frontends, &given.frontends),
+            ("backends", backends, capacities.backends, &given.backends),
+            ("lb_table", table, capacities.lb_table, &given.lb_table),
+            ("sources", sources, capacities.sources, &given.sources),
+        ] {
+            if need > u64::from(have) {
+                let last = raw.service.last().map_or(0..0, |service| service.name.span());
+                let span = given.as_ref().map_or(last, Spanned::span);
+                let problem = if name == "backends" && need > 16_384 {
+                    format!("{need} backends are more than the 16384 that one dispatcher keeps; split them")
+                } else {
+                    format!(
+                        "{have} is too small, the services need {need}; set it to {need} or more under [capacity]"
+                    )
+                };
+                return Err(self.error(span, &format!("capacity.{name}"), problem));
+            }
+        }
+        Ok(())
+    }
+}
+
+const ATTACH: [(&str, AttachMode); 3] =
+    [("auto", AttachMode::Auto), ("native", AttachMode::Native), ("generic", AttachMode::Generic)];
+const PROTOCOLS: [(&str, Protocol); 2] = [("tcp", Protocol::Tcp), ("udp", Protocol::Udp)];
+const MODES: [(&str, Mode); 2] = [("passthrough", Mode::Passthrough), ("l4", Mode::L4)];
+const MISSES: [(&str, Miss); 2] = [("table", Miss::Table), ("daemon", Miss::Daemon)];
+const SOURCES: [(&str, bool); 2] = [("client", false), ("dispatcher", true)];
+const PROXY: [(&str, bool); 2] = [("off", false), ("v2", true)];
+const STATES: [(&str, AdminState); 3] =
+    [("enabled", AdminState::Enabled), ("drain", AdminState::Drain), ("disabled", AdminState::Disabled)];
+
+/// The stable id of a backend of a service.
+#[must_use]
+pub fn backend_id(service: &str, backend: &str) -> u32 {
+    stable_id(&format!("{service}/{backend}"))
+}
+
+fn clash(name: &str, other: &str) -> String {
+    if name == other {
+        format!("{name} is given twice; rename one")
+    } else {
+        format!("{name} and {other} have the same id; rename one")
+    }
+}
+
+fn port_range(text: &str) -> Option<RangeInclusive<u16>> {
+    let (first, last) = text.split_once('-')?;
+    let (first, last): (u16, u16) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+    (first > 0 && first <= last).then_some(first..=last)
+}
+
+/// Seconds of "1h30m", "10s" and the like.
+fn seconds(text: &str) -> Option<u32> {
+    let mut total = 0_u32;
+    let mut rest = text.trim();
+    if rest.is_empty() {
+        return None;
+    }
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit())?;
+        let (number, after) = rest.split_at(digits);
+        let unit = match after.chars().next()? {
+            's' => 1,
+            'm' => 60,
+            'h' => 3600,
+            'd' => 86400,
+            _ => return None,
+        };
+        total = total.checked_add(number.parse::<u32>().ok()?.checked_mul(unit)?)?;
+        rest = after.get(1..)?;
+    }
+    Some(total)
+}
+
+fn is_prime(n: u32) -> bool {
+    n >= 2 && (2..).take_while(|d| d * d <= n).all(|d| !n.is_multiple_of(d))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,281 @@
+use super::*;
+
+const GOOD: &str = r#"
+interfaces = ["eth0", "eth1"]
+
+[[service]]
+name = "web"
+vip = ["192.0.2.10:443", "[2001:db8::10]:443"]
+
+[[service.backend]]
+name = "a"
+address = ["10.0.0.1:443", "[fd00::1]:443"]
+
+[[service.backend]]
+name = "b"
+address = "10.0.0.2:443"
+weight = 3
+state = "drain"
+"#;
+
+fn invalid(text: &str) -> (usize, String, String) {
+    match Config::parse(text, &[]) {
+        Err(Error::Invalid { line, key, problem, .. }) => (line, key, problem),
+        other => panic!("not refused: {other:?}\n{text}"),
+    }
+}
+
+#[test]
+fn defaults_are_filled_in() {
+    let config = Config::parse(GOOD, &[]).expect("good");
+    assert_eq!(config.control, Path::new(DEFAULT_CONTROL));
+    assert_eq!(config.interfaces.len(), 2);
+    let [service] = config.services.as_slice() else { panic!("one service") };
+    assert_eq!(service.id, stable_id("web"));
+    assert_eq!(
+        (service.protocol, service.mode, service.miss),
+        (Protocol::Tcp, Mode::Passthrough, Miss::Table)
+    );
+    assert_eq!((service.session_ttl, service.provisional_ttl, service.table_size), (3600, 10, 4093));
+    assert_eq!((service.wscale, service.mss, service.sack, service.timestamps), (7, 1460, true, true));
+    assert_eq!(service.backends[0].id, stable_id("web/a"));
+    assert_eq!(service.backends[0].v6, Some("[fd00::1]:443".parse().expect("address")));
+    assert_eq!((service.backends[1].weight, service.backends[1].state), (3, AdminState::Drain));
+}
+
+#[test]
+fn interfaces_of_the_command_line_are_added() {
+    let more = [
+        Interface { name: "eth1".into(), attach: AttachMode::Generic },
+        Interface { name: "eth2".into(), attach: AttachMode::Generic },
+    ];
+    let config = Config::parse(GOOD, &more).expect("good");
+    let names: Vec<_> = config.interfaces.iter().map(|one| (one.name.as_str(), one.attach)).collect();
+    assert_eq!(
+        names,
+        [("eth0", AttachMode::Auto), ("eth1", AttachMode::Auto), ("eth2", AttachMode::Generic)]
+    );
+}
+
+/// Each change to the good text, and where and how it is refused.
+#[test]
+fn mistakes_name_line_key_and_remedy() {
+    let vip = "vip = [\"192.0.2.10:443\", \"[2001:db8::10]:443\"]";
+    for (from, to, line, key, remedy) in [
+        ("name = \"web\"", "name = \"web\"\ncolour = \"red\"", 6, "colour", "expected one of"),
+        ("name = \"web\"", "name = \"web\"\nsack = \"yes\"", 6, "sack", "expected a boolean"),
+        ("name = \"web\"", "name = \"web\"\nmss = \"x\"", 6, "mss", "expected i64"),
+        ("name = \"web\"", "", 4, "[[service]]", "missing field `name`; add it"),
+        ("name = \"web\"", "name = \"we b\"", 5, "service.name", "letters, digits"),
+        ("name = \"web\"", "name = \"web", 5, "name", "invalid basic string"),
+        ("interfaces = [\"eth0\", \"eth1\"]", "", 1, "interfaces", "add `interfaces"),
+        ("\"eth1\"", "\"eth0\"", 2, "interfaces", "remove one"),
+        ("\"eth1\"", "\"an interface\"", 2, "interfaces", "ip link"),
+        (
+            "[[service]]",
+            "attach = \"fast\"\n[[service]]",
+            4,
+            "attach",
+            "\"auto\" or \"native\" or \"generic\"",
+        ),
+        ("[[service]]", "control = \"run/x\"\n[[service]]", 4, "control", "absolute path"),
+        (
+            "[[service]]",
+            "[capacity]\nstash_slots = 1000\n[[service]]",
+            5,
+            "capacity.stash_slots",
+            "power of two",
+        ),
+        ("[[service]]", "[capacity]\nflows = 0\n[[service]]", 5, "capacity.flows", "use 1 to"),
+        ("[[service]]", "[capacity]\nbackends = 1\n[[service]]", 5, "capacity.backends", "set it to 2"),
+        ("[[service]]", "[capacity]\nfrontends = 1\n[[service]]", 5, "capacity.frontends", "set it to 2"),
+        (
+            "[[service]]",
+            "[capacity]\nlb_table = 9000\n[[service]]",
+            5,
+            "capacity.lb_table",
+            "set it to 16372",
+        ),
+        ("[[service]]", "[capacity]\nstash = 1\n[[service]]", 5, "stash", "expected one of"),
+        (vip, "vip = []", 6, "service.vip", "at least one"),
+        (vip, "vip = \"192.0.2.10\"", 6, "service.vip", "192.0.2.10:443"),
+        (vip, "vip = \"2001:db8::10\"", 6, "service.vip", "[2001:db8::10]:443"),
+        (vip, "vip = \"www.example.com:443\"", 6, "service.vip", "names are not looked up"),
+        (vip, "vip = [\n  \"192.0.2.10:443\",\n  \"192.0.2.11:0\"]", 8, "service.vip", "port 0"),
+        (vip, "vip = [\"192.0.2.10:443\",\n \"192.0.2.10:443\"]", 6, "service.vip", "given twice"),
+        (vip, "vip = \"0.0.0.0:443\"", 6, "service.vip", "one host"),
+        (vip, "vip = \"127.0.0.1:443\"", 6, "service.vip", "loopback"),
+        (vip, "vip = \"[fe80::1]:443\"", 6, "service.vip", "link-local"),
+        (vip, "vip = \"[::ffff:192.0.2.1]:443\"", 6, "service.vip", "IPv4 address in IPv6 form"),
+        (vip, "vip = \"10.0.0.1:80\"", 10, "service.backend.address", "server's own address"),
+        (
+            "[\"10.0.0.1:443\", \"[fd00::1]:443\"]",
+            "\"10.0.0.1:443\"",
+            6,
+            "service.vip",
+            "no backend of service web has an IPv6 address",
+        ),
+        (
+            "\"[fd00::1]:443\"]",
+            "\"10.0.0.9:443\"]",
+            10,
+            "service.backend.address",
+            "two addresses of one family",
+        ),
+        ("[\"10.0.0.1:443\", \"[fd00::1]:443\"]", "[]", 10, "service.backend.address", "has no address"),
+        ("\"10.0.0.2:443\"", "\"10.0.0.1:443\"", 14, "service.backend.address", "is backend a already"),
+        ("\"10.0.0.2:443\"", "\"10.0.0.2:https\"", 14, "service.backend.address", "192.0.2.10:443"),
+        ("\"10.0.0.2:443\"", "7", 14, "address", "a string or a list of strings"),
+        ("name = \"b\"", "name = \"a\"", 13, "service.backend.name", "given twice; rename one"),
+        ("weight = 3", "weight = -1", 15, "service.backend.weight", "use 0 to 65535"),
+        (
+            "state = \"drain\"",
+            "state = \"off\"",
+            16,
+            "service.backend.state",
+            "\"enabled\" or \"drain\" or \"disabled\"",
+        ),
+        (vip, "vip = \"192.0.2.10:443\"\nprotocol = \"udp\"", 7, "service.protocol", "mode = \"l4\""),
+        (vip, "vip = \"192.0.2.10:443\"\nprotocol = \"sctp\"", 7, "service.protocol", "\"tcp\" or \"udp\""),
+        (vip, "vip = \"192.0.2.10:443\"\nmode = \"l4\"\nmiss = \"daemon\"", 8, "service.miss", "remove it"),
+        (
+            vip,
+            "vip = \"192.0.2.10:443\"\nmode = \"l4\"\nproxy_protocol = \"v2\"",
+            8,
+            "service.proxy_protocol",
+            "set \"off\"",
+        ),
+        (vip, "vip = \"192.0.2.10:443\"\nbalance = \"random\"", 7, "service.balance", "\"maglev\""),
+        (vip, "vip = \"192.0.2.10:443\"\ntable_size = 4096", 7, "service.table_size", "use 4099"),
+        (vip, "vip = \"192.0.2.10:443\"\nsession_ttl = \"1 hour\"", 7, "service.session_ttl", "\"1h\""),
+        (vip, "vip = \"192.0.2.10:443\"\nprovisional_ttl = \"0s\"", 7, "service.provisional_ttl", "\"10s\""),
+        (vip, "vip = \"192.0.2.10:443\"\nwscale = 15", 7, "service.wscale", "use 0 to 14"),
+        (vip, "vip = \"192.0.2.10:443\"\nmss = 9000", 7, "service.mss", "use 536 to 1460"),
+        (
+            vip,
+            "vip = \"192.0.2.10:443\"\nsource = \"dispatcher\"",
+            7,
+            "service.source_addresses",
+            "add source_addresses",
+        ),
+        (
+            vip,
+            "vip = \"192.0.2.10:443\"\nsource_ports = \"1-2\"",
+            7,
+            "service.source_ports",
+            "source = \"dispatcher\" only",
+        ),
+        (
+            vip,
+            "vip = \"192.0.2.10:443\"\nsource = \"dispatcher\"\nsource_addresses = [\"10.0.0.2\"]",
+            8,
+            "service.source_addresses",
+            "nothing else uses",
+        ),
+        (
+            vip,
+            "vip = \"192.0.2.10:443\"\nsource = \"dispatcher\"\nsource_addresses = [\"fd00::9\"]",
+            8,
+            "service.source_addresses",
+            "no IPv4 address",
+        ),
+        (
+            vip,
+            "vip = \"192.0.2.10:443\"\nsource = \"dispatcher\"\nsource_addresses = \"10.0.0.9:1\"",
+            8,
+            "service.source_addresses",
+            "without port",
+        ),
+        (
+            vip,
+            "vip = \"192.0.2.10:443\"\nsource = \"dispatcher\"\nsource_addresses = \"10.0.0.9\"\nsource_ports = \"9-1\"",
+            9,
+            "service.source_ports",
+            "1024-65535",
+        ),
+    ] {
+        assert!(GOOD.contains(from), "{from}");
+        let text = GOOD.replacen(from, to, 1);
+        let (at, what, problem) = invalid(&text);
+        assert_eq!((at, what.as_str()), (line, key), "{problem}\n{text}");
+        assert!(problem.contains(remedy), "{key}: {problem:?} lacks {remedy:?}");
+    }
+}
+
+#[test]
+fn zero_weights_everywhere_are_refused() {
+    let text = GOOD.replace("weight = 3", "weight = 0").replace("name = \"a\"", "name = \"a\"\nweight = 0");
+    let (line, key, problem) = invalid(&text);
+    assert_eq!((line, key.as_str()), (10, "service.backend.weight"));
+    assert!(problem.contains("a weight of 1 or more"), "{problem}");
+}
+
+#[test]
+fn services_must_not_share_a_vip() {
+    let second = GOOD[GOOD.find("[[service]]").expect("a service")..].replace("\"web\"", "\"other\"");
+    let (line, key, problem) = invalid(&format!("{GOOD}\n{second}"));
+    assert_eq!((line, key.as_str()), (20, "service.vip"));
+    assert!(problem.contains("belongs to service web already"), "{problem}");
+}
+
+#[test]
+fn names_with_one_id_are_refused() {
+    // Two words with the same FNV-1a hash.
+    assert_eq!(stable_id("costarring"), stable_id("liquid"));
+    let second = GOOD[GOOD.find("[[service]]").expect("a service")..].replace("\"web\"", "\"liquid\"");
+    let text = format!(
+        "{}\n{}",
+        GOOD.replace("\"web\"", "\"costarring\""),
+        second.replace("192.0.2.10", "192.0.2.11").replace("db8::10", "db8::11")
+    );
+    let (line, key, problem) = invalid(&text);
+    assert_eq!((line, key.as_str()), (19, "service.name"));
+    assert!(problem.contains("have the same id; rename one"), "{problem}");
+}
+
+#[test]
+fn more_backends_than_one_dispatcher_keeps_are_refused() {
+    let mut text =
+        "interfaces = [\"eth0\"]\n[[service]]\nname = \"web\"\nvip = \"192.0.2.1:1\"\ntable_size = 65537\n"
+            .to_owned();
+    for n in 0..16_385_u32 {
+        text.push_str(&format!(
+            "[[service.backend]]\nname = \"b{n}\"\naddress = \"10.1.{}.{}:1\"\n",
+            n >> 8,
+            n & 255
+        ));
+    }
+    let (line, key, problem) = invalid(&text);
+    assert_eq!((line, key.as_str()), (3, "capacity.backends"));
+    assert!(problem.contains("16384"), "{problem}");
+}
+
+#[test]
+fn durations() {
+    for (text, expected) in [
+        ("10s", Some(10)),
+        ("1h30m", Some(5400)),
+        ("2d", Some(172_800)),
+        ("", None),
+        ("10", None),
+        ("h", None),
+        ("9999999d", None),
+        ("1é", None),
+    ] {
+        assert_eq!(seconds(text), expected, "{text}");
+    }
+}
+
+#[test]
+fn the_example_files_are_valid() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/config");
+    let mut count = 0;
+    for entry in std::fs::read_dir(folder).expect("docs/config") {
+        let path = entry.expect("an entry").path();
+        if path.extension().is_some_and(|extension| extension == "toml") {
+            Config::load(&path, &[]).unwrap_or_else(|error| panic!("{error}"));
+            count += 1;
+        }
+    }
+    assert!(count > 0);
+}
