@@ -7,3 +7,4 @@
 pub mod balancer;
 pub mod config;
 pub mod dataplane;
+pub mod reconcile;

@@ -1,0 +1,749 @@
+//! Desired state meets actual state: [`diff`] is a pure function from both to the changes of the maps, in
+//! an order in which no packet meets a half-made service.
+//!
+//! Backends come before the tables that name them, tables before the frontends that point to them, and
+//! frontends before the VIPs through which packets find them; what goes, goes in the opposite order. A
+//! table is written beside the one in use, then the frontend is pointed at it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+};
+
+use dispatcher_common::{
+    abi::REPLAY_MAPS,
+    addr::Addr,
+    flow::Link,
+    service::{
+        BACKEND_DRAIN, BACKEND_UP, Backend as Endpoint, FRONTEND_MISS_DAEMON, FRONTEND_NO_SACK,
+        FRONTEND_NO_TS, FRONTEND_NO_WSCALE, FRONTEND_PROXY_V2, FRONTEND_SOURCE_DISPATCHER, Frontend, MODE_L4,
+        MODE_PASSTHROUGH, VipKey, endpoint_index,
+    },
+};
+
+use crate::{
+    balancer::{Balance, Candidate},
+    config::{AdminState, Backend, Config, Miss, Mode, Service, Source},
+    dataplane::{Dataplane, Error},
+};
+
+/// Set by the data path when a backend refuses an option; kept when a frontend is written.
+const LEARNED: u32 = FRONTEND_NO_SACK | FRONTEND_NO_TS | FRONTEND_NO_WSCALE;
+
+/// How frames reach an address.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Path {
+    /// Interface, MAC addresses, VLAN tags.
+    pub link: Link,
+    /// MTU of the route.
+    pub mtu: u16,
+}
+
+/// Whether an address can be reached.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Reach {
+    /// Route and neighbour are known.
+    Up(Path),
+    /// The reason why not.
+    Down(String),
+}
+
+/// A VIP with its protocol number.
+pub type Vip = (SocketAddr, u8);
+
+/// What the maps should say.
+#[derive(Clone, Copy, Debug)]
+pub struct Desired<'d> {
+    /// The configuration.
+    pub config: &'d Config,
+    /// What the operator said since, by backend id.
+    pub admin: &'d BTreeMap<u32, AdminState>,
+    /// Which addresses can be reached.
+    pub reach: &'d BTreeMap<IpAddr, Reach>,
+    /// Connections by backend id.
+    pub loads: &'d BTreeMap<u32, u64>,
+}
+
+impl Desired<'_> {
+    /// What the operator wants of a backend.
+    #[must_use]
+    pub fn admin(&self, backend: &Backend) -> AdminState {
+        self.admin.get(&backend.id).copied().unwrap_or(backend.state)
+    }
+
+    fn path(&self, address: SocketAddr) -> Option<&Path> {
+        match self.reach.get(&address.ip())? {
+            Reach::Up(path) => Some(path),
+            Reach::Down(_) => None,
+        }
+    }
+
+    /// Why an address cannot be reached.
+    fn down(&self, address: SocketAddr) -> Option<String> {
+        match self.reach.get(&address.ip()) {
+            Some(Reach::Up(_)) => None,
+            Some(Reach::Down(reason)) => Some(reason.clone()),
+            None => Some("not looked up yet".to_owned()),
+        }
+    }
+}
+
+/// What the maps say.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Actual {
+    backends: BTreeMap<u32, BackendSlot>,
+    frontends: BTreeMap<Vip, FrontendSlot>,
+    /// What stands in `LB_TABLE`, by first entry.
+    tables: BTreeMap<u32, Vec<u32>>,
+    replay: Vec<u32>,
+    sources: Vec<IpAddr>,
+    filter: BTreeSet<IpAddr>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+struct BackendSlot {
+    index: u32,
+    indexed: bool,
+    /// IPv4, IPv6.
+    endpoints: [Endpoint; 2],
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct FrontendSlot {
+    index: u32,
+    /// Where its two tables begin in `LB_TABLE`.
+    region: u32,
+    /// Entries of one of its tables.
+    size: u32,
+    frontend: Frontend,
+    published: bool,
+}
+
+/// One write to the maps.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// A source address.
+    Source {
+        /// Index into `SOURCES`.
+        index: u32,
+        /// The address.
+        address: IpAddr,
+    },
+    /// A replay map gets its interface.
+    Replay {
+        /// Number of the map.
+        number: u32,
+        /// The interface.
+        ifindex: u32,
+    },
+    /// An endpoint of a backend.
+    Endpoint {
+        /// Backend id.
+        id: u32,
+        /// Backend index.
+        index: u32,
+        /// Family.
+        v4: bool,
+        /// What is written.
+        endpoint: Endpoint,
+    },
+    /// A backend becomes known by its id.
+    Index {
+        /// Backend id.
+        id: u32,
+        /// Backend index.
+        index: u32,
+    },
+    /// Links have changed: flows must read them again.
+    Generation,
+    /// The addresses that are ours.
+    Filter {
+        /// All of them.
+        addresses: BTreeSet<IpAddr>,
+    },
+    /// A load-balancing table, into the half that is not in use.
+    Table {
+        /// Whose.
+        vip: Vip,
+        /// First entry.
+        base: u32,
+        /// The entries.
+        entries: Vec<u32>,
+    },
+    /// A frontend.
+    Frontend {
+        /// Its VIP.
+        vip: Vip,
+        /// Index into `FRONTENDS`.
+        index: u32,
+        /// First entry of its region of `LB_TABLE`.
+        region: u32,
+        /// Half the size of the region.
+        size: u32,
+        /// What is written, without the bits that the data path sets.
+        frontend: Frontend,
+    },
+    /// Packets to a VIP begin to find its frontend.
+    Publish {
+        /// The VIP.
+        vip: Vip,
+        /// Index into `FRONTENDS`.
+        index: u32,
+    },
+    /// A VIP goes.
+    RemoveVip {
+        /// The VIP.
+        vip: Vip,
+    },
+    /// A backend goes.
+    RemoveBackend {
+        /// Backend id.
+        id: u32,
+        /// Backend index.
+        index: u32,
+    },
+}
+
+/// The changes that take the maps from what they say to what they should say.
+#[must_use]
+pub fn diff(desired: &Desired<'_>, actual: &Actual) -> Vec<Change> {
+    let mut plan = Plan { desired, next: actual.clone(), changes: Vec::new() };
+    let sources = plan.sources();
+    plan.replays();
+    let lowered = plan.backends();
+    plan.filter();
+    plan.frontends(&sources);
+    plan.remove_vips();
+    for change in lowered {
+        plan.push(change);
+    }
+    plan.remove_backends();
+    plan.changes
+}
+
+struct Plan<'d, 'c> {
+    desired: &'d Desired<'c>,
+    next: Actual,
+    changes: Vec<Change>,
+}
+
+impl<'c> Plan<'_, 'c> {
+    fn push(&mut self, change: Change) {
+        self.next.record(&change);
+        self.changes.push(change);
+    }
+
+    fn config(&self) -> &'c Config {
+        self.desired.config
+    }
+
+    /// Writes the source pools, one after the other; returns where the pool of a service and family is.
+    fn sources(&mut self) -> BTreeMap<(u32, bool), (u32, u32)> {
+        let mut pools = BTreeMap::new();
+        let mut all = Vec::new();
+        for service in &self.config().services {
+            let Source::Dispatcher { addresses, .. } = &service.source else { continue };
+            for v4 in [true, false] {
+                let base = all.len() as u32;
+                all.extend(addresses.iter().filter(|address| address.is_ipv4() == v4));
+                pools.insert((service.id, v4), (base, all.len() as u32 - base));
+            }
+        }
+        for (index, address) in all.into_iter().enumerate() {
+            if self.next.sources.get(index) != Some(&address) {
+                self.push(Change::Source { index: index as u32, address });
+            }
+        }
+        pools
+    }
+
+    /// Gives each interface through which backends are reached a replay map, as long as there are some.
+    fn replays(&mut self) {
+        let endpoints = self.config().services.iter().flat_map(|service| &service.backends);
+        let used: BTreeSet<u32> = endpoints
+            .flat_map(Backend::addresses)
+            .filter_map(|address| self.desired.path(address))
+            .map(|path| path.link.ifindex)
+            .collect();
+        for ifindex in &used {
+            if self.next.replay.contains(ifindex) {
+                continue;
+            }
+            let free = self.next.replay.iter().position(|one| !used.contains(one));
+            let number = free.unwrap_or(self.next.replay.len()) as u32;
+            if number < REPLAY_MAPS {
+                self.push(Change::Replay { number, ifindex: *ifindex });
+            }
+        }
+    }
+
+    /// Writes endpoints that come up or change; returns those that go down, to be written when no table
+    /// names them any more.
+    fn backends(&mut self) -> Vec<Change> {
+        let mut lowered = Vec::new();
+        let mut moved = false;
+        for service in &self.config().services {
+            for backend in &service.backends {
+                let index = self.next.backend_slot(backend.id);
+                for v4 in [true, false] {
+                    let old = self.next.endpoint(backend.id, v4);
+                    let endpoint = self.endpoint(backend, v4, old);
+                    if endpoint == old {
+                        continue;
+                    }
+                    moved |= old.link != Link::default() && endpoint.link != old.link;
+                    let change = Change::Endpoint { id: backend.id, index, v4, endpoint };
+                    if old.flags & BACKEND_UP != 0 && endpoint.flags & BACKEND_UP == 0 {
+                        lowered.push(change);
+                    } else {
+                        self.push(change);
+                    }
+                }
+                if !self.next.backends.get(&backend.id).is_some_and(|slot| slot.indexed) {
+                    self.push(Change::Index { id: backend.id, index });
+                }
+            }
+        }
+        if moved {
+            self.push(Change::Generation);
+        }
+        lowered
+    }
+
+    fn endpoint(&self, backend: &Backend, v4: bool, old: Endpoint) -> Endpoint {
+        let Some(address) = backend.address(v4) else { return Endpoint::default() };
+        let mut endpoint = Endpoint {
+            addr: address.ip().into(),
+            port: address.port().to_be(),
+            id: backend.id,
+            // A path that was lost stays written: connections of a moment ago may still get through.
+            link: old.link,
+            mtu: old.mtu,
+            replay: old.replay,
+            ..Endpoint::default()
+        };
+        let admin = self.desired.admin(backend);
+        if let Some(path) = self.desired.path(address)
+            && let Some(replay) = self.next.replay.iter().position(|one| *one == path.link.ifindex)
+        {
+            endpoint.link = path.link;
+            endpoint.mtu = path.mtu;
+            endpoint.replay = replay as u16;
+            if admin != AdminState::Disabled {
+                endpoint.flags |= BACKEND_UP;
+            }
+        }
+        if admin == AdminState::Drain {
+            endpoint.flags |= BACKEND_DRAIN;
+        }
+        endpoint
+    }
+
+    fn filter(&mut self) {
+        let mut addresses = BTreeSet::new();
+        for service in &self.config().services {
+            addresses.extend(service.vips.iter().map(SocketAddr::ip));
+            addresses
+                .extend(service.backends.iter().flat_map(Backend::addresses).map(|address| address.ip()));
+        }
+        if addresses != self.next.filter {
+            self.push(Change::Filter { addresses });
+        }
+    }
+
+    fn frontends(&mut self, sources: &BTreeMap<(u32, bool), (u32, u32)>) {
+        for service in &self.config().services {
+            let balancer = service.balance.balancer();
+            let mut tables: BTreeMap<bool, Vec<u32>> = BTreeMap::new();
+            for address in &service.vips {
+                let vip = (*address, service.protocol.number());
+                let v4 = address.is_ipv4();
+                let table = tables
+                    .entry(v4)
+                    .or_insert_with(|| {
+                        let candidates = candidates(self.desired, &self.next, service, v4);
+                        balancer.table(&candidates, service.table_size)
+                    })
+                    .clone();
+                let pool = sources.get(&(service.id, v4)).copied().unwrap_or_default();
+                self.frontend(service, vip, table, pool);
+            }
+        }
+    }
+
+    fn frontend(&mut self, service: &Service, vip: Vip, table: Vec<u32>, pool: (u32, u32)) {
+        let old = self.next.frontends.get(&vip).filter(|slot| slot.size == service.table_size).cloned();
+        let (index, region) = match (&old, self.next.frontends.get(&vip)) {
+            (Some(slot), _) => (slot.index, slot.region),
+            (None, Some(resized)) => (resized.index, self.next.free_region(service.table_size)),
+            (None, None) => (self.next.free_frontend(), self.next.free_region(service.table_size)),
+        };
+        let mut frontend = rendered(service, vip, pool);
+        frontend.table_base = region;
+        if let Some(old) = &old {
+            frontend.table_base = old.frontend.table_base;
+            frontend.table_len = old.frontend.table_len;
+        }
+        if table.as_slice() != self.next.table(&frontend) {
+            if !table.is_empty() {
+                // Beside the one in use, if one is.
+                let second = old.is_some() && frontend.table_len > 0 && frontend.table_base == region;
+                frontend.table_base = if second { region + service.table_size } else { region };
+            }
+            frontend.table_len = table.len() as u32;
+            if !table.is_empty() {
+                self.push(Change::Table { vip, base: frontend.table_base, entries: table });
+            }
+        }
+        if old.as_ref().is_none_or(|old| old.frontend != frontend) {
+            self.push(Change::Frontend { vip, index, region, size: service.table_size, frontend });
+        }
+        if !self.next.frontends.get(&vip).is_some_and(|slot| slot.published) {
+            self.push(Change::Publish { vip, index });
+        }
+    }
+
+    fn remove_vips(&mut self) {
+        let services = &self.config().services;
+        let wanted: BTreeSet<Vip> = services
+            .iter()
+            .flat_map(|service| service.vips.iter().map(|vip| (*vip, service.protocol.number())))
+            .collect();
+        let gone: Vec<Vip> =
+            self.next.frontends.keys().filter(|vip| !wanted.contains(vip)).copied().collect();
+        for vip in gone {
+            self.push(Change::RemoveVip { vip });
+        }
+    }
+
+    fn remove_backends(&mut self) {
+        let services = &self.config().services;
+        let wanted: BTreeSet<u32> =
+            services.iter().flat_map(|service| &service.backends).map(|backend| backend.id).collect();
+        let gone: Vec<(u32, u32)> = self
+            .next
+            .backends
+            .iter()
+            .filter(|(id, _)| !wanted.contains(id))
+            .map(|(id, slot)| (*id, slot.index))
+            .collect();
+        for (id, index) in gone {
+            self.push(Change::RemoveBackend { id, index });
+        }
+    }
+}
+
+/// A frontend without its table.
+fn rendered(service: &Service, (address, proto): Vip, (source_base, source_len): (u32, u32)) -> Frontend {
+    let mut flags = 0;
+    let mut set = |condition: bool, flag| flags |= if condition { flag } else { 0 };
+    set(service.proxy_protocol, FRONTEND_PROXY_V2);
+    set(service.miss == Miss::Daemon, FRONTEND_MISS_DAEMON);
+    set(!service.sack, FRONTEND_NO_SACK);
+    set(!service.timestamps, FRONTEND_NO_TS);
+    set(matches!(service.source, Source::Dispatcher { .. }), FRONTEND_SOURCE_DISPATCHER);
+    let (port_min, port_max) = match &service.source {
+        Source::Client => (0, 0),
+        Source::Dispatcher { ports, .. } => (*ports.start(), *ports.end()),
+    };
+    Frontend {
+        addr: address.ip().into(),
+        port: address.port().to_be(),
+        proto,
+        mode: match service.mode {
+            Mode::Passthrough => MODE_PASSTHROUGH,
+            Mode::L4 => MODE_L4,
+        },
+        service: service.id,
+        flags,
+        source_base,
+        source_len,
+        port_min,
+        port_max,
+        wscale: service.wscale,
+        mss: service.mss,
+        session_ttl: service.session_ttl,
+        provisional_ttl: service.provisional_ttl,
+        ..Frontend::default()
+    }
+}
+
+/// The backends of a service that may take new connections of a family.
+#[must_use]
+pub fn candidates(desired: &Desired<'_>, actual: &Actual, service: &Service, v4: bool) -> Vec<Candidate> {
+    let candidate = |backend: &Backend| {
+        let slot = actual.backends.get(&backend.id)?;
+        let path = desired.path(backend.address(v4)?)?;
+        let takes = desired.admin(backend) == AdminState::Enabled
+            && backend.weight > 0
+            && actual.replay.contains(&path.link.ifindex);
+        let load = desired.loads.get(&backend.id).copied().unwrap_or(0);
+        takes.then_some(Candidate { index: slot.index, id: backend.id, weight: backend.weight, load })
+    };
+    service.backends.iter().filter_map(candidate).collect()
+}
+
+/// Who may be picked for connections of a frontend.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pool {
+    /// Name of the service.
+    pub service: String,
+    /// Its algorithm.
+    pub balance: Balance,
+    /// Life of a provisional session, seconds.
+    pub provisional_ttl: u32,
+    /// The backends that take new connections.
+    pub candidates: Vec<Candidate>,
+    /// Indexes of those that take connections of known sessions, by id.
+    pub known: BTreeMap<u32, u32>,
+}
+
+/// The pools, by frontend index.
+#[must_use]
+pub fn pools(desired: &Desired<'_>, actual: &Actual) -> BTreeMap<u32, Pool> {
+    let mut pools = BTreeMap::new();
+    for service in &desired.config.services {
+        for vip in &service.vips {
+            let Some(slot) = actual.frontends.get(&(*vip, service.protocol.number())) else { continue };
+            let v4 = vip.is_ipv4();
+            let known = service.backends.iter().filter_map(|backend| {
+                let slot = actual.backends.get(&backend.id)?;
+                let up = actual.endpoint(backend.id, v4).flags & BACKEND_UP != 0;
+                up.then_some((backend.id, slot.index))
+            });
+            let pool = Pool {
+                service: service.name.clone(),
+                balance: service.balance,
+                provisional_ttl: service.provisional_ttl,
+                candidates: candidates(desired, actual, service, v4),
+                known: known.collect(),
+            };
+            pools.insert(slot.index, pool);
+        }
+    }
+    pools
+}
+
+/// Whether a backend takes connections, in one word, and why not.
+#[must_use]
+pub fn status(desired: &Desired<'_>, actual: &Actual, backend: &Backend) -> (&'static str, Option<String>) {
+    let mut up = 0;
+    let mut reasons = Vec::new();
+    for address in backend.addresses() {
+        let reason = desired.down(address).or_else(|| {
+            let ifindex = desired.path(address)?.link.ifindex;
+            let missing = !actual.replay.contains(&ifindex);
+            missing.then(|| format!("backends are reached through more than {REPLAY_MAPS} interfaces"))
+        });
+        match reason {
+            None => up += 1,
+            Some(reason) => reasons.push((address, reason)),
+        }
+    }
+    let several = up + reasons.len() > 1;
+    let reasons: Vec<String> = reasons
+        .into_iter()
+        .map(|(address, reason)| if several { format!("{}: {reason}", address.ip()) } else { reason })
+        .collect();
+    let state = match desired.admin(backend) {
+        AdminState::Disabled => "disabled",
+        AdminState::Enabled | AdminState::Drain if up == 0 => "down",
+        AdminState::Drain => "drain",
+        AdminState::Enabled => "up",
+    };
+    (state, (!reasons.is_empty()).then(|| reasons.join("; ")))
+}
+
+impl Actual {
+    /// Index of a backend.
+    #[must_use]
+    pub fn backend_index(&self, id: u32) -> Option<u32> {
+        self.backends.get(&id).map(|slot| slot.index)
+    }
+
+    /// Number of backends.
+    #[must_use]
+    pub fn backends(&self) -> usize {
+        self.backends.len()
+    }
+
+    /// The id of a backend index.
+    #[must_use]
+    pub fn backend_id(&self, index: u32) -> Option<u32> {
+        self.backends.iter().find(|(_, slot)| slot.index == index).map(|(id, _)| *id)
+    }
+
+    /// The frontend of a VIP as it was written, and its index.
+    #[must_use]
+    pub fn frontend(&self, vip: &Vip) -> Option<(u32, &Frontend)> {
+        self.frontends.get(vip).map(|slot| (slot.index, &slot.frontend))
+    }
+
+    /// Share of a backend in the tables of some VIPs, 0 to 1.
+    #[must_use]
+    pub fn share(&self, vips: &[Vip], backend: u32) -> f64 {
+        let (mut mine, mut all) = (0_usize, 0_usize);
+        for slot in vips.iter().filter_map(|vip| self.frontends.get(vip)) {
+            let table = self.table(&slot.frontend);
+            all += table.len();
+            mine += table.iter().filter(|index| **index == backend).count();
+        }
+        if all == 0 { 0.0 } else { mine as f64 / all as f64 }
+    }
+
+    /// Writes a change and takes note of it.
+    pub fn apply(&mut self, change: &Change, dataplane: &Dataplane) -> Result<(), Error> {
+        self.write(change, dataplane)?;
+        self.record(change);
+        Ok(())
+    }
+
+    fn write(&self, change: &Change, dataplane: &Dataplane) -> Result<(), Error> {
+        match change {
+            Change::Source { index, address } => dataplane.sources().set(*index, (*address).into()),
+            Change::Replay { number, ifindex } => dataplane.set_replay(*number, *ifindex),
+            Change::Endpoint { index, v4, endpoint, .. } => {
+                dataplane.backends().set(endpoint_index(*index, *v4), *endpoint)
+            }
+            Change::Index { id, index } => dataplane.backend_index().insert(*id, *index),
+            Change::Generation => {
+                dataplane.update_globals(|globals| globals.generation = globals.generation.wrapping_add(1))
+            }
+            Change::Filter { addresses } => dataplane.update_globals(|globals| {
+                globals.filter.fill(0);
+                addresses.iter().for_each(|address| globals.filter_add(*address));
+            }),
+            Change::Table { base, entries, .. } => {
+                (*base..).zip(entries).try_for_each(|(at, index)| dataplane.lb_table().set(at, *index))
+            }
+            Change::Frontend { vip, index, frontend, .. } => {
+                let mut frontend = *frontend;
+                if self.frontends.get(vip).is_some_and(|slot| slot.index == *index) {
+                    frontend.flags |= dataplane.frontends().get(*index)?.flags & LEARNED;
+                }
+                dataplane.frontends().set(*index, frontend)
+            }
+            Change::Publish { vip, index } => dataplane.vips().insert(vip_key(vip), *index),
+            Change::RemoveVip { vip } => {
+                dataplane.vips().remove(&vip_key(vip))?;
+                match self.frontends.get(vip) {
+                    Some(slot) => dataplane.frontends().set(slot.index, Frontend::default()),
+                    None => Ok(()),
+                }
+            }
+            Change::RemoveBackend { id, index } => {
+                dataplane.backend_index().remove(id)?;
+                for v4 in [true, false] {
+                    dataplane.backends().set(endpoint_index(*index, v4), Endpoint::default())?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn record(&mut self, change: &Change) {
+        match change {
+            Change::Source { index, address } => {
+                let index = *index as usize;
+                if self.sources.len() <= index {
+                    self.sources.resize(index + 1, *address);
+                }
+                if let Some(place) = self.sources.get_mut(index) {
+                    *place = *address;
+                }
+            }
+            Change::Replay { number, ifindex } => {
+                let number = *number as usize;
+                if self.replay.len() <= number {
+                    self.replay.resize(number + 1, 0);
+                }
+                if let Some(place) = self.replay.get_mut(number) {
+                    *place = *ifindex;
+                }
+            }
+            Change::Endpoint { id, index, v4, endpoint } => {
+                let slot = self.backends.entry(*id).or_default();
+                slot.index = *index;
+                slot.endpoints[usize::from(!*v4)] = *endpoint;
+            }
+            Change::Index { id, index } => {
+                let slot = self.backends.entry(*id).or_default();
+                (slot.index, slot.indexed) = (*index, true);
+            }
+            Change::Generation => {}
+            Change::Filter { addresses } => self.filter.clone_from(addresses),
+            Change::Table { base, entries, .. } => {
+                self.tables.insert(*base, entries.clone());
+            }
+            Change::Frontend { vip, index, region, size, frontend } => {
+                let published = self.frontends.get(vip).is_some_and(|slot| slot.published);
+                let (index, region, size, frontend) = (*index, *region, *size, *frontend);
+                self.frontends.insert(*vip, FrontendSlot { index, region, size, frontend, published });
+            }
+            Change::Publish { vip, .. } => {
+                if let Some(slot) = self.frontends.get_mut(vip) {
+                    slot.published = true;
+                }
+            }
+            Change::RemoveVip { vip } => {
+                self.frontends.remove(vip);
+            }
+            Change::RemoveBackend { id, .. } => {
+                self.backends.remove(id);
+            }
+        }
+    }
+
+    /// The table that a frontend points to.
+    fn table(&self, frontend: &Frontend) -> &[u32] {
+        let written = self.tables.get(&frontend.table_base).map(Vec::as_slice).unwrap_or_default();
+        written.get(..frontend.table_len as usize).unwrap_or_default()
+    }
+
+    fn endpoint(&self, id: u32, v4: bool) -> Endpoint {
+        self.backends.get(&id).map(|slot| slot.endpoints[usize::from(!v4)]).unwrap_or_default()
+    }
+
+    /// The index of a backend, or the lowest free one, which it has from now on.
+    fn backend_slot(&mut self, id: u32) -> u32 {
+        if let Some(slot) = self.backends.get(&id) {
+            return slot.index;
+        }
+        let taken: BTreeSet<u32> = self.backends.values().map(|slot| slot.index).collect();
+        let index = lowest_free(&taken);
+        self.backends.insert(id, BackendSlot { index, ..BackendSlot::default() });
+        index
+    }
+
+    fn free_frontend(&self) -> u32 {
+        lowest_free(&self.frontends.values().map(|slot| slot.index).collect())
+    }
+
+    /// The first gap of `LB_TABLE` that holds two tables.
+    fn free_region(&self, size: u32) -> u32 {
+        let mut taken: Vec<(u32, u32)> =
+            self.frontends.values().map(|slot| (slot.region, slot.region + 2 * slot.size)).collect();
+        taken.sort_unstable();
+        let mut start = 0;
+        for (from, to) in taken {
+            if from >= start && from - start >= 2 * size {
+                break;
+            }
+            start = start.max(to);
+        }
+        start
+    }
+}
+
+/// The key under which the data path finds a VIP.
+#[must_use]
+pub fn vip_key((address, proto): &Vip) -> VipKey {
+    VipKey::new(Addr::from(address.ip()), address.port(), *proto)
+}
+
+fn lowest_free(taken: &BTreeSet<u32>) -> u32 {
+    (0..).zip(taken).find(|(n, t)| n != *t).map_or(taken.len() as u32, |(n, _)| n)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,243 @@
+use super::*;
+
+const TEXT: &str = r#"
+interfaces = ["eth0"]
+[[service]]
+name = "web"
+vip = ["192.0.2.10:443", "[2001:db8::10]:443"]
+table_size = 251
+[[service.backend]]
+name = "a"
+address = ["10.0.0.1:443", "[fd00::1]:443"]
+[[service.backend]]
+name = "b"
+address = "10.0.0.2:443"
+"#;
+
+/// The world outside the maps, as a test sets it.
+#[derive(Default)]
+struct World {
+    config: Config,
+    admin: BTreeMap<u32, AdminState>,
+    reach: BTreeMap<IpAddr, Reach>,
+    loads: BTreeMap<u32, u64>,
+}
+
+impl World {
+    fn new(text: &str) -> Self {
+        let config = Config::parse(text, &[]).expect("a good configuration");
+        let mut world = Self { config, ..Self::default() };
+        let backends = world.config.services.iter().flat_map(|service| service.backends.clone());
+        for address in backends.collect::<Vec<_>>().iter().flat_map(Backend::addresses) {
+            world.up(&address.ip().to_string(), 3, 0x11);
+        }
+        world
+    }
+
+    fn up(&mut self, ip: &str, ifindex: u32, mac: u32) {
+        let link = Link { ifindex, macs: [mac; 3], vlans: [0; 2] };
+        self.reach.insert(ip.parse().expect("address"), Reach::Up(Path { link, mtu: 1500 }));
+    }
+
+    fn down(&mut self, ip: &str) {
+        self.reach.insert(ip.parse().expect("address"), Reach::Down("no neighbour".into()));
+    }
+
+    fn desired(&self) -> Desired<'_> {
+        Desired { config: &self.config, admin: &self.admin, reach: &self.reach, loads: &self.loads }
+    }
+
+    /// Brings `actual` up to date and returns what was changed.
+    fn settle(&self, actual: &mut Actual) -> Vec<Change> {
+        let changes = diff(&self.desired(), actual);
+        changes.iter().for_each(|change| actual.record(change));
+        assert_eq!(kinds(&diff(&self.desired(), actual)), [""; 0], "a second look finds nothing to do");
+        changes
+    }
+}
+
+fn kinds(changes: &[Change]) -> Vec<&'static str> {
+    changes
+        .iter()
+        .map(|change| match change {
+            Change::Source { .. } => "source",
+            Change::Replay { .. } => "replay",
+            Change::Endpoint { endpoint, .. } if endpoint.flags & BACKEND_UP != 0 => "up",
+            Change::Endpoint { .. } => "down",
+            Change::Index { .. } => "index",
+            Change::Generation => "generation",
+            Change::Filter { .. } => "filter",
+            Change::Table { .. } => "table",
+            Change::Frontend { .. } => "frontend",
+            Change::Publish { .. } => "publish",
+            Change::RemoveVip { .. } => "remove-vip",
+            Change::RemoveBackend { .. } => "remove-backend",
+        })
+        .collect()
+}
+
+fn vip(text: &str) -> Vip {
+    (text.parse().expect("address"), 6)
+}
+
+fn table(actual: &Actual, of: &str) -> BTreeSet<u32> {
+    actual.table(&actual.frontends[&vip(of)].frontend).iter().copied().collect()
+}
+
+#[test]
+fn the_first_time_everything_is_written_in_order() {
+    let mut actual = Actual::default();
+    let changes = World::new(TEXT).settle(&mut actual);
+    assert_eq!(
+        kinds(&changes),
+        [
+            "replay", "up", "up", "index", "up", "index", "filter", "table", "frontend", "publish", "table",
+            "frontend", "publish"
+        ]
+    );
+    assert_eq!(table(&actual, "192.0.2.10:443"), BTreeSet::from([0, 1]));
+    // Only backend a has an IPv6 address.
+    assert_eq!(table(&actual, "[2001:db8::10]:443"), BTreeSet::from([0]));
+    let (index, frontend) = actual.frontend(&vip("[2001:db8::10]:443")).expect("is there");
+    assert_eq!((index, frontend.table_base, frontend.table_len), (1, 502, 251));
+}
+
+#[test]
+fn without_neighbours_tables_are_empty_and_services_answer_nobody() {
+    let mut world = World::new(TEXT);
+    world.reach.clear();
+    let mut actual = Actual::default();
+    world.settle(&mut actual);
+    let (_, frontend) = actual.frontend(&vip("192.0.2.10:443")).expect("is there");
+    assert_eq!(frontend.table_len, 0);
+    let (state, reason) = status(&world.desired(), &actual, &world.config.services[0].backends[1]);
+    assert_eq!((state, reason.as_deref()), ("down", Some("not looked up yet")));
+}
+
+#[test]
+fn a_backend_that_is_lost_leaves_tables_before_it_goes_down() {
+    let mut world = World::new(TEXT);
+    let mut actual = Actual::default();
+    world.settle(&mut actual);
+    let before = actual.frontend(&vip("192.0.2.10:443")).expect("is there").1.table_base;
+    world.down("10.0.0.2");
+    let changes = world.settle(&mut actual);
+    assert_eq!(kinds(&changes), ["table", "frontend", "down"]);
+    let (_, frontend) = actual.frontend(&vip("192.0.2.10:443")).expect("is there");
+    assert_ne!(frontend.table_base, before, "the table in use is not written over");
+    assert_eq!(table(&actual, "192.0.2.10:443"), BTreeSet::from([0]));
+    let b = &world.config.services[0].backends[1];
+    assert_eq!(actual.endpoint(b.id, true).link.ifindex, 3, "the last path stays");
+    assert_eq!(status(&world.desired(), &actual, b), ("down", Some("no neighbour".into())));
+    // And back again, into the first half.
+    world.up("10.0.0.2", 3, 0x11);
+    assert_eq!(kinds(&world.settle(&mut actual)), ["up", "table", "frontend"]);
+    assert_eq!(actual.frontend(&vip("192.0.2.10:443")).expect("is there").1.table_base, before);
+}
+
+#[test]
+fn a_new_mac_address_raises_the_generation_and_leaves_tables_alone() {
+    let mut world = World::new(TEXT);
+    let mut actual = Actual::default();
+    world.settle(&mut actual);
+    world.up("10.0.0.2", 3, 0x22);
+    assert_eq!(kinds(&world.settle(&mut actual)), ["up", "generation"]);
+}
+
+#[test]
+fn drain_and_disable() {
+    let mut world = World::new(TEXT);
+    let mut actual = Actual::default();
+    world.settle(&mut actual);
+    let b = world.config.services[0].backends[1].clone();
+    world.admin.insert(b.id, AdminState::Drain);
+    world.settle(&mut actual);
+    assert_eq!(actual.endpoint(b.id, true).flags, BACKEND_UP | BACKEND_DRAIN);
+    assert_eq!(table(&actual, "192.0.2.10:443"), BTreeSet::from([0]));
+    let pool = &pools(&world.desired(), &actual)[&0];
+    assert_eq!((pool.candidates.len(), pool.known.len()), (1, 2), "known sessions still go there");
+    assert_eq!(status(&world.desired(), &actual, &b).0, "drain");
+    world.admin.insert(b.id, AdminState::Disabled);
+    world.settle(&mut actual);
+    assert_eq!(actual.endpoint(b.id, true).flags, 0);
+    assert_eq!(status(&world.desired(), &actual, &b).0, "disabled");
+}
+
+#[test]
+fn slots_stay_when_others_go() {
+    let mut actual = Actual::default();
+    World::new(TEXT).settle(&mut actual);
+    let without_a = TEXT
+        .replace("[[service.backend]]\nname = \"a\"\naddress = [\"10.0.0.1:443\", \"[fd00::1]:443\"]\n", "")
+        .replace(", \"[2001:db8::10]:443\"", "");
+    let changes = World::new(&without_a).settle(&mut actual);
+    assert_eq!(kinds(&changes), ["filter", "table", "frontend", "remove-vip", "remove-backend"]);
+    assert_eq!(actual.backend_index(backend_id("b")), Some(1));
+    // A newcomer takes the free slot.
+    let with_c = format!("{without_a}[[service.backend]]\nname = \"c\"\naddress = \"10.0.0.3:443\"\n");
+    World::new(&with_c).settle(&mut actual);
+    assert_eq!(actual.backend_index(backend_id("c")), Some(0));
+    assert_eq!(actual.backend_index(backend_id("b")), Some(1));
+}
+
+fn backend_id(name: &str) -> u32 {
+    crate::config::backend_id("web", name)
+}
+
+#[test]
+fn a_table_of_another_size_gets_another_region() {
+    let mut actual = Actual::default();
+    World::new(TEXT).settle(&mut actual);
+    let changes = World::new(&TEXT.replace("251", "509")).settle(&mut actual);
+    assert_eq!(kinds(&changes), ["table", "frontend", "table", "frontend"]);
+    let regions: Vec<(u32, u32)> = actual.frontends.values().map(|slot| (slot.region, slot.size)).collect();
+    assert_eq!(regions, [(1004, 509), (2022, 509)]);
+    for slot in actual.frontends.values() {
+        assert_eq!(slot.frontend.table_base, slot.region);
+    }
+}
+
+#[test]
+fn more_interfaces_than_replay_maps_are_a_clear_reason() {
+    let mut text =
+        "interfaces = [\"eth0\"]\n[[service]]\nname = \"web\"\nvip = \"192.0.2.1:1\"\ntable_size = 251\n"
+            .to_owned();
+    for n in 1..=9 {
+        text.push_str(&format!("[[service.backend]]\nname = \"b{n}\"\naddress = \"10.0.0.{n}:1\"\n"));
+    }
+    let mut world = World::new(&text);
+    for n in 1..=9 {
+        world.up(&format!("10.0.0.{n}"), n, n);
+    }
+    let mut actual = Actual::default();
+    world.settle(&mut actual);
+    let (state, reason) = status(&world.desired(), &actual, &world.config.services[0].backends[8]);
+    assert_eq!(state, "down");
+    assert!(reason.expect("a reason").contains("more than 8 interfaces"));
+    // One of the interfaces is given up: its map is free for the ninth.
+    world.down("10.0.0.4");
+    world.settle(&mut actual);
+    assert_eq!(actual.replay[3], 9);
+}
+
+#[test]
+fn sources_are_written_per_family() {
+    let text = TEXT.replace(
+        "table_size",
+        "source = \"dispatcher\"\nsource_addresses = [\"10.0.0.9\", \"fd00::9\", \"10.0.0.8\"]\nsource_ports = \"2000-2999\"\ntable_size",
+    );
+    let mut actual = Actual::default();
+    World::new(&text).settle(&mut actual);
+    let (_, v4) = actual.frontend(&vip("192.0.2.10:443")).expect("is there");
+    assert_eq!((v4.source_base, v4.source_len, v4.port_min, v4.port_max), (0, 2, 2000, 2999));
+    let (_, v6) = actual.frontend(&vip("[2001:db8::10]:443")).expect("is there");
+    assert_eq!((v6.source_base, v6.source_len), (2, 1));
+    assert_eq!(v6.flags, FRONTEND_SOURCE_DISPATCHER);
+}
+
+#[test]
+fn the_lowest_free_number() {
+    for (taken, free) in [(&[][..], 0), (&[0, 1, 2], 3), (&[1, 2], 0), (&[0, 2], 1)] {
+        assert_eq!(lowest_free(&taken.iter().copied().collect()), free);
+    }
+}
