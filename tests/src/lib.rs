@@ -4,6 +4,8 @@
 //! Namespaces, processes and files that are made here are removed when their owner is dropped, also
 //! on panic. Nothing touches the interfaces of the host.
 
+pub mod harness;
+pub mod hello;
 pub mod http;
 pub mod netns;
 pub mod packet;
