@@ -381,12 +381,12 @@ impl Text<'_> {
                 spans.insert(name, value.span());
             }
         }
-        capacities.check().map_err(|error| match error {
-            crate::dataplane::Error::Capacity { name, value, problem } => {
-                let span = spans.get(name).cloned().unwrap_or(0..0);
-                self.error(span, &format!("capacity.{name}"), format!("{value} {problem}"))
-            }
-            error => self.error(0..0, "capacity", error.to_string()),
+        capacities.check().map_err(|error| {
+            let crate::dataplane::Error::Capacity { name, value, problem } = error else {
+                return self.error(0..0, "capacity", error.to_string());
+            };
+            let span = spans.get(name).cloned().unwrap_or(0..0);
+            self.error(span, &format!("capacity.{name}"), format!("{value} {problem}"))
         })?;
         Ok(capacities)
     }

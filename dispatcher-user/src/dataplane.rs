@@ -253,7 +253,7 @@ impl Dataplane {
             capacities: *capacities,
             ebpf: Mutex::new(ebpf),
         };
-        let keys = [[random()?, random()?], [random()?, random()?]];
+        let keys = [random_key()?, random_key()?];
         dataplane.update_globals(|globals| {
             globals.abi = abi::ABI_VERSION;
             globals.stash_mask = capacities.stash_slots - 1;
@@ -526,6 +526,11 @@ fn monotonic() -> Duration {
     Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
 }
 
+/// A key for SYN cookies that nobody can guess.
+pub fn random_key() -> Result<[u64; 2], Error> {
+    Ok([getrandom::u64().map_err(Error::Random)?, getrandom::u64().map_err(Error::Random)?])
+}
+
 /// The index of an interface, if it exists.
 #[must_use]
 pub fn interface_index(name: &str) -> Option<u32> {
@@ -611,10 +616,6 @@ fn attach(program: &mut Xdp, interface: &str, ifindex: u32, mode: AttachMode) ->
             _ => Error::Attach { interface: interface.to_owned(), reason: chain(&error) },
         }
     })
-}
-
-fn random() -> Result<u64, Error> {
-    getrandom::u64().map_err(Error::Random)
 }
 
 fn layout<E: std::error::Error>(name: &str) -> impl FnOnce(E) -> Error {

@@ -1,2 +1,100 @@
-//! x
-fn main() {}
+//! `dispatcherd`: attaches the dispatcher to interfaces and keeps it in line with a configuration.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use dispatcher_user::{
+    config::{Config, Interface},
+    daemon::{self, Options},
+    dataplane::AttachMode,
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Keep TLS sessions on their backend, in XDP
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// Configuration (TOML)
+    #[arg(long, value_name = "FILE", required_unless_present = "interface")]
+    config: Option<PathBuf>,
+    /// Attach to this interface too; may be given several times. Without --config everything passes
+    #[arg(long, value_name = "IF")]
+    interface: Vec<String>,
+    /// How to attach to the interfaces of --interface
+    #[arg(long, value_name = "MODE", default_value = "auto")]
+    attach: Attach,
+    /// The control socket, instead of the configuration's
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+    /// Check the configuration, change nothing
+    #[arg(long, requires = "config")]
+    check: bool,
+    /// error, warn, info, debug or trace
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    log_level: log::LevelFilter,
+    /// Do not drop capabilities after start
+    #[arg(long)]
+    keep_privileges: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Attach {
+    Auto,
+    Native,
+    Generic,
+}
+
+impl From<Attach> for AttachMode {
+    fn from(attach: Attach) -> Self {
+        match attach {
+            Attach::Auto => Self::Auto,
+            Attach::Native => Self::Native,
+            Attach::Generic => Self::Generic,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    env_logger::Builder::new().filter_level(args.log_level).init();
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("dispatcherd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> Result<()> {
+    let attach = args.attach.into();
+    let interfaces: Vec<Interface> =
+        args.interface.into_iter().map(|name| Interface { name, attach }).collect();
+    let mut config = match &args.config {
+        Some(path) => Config::load(path, &interfaces)?,
+        None => Config { interfaces, ..Config::default() },
+    };
+    if let Some(control) = args.control {
+        config.control = std::path::absolute(control).context("--control")?;
+    }
+    if args.check {
+        println!("{} services: good", config.services.len());
+        return Ok(());
+    }
+    let options = Options { keep_privileges: args.keep_privileges };
+    Ok(daemon::run(config, options, &mut std::io::stdout(), shutdown())?)
+}
+
+/// Ready at the first SIGINT or SIGTERM.
+async fn shutdown() {
+    match (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) {
+        (Ok(mut interrupt), Ok(mut terminate)) => {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+        }
+        (Err(error), _) | (_, Err(error)) => log::error!("waiting for signals: {error}"),
+    }
+}

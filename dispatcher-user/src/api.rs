@@ -1,0 +1,270 @@
+//! What the control socket says, in JSON. Names of fields are stable: add, never rename.
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    balancer::Balance,
+    config::{AdminState, Miss, Mode, Protocol},
+    dataplane::Attached,
+};
+
+/// `GET /v1/status`.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of the daemon.
+    pub version: String,
+    /// Version of the maps' layouts.
+    pub abi: u32,
+    /// Seconds since start.
+    pub uptime_seconds: u64,
+    /// Where the dispatcher is attached.
+    pub interfaces: Vec<Attached>,
+    /// Estimate of the memory of the maps.
+    pub memory_bytes: u64,
+    /// Number of services.
+    pub services: usize,
+    /// Number of backends.
+    pub backends: usize,
+    /// Backends that take connections.
+    pub backends_up: usize,
+    /// Connections bound.
+    pub connections: u64,
+    /// Of these, by a session known before.
+    pub hits: u64,
+    /// Of these, secure with an identifier that was not known.
+    pub misses: u64,
+    /// Of these, secure without an identifier.
+    pub fresh: u64,
+    /// Of these, not secure.
+    pub nonsecure: u64,
+    /// Sessions learned from servers.
+    pub learned: u64,
+    /// Age of the daemon's sign of life in the maps.
+    pub heartbeat_age_ms: u64,
+    /// Times that the cookie key was changed.
+    pub cookie_epoch: u32,
+    /// Records of the event ring so far.
+    pub events: Events,
+}
+
+/// Records of the event ring.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Events {
+    /// Requests with an unknown identifier that the table bound.
+    pub miss: u64,
+    /// Hellos held for the daemon.
+    pub held: u64,
+    /// Of these, released.
+    pub released: u64,
+    /// Connections that a backend refused or did not answer.
+    pub refused: u64,
+    /// Identifiers learned.
+    pub learned: u64,
+    /// Expired sessions removed.
+    pub swept: u64,
+}
+
+/// An element of `GET /v1/services`.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Service {
+    /// Name.
+    pub name: String,
+    /// Stable id.
+    pub id: u32,
+    /// VIPs.
+    pub vips: Vec<SocketAddr>,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// Mode.
+    pub mode: Mode,
+    /// Who decides on a miss.
+    pub miss: Miss,
+    /// `client` or `dispatcher`.
+    pub source: String,
+    /// `off` or `v2`.
+    pub proxy_protocol: String,
+    /// Balancing algorithm.
+    pub balance: Balance,
+    /// Entries of each table.
+    pub table_size: u32,
+    /// TCP options that are not offered to clients because a backend refused them: `sack`, `timestamps`,
+    /// `wscale`.
+    pub refused_options: Vec<String>,
+    /// Number of backends.
+    pub backends: usize,
+    /// Backends that take connections.
+    pub backends_up: usize,
+}
+
+/// An element of `GET /v1/backends`.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Backend {
+    /// Name.
+    pub name: String,
+    /// Service.
+    pub service: String,
+    /// Stable id.
+    pub id: u32,
+    /// Index in the maps.
+    pub index: u32,
+    /// Addresses.
+    pub addresses: Vec<SocketAddr>,
+    /// `up`, `down`, `drain` or `disabled`.
+    pub state: String,
+    /// Why an address is not reached.
+    pub reason: Option<String>,
+    /// Weight.
+    pub weight: u32,
+    /// Share of the load-balancing tables, 0 to 1.
+    pub share: f64,
+    /// Connections bound.
+    pub connections: u64,
+    /// Of these, by a session known before.
+    pub hits: u64,
+    /// Of these, secure with an identifier that was not known.
+    pub misses: u64,
+    /// Of these, secure without an identifier.
+    pub fresh: u64,
+    /// Of these, not secure.
+    pub nonsecure: u64,
+    /// Connections that the backend accepted.
+    pub established: u64,
+    /// Connections that it refused or did not answer.
+    pub refused: u64,
+    /// Sessions learned from it.
+    pub learned: u64,
+}
+
+/// Body of `PUT /v1/backends/{service}/{name}/state`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetState {
+    /// What the operator wants.
+    pub state: AdminState,
+}
+
+/// An element of `GET /v1/sessions`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Session {
+    /// The identifier, hexadecimal.
+    pub id: String,
+    /// `tls-session-id`.
+    pub kind: String,
+    /// Service.
+    pub service: String,
+    /// Name of the backend.
+    pub backend: String,
+    /// Tunnel, 0 for none.
+    pub tunnel: u32,
+    /// QoS class.
+    pub class: u16,
+    /// `provisional`, `confirmed` or `pinned`.
+    pub state: String,
+    /// Connections that came with it.
+    pub hits: u32,
+    /// Seconds since it was made.
+    pub age_seconds: u32,
+    /// Seconds since it was used.
+    pub idle_seconds: u32,
+    /// Seconds until it expires; null for never.
+    pub expires_in_seconds: Option<u32>,
+}
+
+/// Body of `PUT /v1/sessions/{id}`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pin {
+    /// Service.
+    pub service: String,
+    /// Name of the backend.
+    pub backend: String,
+}
+
+/// An element of `GET /v1/flows`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Flow {
+    /// The client.
+    pub client: SocketAddr,
+    /// The VIP.
+    pub vip: SocketAddr,
+    /// `tcp` or `udp`.
+    pub protocol: Protocol,
+    /// Service.
+    pub service: String,
+    /// Name of the backend.
+    pub backend: String,
+    /// `syn-sent`, `established`, `closing` or `closed`.
+    pub state: String,
+    /// Seconds since it was bound.
+    pub age_seconds: u32,
+    /// It carries TLS.
+    pub secure: bool,
+    /// Its session was known.
+    pub hit: bool,
+}
+
+/// `GET /v1/counters`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Counters {
+    /// One for each reason, in order of number.
+    pub reasons: Vec<Counter>,
+}
+
+/// Packets of one reason.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Counter {
+    /// Number of the reason.
+    pub number: u32,
+    /// Its name.
+    pub name: String,
+    /// `forward`, `pass`, `consume` or `drop`.
+    pub kind: String,
+    /// Packets so far.
+    pub packets: u64,
+    /// What it means.
+    pub description: String,
+}
+
+/// Body of every answer that is no success.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Problem {
+    /// What is wrong and what to do.
+    pub error: String,
+}
+
+/// Bytes as hexadecimal digits.
+#[must_use]
+pub fn to_hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The reverse of [`to_hex`]; colons between bytes are allowed, as OpenSSL prints some identifiers.
+#[must_use]
+pub fn from_hex(text: &str) -> Option<Vec<u8>> {
+    let digits: Vec<u8> = text.bytes().filter(|byte| *byte != b':').collect();
+    let digit = |byte: u8| char::from(byte).to_digit(16);
+    digits
+        .chunks(2)
+        .map(|pair| match pair {
+            [high, low] => Some((digit(*high)? << 4 | digit(*low)?) as u8),
+            _ => None,
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hexadecimal_there_and_back() {
+        assert_eq!(to_hex(&[0, 0xab, 0x10]), "00ab10");
+        assert_eq!(from_hex("00AB10"), Some(vec![0, 0xab, 0x10]));
+        assert_eq!(from_hex("00:ab:10"), Some(vec![0, 0xab, 0x10]));
+        for text in ["0", "0g", "é", "+1"] {
+            assert_eq!(from_hex(text), None, "{text}");
+        }
+    }
+}

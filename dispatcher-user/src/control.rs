@@ -1,0 +1,679 @@
+//! The control API: HTTP and JSON on a Unix socket. [`crate::api`] has what it says.
+
+use std::{
+    ffi::CString,
+    fs, io,
+    net::{IpAddr, SocketAddr},
+    os::unix::{
+        fs::{DirBuilderExt as _, PermissionsExt as _},
+        net::{UnixListener as StdListener, UnixStream as StdStream},
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use axum::{
+    Json, Router,
+    extract::{Path as Segment, Query, State},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::{get, put},
+};
+use dispatcher_common::{
+    abi::ABI_VERSION,
+    flow::{
+        FLAG_FIN, FLAG_FIN_PEER, FLAG_HIT, FLAG_SECURE, FLAG_SYN_SENT, FLAG_TO_BACKEND, Flow, FlowKey,
+        is_closed, ports_of,
+    },
+    reason::Kind,
+    service::{BackendStats, FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_NO_WSCALE},
+    session::{KIND_TLS_SESSION_ID, STATE_CONFIRMED, STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey},
+};
+use serde::Deserialize;
+use tokio::net::{UnixListener, UnixStream, unix::SocketAddr as UnixAddr};
+
+use crate::{
+    api::{self, Problem},
+    config::{self, Config, Protocol},
+    dataplane::{self, memory_bytes, monotonic_ns, monotonic_seconds},
+    reconcile::{self, Vip},
+    state::Shared,
+};
+
+/// What can go wrong with the socket.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Somebody answers there.
+    #[error("another dispatcherd listens on {0}; stop it, or set another `control` path")]
+    InUse(PathBuf),
+    /// No such group.
+    #[error("group {0} (control_group) does not exist; `getent group` lists those that do")]
+    NoGroup(String),
+    /// A file operation failed.
+    #[error("control socket {path}: {action}: {source}")]
+    Io {
+        /// The socket.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+/// A socket that listens and goes when this is dropped.
+#[derive(Debug)]
+pub struct Socket {
+    path: PathBuf,
+    listener: Option<StdListener>,
+    /// Whether others than root may be there: those that the group's permission lets in.
+    group: bool,
+}
+
+impl Socket {
+    /// Makes the socket, for root and a group.
+    pub fn bind(path: &Path, group: Option<&str>) -> Result<Self, Error> {
+        let failed = |action| move |source| Error::Io { path: path.to_owned(), action, source };
+        if let Some(folder) = path.parent().filter(|folder| !folder.exists()) {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o755)
+                .create(folder)
+                .map_err(failed("making its folder"))?;
+        }
+        if StdStream::connect(path).is_ok() {
+            return Err(Error::InUse(path.to_owned()));
+        }
+        let group_id = group.map(group_id).transpose()?;
+        // Nobody can connect before the permissions are right: it gets its name last.
+        let mut hidden = path.as_os_str().to_owned();
+        hidden.push(format!(".{}", std::process::id()));
+        let hidden = PathBuf::from(hidden);
+        let listener = StdListener::bind(&hidden).map_err(failed("binding"))?;
+        let prepared = fs::set_permissions(&hidden, fs::Permissions::from_mode(0o660))
+            .and_then(|()| match group_id {
+                Some(id) => std::os::unix::fs::chown(&hidden, None, Some(id)),
+                None => Ok(()),
+            })
+            .and_then(|()| fs::rename(&hidden, path))
+            .and_then(|()| listener.set_nonblocking(true));
+        if let Err(source) = prepared {
+            drop(fs::remove_file(&hidden));
+            return Err(failed("setting permissions")(source));
+        }
+        Ok(Self { path: path.to_owned(), listener: Some(listener), group: group_id.is_some() })
+    }
+
+    fn listener(&mut self) -> io::Result<Listener> {
+        let listener = self.listener.take().ok_or_else(|| io::Error::other("served twice"))?;
+        Ok(Listener { inner: UnixListener::from_std(listener)?, group: self.group })
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            log::debug!("removing {}: {error}", self.path.display());
+        }
+    }
+}
+
+fn group_id(name: &str) -> Result<u32, Error> {
+    let missing = || Error::NoGroup(name.to_owned());
+    let text = CString::new(name).map_err(|_| missing())?;
+    // SAFETY: `text` ends with a zero byte and outlives the call. The record that comes back is libc's own
+    // and is valid until the next such call; this process makes them one after the other, at start.
+    unsafe {
+        let group = libc::getgrnam(text.as_ptr());
+        if group.is_null() { Err(missing()) } else { Ok((*group).gr_gid) }
+    }
+}
+
+/// Accepts those who may.
+struct Listener {
+    inner: UnixListener,
+    group: bool,
+}
+
+impl axum::serve::Listener for Listener {
+    type Io = UnixStream;
+    type Addr = UnixAddr;
+
+    async fn accept(&mut self) -> (UnixStream, UnixAddr) {
+        loop {
+            match self.inner.accept().await {
+                Ok((stream, address)) => match stream.peer_cred() {
+                    // SAFETY: takes nothing, touches nothing.
+                    Ok(peer) if self.group || peer.uid() == 0 || peer.uid() == unsafe { libc::geteuid() } => {
+                        return (stream, address);
+                    }
+                    Ok(peer) => log::warn!("control: user {} is not root; refused", peer.uid()),
+                    Err(error) => log::warn!("control: peer without credentials: {error}"),
+                },
+                Err(error) => {
+                    log::warn!("control: accepting: {error}");
+                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<UnixAddr> {
+        self.inner.local_addr()
+    }
+}
+
+/// Answers requests until the task is dropped.
+pub(crate) async fn serve(shared: Arc<Shared>, socket: &mut Socket) -> io::Result<()> {
+    axum::serve(socket.listener()?, router(shared)).await
+}
+
+fn router(shared: Arc<Shared>) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/services", get(services))
+        .route("/v1/backends", get(backends))
+        .route("/v1/backends/{service}/{name}/state", put(set_state))
+        .route("/v1/sessions", get(sessions))
+        .route("/v1/sessions/{id}", get(session).put(pin).delete(remove))
+        .route("/v1/flows", get(flows))
+        .route("/v1/counters", get(counters))
+        .fallback(|| async { Failure(StatusCode::NOT_FOUND, "no such resource".to_owned()) })
+        .with_state(shared)
+}
+
+/// An answer that is no success.
+struct Failure(StatusCode, String);
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        (self.0, Json(Problem { error: self.1 })).into_response()
+    }
+}
+
+impl From<dataplane::Error> for Failure {
+    fn from(error: dataplane::Error) -> Self {
+        Self(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
+    }
+}
+
+fn not_found(what: impl Into<String>) -> Failure {
+    Failure(StatusCode::NOT_FOUND, what.into())
+}
+
+fn bad(what: impl Into<String>) -> Failure {
+    Failure(StatusCode::BAD_REQUEST, what.into())
+}
+
+type Answer<T> = Result<Json<T>, Failure>;
+
+/// Maps are read where that blocks nobody.
+async fn reading<T: Send + 'static>(
+    shared: Arc<Shared>,
+    read: impl FnOnce(&Shared) -> Result<T, Failure> + Send + 'static,
+) -> Answer<T> {
+    match tokio::task::spawn_blocking(move || read(&shared)).await {
+        Ok(result) => result.map(Json),
+        Err(error) => Err(Failure(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
+    }
+}
+
+async fn status(State(shared): State<Arc<Shared>>) -> Answer<api::Status> {
+    reading(shared, read_status).await
+}
+
+fn read_status(shared: &Shared) -> Result<api::Status, Failure> {
+    let globals = shared.dataplane.globals();
+    let backends = read_backends(shared)?;
+    let sum = |field: fn(&api::Backend) -> u64| backends.iter().map(field).sum();
+    Ok(api::Status {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        abi: ABI_VERSION,
+        uptime_seconds: shared.started.elapsed().as_secs(),
+        interfaces: shared.dataplane.attached(),
+        memory_bytes: memory_bytes(shared.dataplane.capacities()),
+        services: shared.config.services.len(),
+        backends: backends.len(),
+        backends_up: backends.iter().filter(|backend| backend.state == "up").count(),
+        connections: sum(|backend| backend.connections),
+        hits: sum(|backend| backend.hits),
+        misses: sum(|backend| backend.misses),
+        fresh: sum(|backend| backend.fresh),
+        nonsecure: sum(|backend| backend.nonsecure),
+        learned: sum(|backend| backend.learned),
+        heartbeat_age_ms: monotonic_ns().saturating_sub(globals.heartbeat) / 1_000_000,
+        cookie_epoch: globals.epoch,
+        events: shared.counts.read(),
+    })
+}
+
+async fn services(State(shared): State<Arc<Shared>>) -> Answer<Vec<api::Service>> {
+    reading(shared, read_services).await
+}
+
+fn read_services(shared: &Shared) -> Result<Vec<api::Service>, Failure> {
+    let state = shared.state();
+    let desired = state.desired(&shared.config);
+    let mut services = Vec::new();
+    for service in &shared.config.services {
+        let mut refused = 0;
+        for vip in vips(service) {
+            if let Some((index, written)) = state.actual.frontend(&vip) {
+                refused |= shared.dataplane.frontends().get(index)?.flags & !written.flags;
+            }
+        }
+        let options =
+            [(FRONTEND_NO_SACK, "sack"), (FRONTEND_NO_TS, "timestamps"), (FRONTEND_NO_WSCALE, "wscale")];
+        let up = |backend: &&config::Backend| reconcile::status(&desired, &state.actual, backend).0 == "up";
+        services.push(api::Service {
+            name: service.name.clone(),
+            id: service.id,
+            vips: service.vips.clone(),
+            protocol: service.protocol,
+            mode: service.mode,
+            miss: service.miss,
+            source: match service.source {
+                config::Source::Client => "client",
+                config::Source::Dispatcher { .. } => "dispatcher",
+            }
+            .to_owned(),
+            proxy_protocol: if service.proxy_protocol { "v2" } else { "off" }.to_owned(),
+            balance: service.balance,
+            table_size: service.table_size,
+            refused_options: options
+                .iter()
+                .filter(|(flag, _)| refused & flag != 0)
+                .map(|(_, name)| (*name).to_owned())
+                .collect(),
+            backends: service.backends.len(),
+            backends_up: service.backends.iter().filter(up).count(),
+        });
+    }
+    Ok(services)
+}
+
+fn vips(service: &config::Service) -> Vec<Vip> {
+    service.vips.iter().map(|vip| (*vip, service.protocol.number())).collect()
+}
+
+async fn backends(State(shared): State<Arc<Shared>>) -> Answer<Vec<api::Backend>> {
+    reading(shared, read_backends).await
+}
+
+fn read_backends(shared: &Shared) -> Result<Vec<api::Backend>, Failure> {
+    let mut found = Vec::new();
+    {
+        let state = shared.state();
+        let desired = state.desired(&shared.config);
+        for service in &shared.config.services {
+            let vips = vips(service);
+            for backend in &service.backends {
+                let Some(index) = state.actual.backend_index(backend.id) else { continue };
+                let (condition, reason) = reconcile::status(&desired, &state.actual, backend);
+                found.push((service, backend, index, condition, reason, state.actual.share(&vips, index)));
+            }
+        }
+    }
+    found
+        .into_iter()
+        .map(|(service, backend, index, condition, reason, share)| {
+            let BackendStats { connections, hits, misses, fresh, nonsecure, established, refused, learned } =
+                shared.dataplane.backend_stats(index)?;
+            Ok(api::Backend {
+                name: backend.name.clone(),
+                service: service.name.clone(),
+                id: backend.id,
+                index,
+                addresses: backend.addresses().collect(),
+                state: condition.to_owned(),
+                reason,
+                weight: backend.weight,
+                share,
+                connections,
+                hits,
+                misses,
+                fresh,
+                nonsecure,
+                established,
+                refused,
+                learned,
+            })
+        })
+        .collect()
+}
+
+async fn set_state(
+    State(shared): State<Arc<Shared>>,
+    Segment((service, name)): Segment<(String, String)>,
+    Json(wanted): Json<api::SetState>,
+) -> Answer<Vec<api::Backend>> {
+    reading(shared, move |shared| {
+        let (_, backend) = find_backend(&shared.config, &service, &name)?;
+        let id = backend.id;
+        shared.reconcile(|state| {
+            state.admin.insert(id, wanted.state);
+        });
+        log::info!("{service}/{name}: set to {} by the operator", wanted.state);
+        let mut backends = read_backends(shared)?;
+        backends.retain(|backend| backend.id == id);
+        Ok(backends)
+    })
+    .await
+}
+
+fn find_service<'c>(config: &'c Config, name: &str) -> Result<&'c config::Service, Failure> {
+    config.services.iter().find(|service| service.name == name).ok_or_else(|| {
+        not_found(format!("no service {name}; `dispatcherctl services` lists those there are"))
+    })
+}
+
+fn find_backend<'c>(
+    config: &'c Config,
+    service: &str,
+    name: &str,
+) -> Result<(&'c config::Service, &'c config::Backend), Failure> {
+    let service = find_service(config, service)?;
+    let backend = service.backends.iter().find(|backend| backend.name == name).ok_or_else(|| {
+        let service = &service.name;
+        not_found(format!("service {service} has no backend {name}; `dispatcherctl backends` lists them"))
+    })?;
+    Ok((service, backend))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SessionQuery {
+    service: Option<String>,
+    backend: Option<String>,
+    limit: Option<usize>,
+}
+
+async fn sessions(
+    State(shared): State<Arc<Shared>>,
+    Query(query): Query<SessionQuery>,
+) -> Answer<Vec<api::Session>> {
+    reading(shared, move |shared| {
+        if let Some(service) = &query.service {
+            find_service(&shared.config, service)?;
+        }
+        let names = Names::new(shared);
+        let now = monotonic_seconds();
+        let fits = |session: &api::Session| {
+            query.service.as_ref().is_none_or(|service| session.service == *service)
+                && query.backend.as_ref().is_none_or(|backend| session.backend == *backend)
+        };
+        Ok(shared
+            .dataplane
+            .sessions()
+            .iter()
+            .filter(|(_, session)| !session.expired(now))
+            .map(|(key, session)| shown(&names, &key, &session, now))
+            .filter(fits)
+            .take(query.limit.unwrap_or(usize::MAX))
+            .collect())
+    })
+    .await
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OneQuery {
+    service: Option<String>,
+}
+
+/// The keys that an identifier may have: one a service.
+fn keys(shared: &Shared, id: &str, service: Option<&str>) -> Result<Vec<SessionKey>, Failure> {
+    let bytes = api::from_hex(id).ok_or_else(|| bad(format!("{id} is not hexadecimal")))?;
+    let services = match service {
+        Some(name) => vec![find_service(&shared.config, name)?],
+        None => shared.config.services.iter().collect(),
+    };
+    services
+        .iter()
+        .map(|service| {
+            SessionKey::new(service.id, KIND_TLS_SESSION_ID, &bytes)
+                .ok_or_else(|| bad(format!("{id} has {} bytes; identifiers have 1 to 32", bytes.len())))
+        })
+        .collect()
+}
+
+async fn session(
+    State(shared): State<Arc<Shared>>,
+    Segment(id): Segment<String>,
+    Query(query): Query<OneQuery>,
+) -> Answer<Vec<api::Session>> {
+    reading(shared, move |shared| {
+        let names = Names::new(shared);
+        let now = monotonic_seconds();
+        let mut found = Vec::new();
+        for key in keys(shared, &id, query.service.as_deref())? {
+            if let Some(session) = shared.dataplane.sessions().get(&key)?.filter(|one| !one.expired(now)) {
+                found.push(shown(&names, &key, &session, now));
+            }
+        }
+        if found.is_empty() { Err(not_found(format!("no session {id}"))) } else { Ok(found) }
+    })
+    .await
+}
+
+async fn pin(
+    State(shared): State<Arc<Shared>>,
+    Segment(id): Segment<String>,
+    Json(pin): Json<api::Pin>,
+) -> Answer<Vec<api::Session>> {
+    reading(shared, move |shared| {
+        let (_, backend) = find_backend(&shared.config, &pin.service, &pin.backend)?;
+        let now = monotonic_seconds();
+        let mut found = Vec::new();
+        for key in keys(shared, &id, Some(&pin.service))? {
+            let old = shared
+                .dataplane
+                .sessions()
+                .get(&key)?
+                .unwrap_or(Session { created: now, ..Session::default() });
+            let session = Session { backend: backend.id, state: STATE_PINNED, used: now, expires: 0, ..old };
+            shared.dataplane.sessions().insert(key, session)?;
+            found.push(shown(&Names::new(shared), &key, &session, now));
+        }
+        Ok(found)
+    })
+    .await
+}
+
+async fn remove(
+    State(shared): State<Arc<Shared>>,
+    Segment(id): Segment<String>,
+    Query(query): Query<OneQuery>,
+) -> Answer<Vec<api::Session>> {
+    reading(shared, move |shared| {
+        let names = Names::new(shared);
+        let now = monotonic_seconds();
+        let mut removed = Vec::new();
+        for key in keys(shared, &id, query.service.as_deref())? {
+            let session = shared.dataplane.sessions().get(&key)?;
+            if let Some(session) = session
+                && shared.dataplane.sessions().remove(&key)?
+            {
+                removed.push(shown(&names, &key, &session, now));
+            }
+        }
+        if removed.is_empty() { Err(not_found(format!("no session {id}"))) } else { Ok(removed) }
+    })
+    .await
+}
+
+/// Names of ids and indexes.
+struct Names<'s> {
+    config: &'s Config,
+    /// Backend id by index.
+    ids: Vec<(u32, u32)>,
+}
+
+impl<'s> Names<'s> {
+    fn new(shared: &'s Shared) -> Self {
+        let state = shared.state();
+        let backends = shared.config.services.iter().flat_map(|service| &service.backends);
+        let ids = backends
+            .filter_map(|backend| Some((state.actual.backend_index(backend.id)?, backend.id)))
+            .collect();
+        Self { config: &shared.config, ids }
+    }
+
+    fn service(&self, id: u32) -> String {
+        let service = self.config.services.iter().find(|service| service.id == id);
+        service.map_or_else(|| format!("{id:08x}"), |service| service.name.clone())
+    }
+
+    fn backend(&self, id: u32) -> String {
+        let mut backends = self.config.services.iter().flat_map(|service| &service.backends);
+        let backend = backends.find(|backend| backend.id == id);
+        backend.map_or_else(|| format!("{id:08x}"), |backend| backend.name.clone())
+    }
+
+    fn backend_at(&self, index: u32) -> String {
+        let id = self.ids.iter().find(|(one, _)| *one == index);
+        id.map_or_else(|| format!("#{index}"), |(_, id)| self.backend(*id))
+    }
+
+    fn service_of(&self, vip: SocketAddr, protocol: Protocol) -> String {
+        let mut services = self.config.services.iter();
+        let service = services.find(|one| one.protocol == protocol && one.vips.contains(&vip));
+        service.map(|service| service.name.clone()).unwrap_or_default()
+    }
+}
+
+fn shown(names: &Names<'_>, key: &SessionKey, session: &Session, now: u32) -> api::Session {
+    api::Session {
+        id: api::to_hex(key.id()),
+        kind: match key.kind {
+            KIND_TLS_SESSION_ID => "tls-session-id".to_owned(),
+            other => format!("kind-{other}"),
+        },
+        service: names.service(key.service),
+        backend: names.backend(session.backend),
+        tunnel: session.tunnel,
+        class: session.class,
+        state: match session.state {
+            STATE_PROVISIONAL => "provisional".to_owned(),
+            STATE_CONFIRMED => "confirmed".to_owned(),
+            STATE_PINNED => "pinned".to_owned(),
+            other => format!("state-{other}"),
+        },
+        hits: session.hits,
+        age_seconds: now.saturating_sub(session.created),
+        idle_seconds: now.saturating_sub(session.used),
+        expires_in_seconds: (session.expires != 0).then(|| session.expires.saturating_sub(now)),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Limit {
+    limit: Option<usize>,
+}
+
+async fn flows(State(shared): State<Arc<Shared>>, Query(query): Query<Limit>) -> Answer<Vec<api::Flow>> {
+    reading(shared, move |shared| {
+        let names = Names::new(shared);
+        let now = monotonic_seconds();
+        let flows = shared.dataplane.flows();
+        Ok(flows
+            .iter()
+            .filter(|(_, flow)| flow.flags & FLAG_TO_BACKEND != 0)
+            .map(|(key, flow)| shown_flow(&names, &key, &flow, now))
+            .take(query.limit.unwrap_or(usize::MAX))
+            .collect())
+    })
+    .await
+}
+
+fn shown_flow(names: &Names<'_>, key: &FlowKey, flow: &Flow, now: u32) -> api::Flow {
+    let (client, server) = ports_of(key.ports);
+    let vip = SocketAddr::new(IpAddr::from(key.dst), server);
+    let protocol = if key.proto == 17 { Protocol::Udp } else { Protocol::Tcp };
+    api::Flow {
+        client: SocketAddr::new(IpAddr::from(key.src), client),
+        vip,
+        protocol,
+        service: names.service_of(vip, protocol),
+        backend: names.backend_at(flow.backend),
+        state: flow_state(flow.flags).to_owned(),
+        age_seconds: now.saturating_sub(flow.created),
+        secure: flow.flags & FLAG_SECURE != 0,
+        hit: flow.flags & FLAG_HIT != 0,
+    }
+}
+
+fn flow_state(flags: u32) -> &'static str {
+    if is_closed(flags) {
+        "closed"
+    } else if flags & FLAG_SYN_SENT != 0 {
+        "syn-sent"
+    } else if flags & (FLAG_FIN | FLAG_FIN_PEER) != 0 {
+        "closing"
+    } else {
+        "established"
+    }
+}
+
+async fn counters(State(shared): State<Arc<Shared>>) -> Answer<api::Counters> {
+    reading(shared, |shared| {
+        let counter = |(reason, packets): (dispatcher_common::reason::Reason, u64)| api::Counter {
+            number: reason as u32,
+            name: reason.name().to_owned(),
+            kind: match reason.kind() {
+                Kind::Forward => "forward",
+                Kind::Pass => "pass",
+                Kind::Consume => "consume",
+                Kind::Drop => "drop",
+            }
+            .to_owned(),
+            packets,
+            description: reason.description().to_owned(),
+        };
+        Ok(api::Counters { reasons: shared.dataplane.reasons()?.into_iter().map(counter).collect() })
+    })
+    .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dispatcher_common::flow::FLAG_RST;
+
+    #[test]
+    fn states_of_flows() {
+        for (flags, state) in [
+            (FLAG_TO_BACKEND, "established"),
+            (FLAG_TO_BACKEND | FLAG_SYN_SENT, "syn-sent"),
+            (FLAG_FIN, "closing"),
+            (FLAG_FIN | FLAG_FIN_PEER, "closed"),
+            (FLAG_RST, "closed"),
+        ] {
+            assert_eq!(flow_state(flags), state);
+        }
+    }
+
+    #[test]
+    fn a_socket_is_private_and_goes_with_its_owner() {
+        let folder = std::env::temp_dir().join(format!("dispatcher-control-{}", std::process::id()));
+        let path = folder.join("a/control.sock");
+        let socket = Socket::bind(&path, None).expect("binds");
+        let mode = fs::metadata(&path).expect("is there").permissions().mode();
+        assert_eq!(mode & 0o777, 0o660);
+        assert!(matches!(Socket::bind(&path, None), Err(Error::InUse(_))));
+        drop(socket);
+        assert!(!path.exists());
+        // What a crashed daemon left is in nobody's way.
+        drop(StdListener::bind(&path).expect("binds"));
+        drop(Socket::bind(&path, None).expect("takes over"));
+        fs::remove_dir_all(folder).expect("removes");
+    }
+
+    #[test]
+    fn a_group_must_exist() {
+        assert_eq!(group_id("root").expect("is there"), 0);
+        assert!(matches!(group_id("no-such-group"), Err(Error::NoGroup(_))));
+    }
+}

@@ -1,0 +1,527 @@
+//! The command line: requests to the control socket, answers as tables or JSON.
+
+use std::{
+    io::{self, Write},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use clap::{Parser, Subcommand, ValueEnum};
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use http_body_util::{BodyExt as _, Full};
+use hyper::{Method, Request, body::Bytes};
+use hyper_util::rt::TokioIo;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::net::UnixStream;
+
+use crate::{
+    api::{self, Problem},
+    config::{AdminState, DEFAULT_CONTROL},
+};
+
+/// Ask and steer a running dispatcherd
+#[derive(Debug, Parser)]
+#[command(version)]
+pub struct Args {
+    /// The daemon's control socket
+    #[arg(long, global = true, value_name = "PATH", default_value = DEFAULT_CONTROL)]
+    socket: PathBuf,
+    /// Answer in JSON; names of fields are stable
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Version, interfaces, sums
+    Status,
+    /// Services
+    Services,
+    /// Backends with their state and counters
+    Backends,
+    /// Change what is wanted of a backend, until the daemon is started again
+    Backend {
+        /// SERVICE/NAME
+        #[arg(value_parser = backend_name)]
+        backend: (String, String),
+        /// What is wanted of it
+        state: Wanted,
+    },
+    /// The mapping table: session identifier -> backend
+    Sessions {
+        #[command(subcommand)]
+        command: Sessions,
+    },
+    /// Connections
+    Flows {
+        /// At most so many
+        #[arg(long, value_name = "N", default_value_t = 1000)]
+        limit: usize,
+    },
+    /// Packets by reason
+    Counters {
+        /// Again every SECS seconds, with the difference
+        #[arg(long, value_name = "SECS", num_args = 0..=1, default_missing_value = "1")]
+        watch: Option<u64>,
+        /// Reasons that have counted nothing too
+        #[arg(long)]
+        all: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Sessions {
+    /// List them
+    List {
+        /// Of this service
+        #[arg(long)]
+        service: Option<String>,
+        /// Of this backend
+        #[arg(long)]
+        backend: Option<String>,
+        /// At most so many
+        #[arg(long, value_name = "N", default_value_t = 1000)]
+        limit: usize,
+    },
+    /// Show one
+    Show {
+        /// Identifier, hexadecimal
+        id: String,
+        /// Of this service only
+        #[arg(long)]
+        service: Option<String>,
+    },
+    /// Map one to a backend, for good
+    Pin {
+        /// Identifier, hexadecimal
+        id: String,
+        /// Service
+        #[arg(long)]
+        service: String,
+        /// Backend
+        #[arg(long)]
+        backend: String,
+    },
+    /// Remove one
+    Remove {
+        /// Identifier, hexadecimal
+        id: String,
+        /// Of this service only
+        #[arg(long)]
+        service: Option<String>,
+    },
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Wanted {
+    Enabled,
+    Drain,
+    Disabled,
+}
+
+impl From<Wanted> for AdminState {
+    fn from(wanted: Wanted) -> Self {
+        match wanted {
+            Wanted::Enabled => Self::Enabled,
+            Wanted::Drain => Self::Drain,
+            Wanted::Disabled => Self::Disabled,
+        }
+    }
+}
+
+fn backend_name(text: &str) -> Result<(String, String), String> {
+    let (service, name) = text.split_once('/').ok_or("write SERVICE/NAME, such as web/a")?;
+    Ok((service.to_owned(), name.to_owned()))
+}
+
+/// What the process ends with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Exit {
+    /// The request was carried out.
+    Good = 0,
+    /// The daemon refused it.
+    Refused = 1,
+    /// The command line is wrong (clap's own code).
+    Usage = 2,
+    /// No daemon answers.
+    Unreachable = 3,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Nobody answers.
+    #[error("connecting to {path}: {source}; is dispatcherd running, are you root, is --socket right?")]
+    Unreachable {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The connection broke, or the answer is none.
+    #[error("asking dispatcherd: {0}")]
+    Protocol(String),
+    /// The daemon says no.
+    #[error("{0}")]
+    Refused(String),
+    /// The answer cannot be printed.
+    #[error("printing: {0}")]
+    Output(#[from] io::Error),
+}
+
+impl Error {
+    /// The exit code for it.
+    #[must_use]
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Unreachable { .. } => Exit::Unreachable,
+            Self::Protocol(_) | Self::Refused(_) | Self::Output(_) => Exit::Refused,
+        }
+    }
+}
+
+/// Carries out a command line and prints the answer.
+pub fn run(args: &Args, out: &mut dyn Write) -> Result<(), Error> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Output)?;
+    match runtime.block_on(answer(args, out)) {
+        // `dispatcherctl flows | head`: whoever reads has read enough.
+        Err(Error::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result,
+    }
+}
+
+async fn answer(args: &Args, out: &mut dyn Write) -> Result<(), Error> {
+    let ask = Client { socket: &args.socket };
+    let json = args.json;
+    match &args.command {
+        Command::Status => show(out, json, &ask.get::<api::Status>("/v1/status").await?, status),
+        Command::Services => {
+            show(out, json, ask.get::<Vec<api::Service>>("/v1/services").await?.as_slice(), services)
+        }
+        Command::Backends => {
+            show(out, json, ask.get::<Vec<api::Backend>>("/v1/backends").await?.as_slice(), backends)
+        }
+        Command::Backend { backend: (service, name), state } => {
+            let path = format!("/v1/backends/{}/{}/state", escaped(service), escaped(name));
+            let answer: Vec<api::Backend> = ask.put(&path, &api::SetState { state: (*state).into() }).await?;
+            show(out, json, answer.as_slice(), backends)
+        }
+        Command::Sessions { command } => {
+            let answer: Vec<api::Session> = match command {
+                Sessions::List { service, backend, limit } => {
+                    let mut path = format!("/v1/sessions?limit={limit}");
+                    for (key, value) in [("service", service), ("backend", backend)] {
+                        if let Some(value) = value {
+                            path.push_str(&format!("&{key}={}", escaped(value)));
+                        }
+                    }
+                    ask.get(&path).await?
+                }
+                Sessions::Show { id, service } => ask.get(&session(id, service.as_deref())).await?,
+                Sessions::Pin { id, service, backend } => {
+                    let pin = api::Pin { service: service.clone(), backend: backend.clone() };
+                    ask.put(&session(id, None), &pin).await?
+                }
+                Sessions::Remove { id, service } => ask.delete(&session(id, service.as_deref())).await?,
+            };
+            show(out, json, answer.as_slice(), sessions)
+        }
+        Command::Flows { limit } => {
+            let answer: Vec<api::Flow> = ask.get(&format!("/v1/flows?limit={limit}")).await?;
+            show(out, json, answer.as_slice(), flows)
+        }
+        Command::Counters { watch, all } => {
+            let mut before: Option<api::Counters> = None;
+            loop {
+                let now: api::Counters = ask.get("/v1/counters").await?;
+                show(out, json, &now, |now| counters(now, before.as_ref(), *all))?;
+                let Some(seconds) = watch else { return Ok(()) };
+                tokio::time::sleep(Duration::from_secs((*seconds).max(1))).await;
+                before = Some(now);
+            }
+        }
+    }
+}
+
+fn session(id: &str, service: Option<&str>) -> String {
+    let query = service.map(|service| format!("?service={}", escaped(service))).unwrap_or_default();
+    format!("/v1/sessions/{}{query}", escaped(id))
+}
+
+/// Percent-encoding of everything that is not plain (RFC 3986 section 2.3).
+fn escaped(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~');
+    let one = |byte: u8| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") };
+    text.bytes().map(one).collect()
+}
+
+struct Client<'c> {
+    socket: &'c Path,
+}
+
+impl Client<'_> {
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
+        self.request(Method::GET, path, Bytes::new()).await
+    }
+
+    async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
+        self.request(Method::DELETE, path, Bytes::new()).await
+    }
+
+    async fn put<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Error> {
+        let body = serde_json::to_vec(body).map_err(|error| Error::Protocol(error.to_string()))?;
+        self.request(Method::PUT, path, body.into()).await
+    }
+
+    async fn request<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<T, Error> {
+        let unreachable = |source| Error::Unreachable { path: self.socket.to_owned(), source };
+        let stream = UnixStream::connect(self.socket).await.map_err(unreachable)?;
+        let broken = |error: hyper::Error| Error::Protocol(error.to_string());
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "dispatcher")
+            .header("content-type", "application/json")
+            .body(Full::new(body))
+            .map_err(|error| Error::Protocol(error.to_string()))?;
+        let response = sender.send_request(request).await.map_err(broken)?;
+        let status = response.status();
+        let bytes = response.into_body().collect().await.map_err(broken)?.to_bytes();
+        if !status.is_success() {
+            let problem = serde_json::from_slice(&bytes).map_or_else(
+                |_| format!("{status}: {}", String::from_utf8_lossy(&bytes)),
+                |problem: Problem| problem.error,
+            );
+            return Err(Error::Refused(problem));
+        }
+        serde_json::from_slice(&bytes)
+            .map_err(|error| Error::Protocol(format!("an answer of another version: {error}")))
+    }
+}
+
+fn show<T: Serialize + ?Sized>(
+    out: &mut dyn Write,
+    json: bool,
+    answer: &T,
+    table: impl FnOnce(&T) -> Table,
+) -> Result<(), Error> {
+    if json {
+        let text =
+            serde_json::to_string_pretty(answer).map_err(|error| Error::Protocol(error.to_string()))?;
+        writeln!(out, "{text}")?;
+    } else {
+        writeln!(out, "{}", table(answer).trim_fmt())?;
+    }
+    Ok(out.flush()?)
+}
+
+/// A table without lines; columns of numbers, from `numbers` on, are set to the right.
+fn table(header: &[&str], numbers: usize, rows: impl IntoIterator<Item = Vec<String>>) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(header.iter().map(|name| name.to_uppercase()));
+    table.add_rows(rows);
+    for column in table.column_iter_mut().skip(numbers) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    if let Some(first) = table.column_mut(0) {
+        first.set_padding((0, 1));
+    }
+    table
+}
+
+fn status(status: &api::Status) -> Table {
+    let interfaces: Vec<String> =
+        status.interfaces.iter().map(|one| format!("{} ({})", one.name, one.mode)).collect();
+    let events = &status.events;
+    let rows = [
+        ("version", format!("{} (abi {})", status.version, status.abi)),
+        ("uptime", age(status.uptime_seconds)),
+        ("interfaces", interfaces.join(", ")),
+        ("memory", format!("{:.1} MiB", status.memory_bytes as f64 / f64::from(1 << 20))),
+        ("services", status.services.to_string()),
+        ("backends", format!("{} of {} up", status.backends_up, status.backends)),
+        ("connections", status.connections.to_string()),
+        ("hits", status.hits.to_string()),
+        ("misses", status.misses.to_string()),
+        ("fresh", status.fresh.to_string()),
+        ("nonsecure", status.nonsecure.to_string()),
+        ("learned", status.learned.to_string()),
+        (
+            "events",
+            format!(
+                "{} misses, {} held, {} released, {} refused, {} learned",
+                events.miss, events.held, events.released, events.refused, events.learned
+            ),
+        ),
+        ("swept", format!("{} expired sessions", events.swept)),
+        ("heartbeat", format!("{} ms ago", status.heartbeat_age_ms)),
+        ("cookie epoch", status.cookie_epoch.to_string()),
+    ];
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    table.add_rows(rows.into_iter().map(|(name, value)| vec![name.to_owned(), value]));
+    if let Some(first) = table.column_mut(0) {
+        first.set_padding((0, 1));
+    }
+    table
+}
+
+fn services(services: &[api::Service]) -> Table {
+    let header =
+        ["name", "vips", "protocol", "mode", "miss", "source", "balance", "refused", "backends", "up"];
+    let row = |one: &api::Service| {
+        vec![
+            one.name.clone(),
+            list(&one.vips),
+            word(&one.protocol),
+            word(&one.mode),
+            word(&one.miss),
+            one.source.clone(),
+            word(&one.balance),
+            if one.refused_options.is_empty() { "-".to_owned() } else { one.refused_options.join(",") },
+            one.backends.to_string(),
+            one.backends_up.to_string(),
+        ]
+    };
+    table(&header, 8, services.iter().map(row))
+}
+
+fn backends(backends: &[api::Backend]) -> Table {
+    let header = [
+        "service",
+        "name",
+        "addresses",
+        "state",
+        "reason",
+        "weight",
+        "share",
+        "conns",
+        "hits",
+        "misses",
+        "fresh",
+        "nonsecure",
+        "estab",
+        "refused",
+        "learned",
+    ];
+    let row = |one: &api::Backend| {
+        vec![
+            one.service.clone(),
+            one.name.clone(),
+            list(&one.addresses),
+            one.state.clone(),
+            one.reason.clone().unwrap_or_else(|| "-".to_owned()),
+            one.weight.to_string(),
+            format!("{:.1}%", one.share * 100.0),
+            one.connections.to_string(),
+            one.hits.to_string(),
+            one.misses.to_string(),
+            one.fresh.to_string(),
+            one.nonsecure.to_string(),
+            one.established.to_string(),
+            one.refused.to_string(),
+            one.learned.to_string(),
+        ]
+    };
+    table(&header, 5, backends.iter().map(row))
+}
+
+fn sessions(sessions: &[api::Session]) -> Table {
+    let header =
+        ["id", "kind", "service", "backend", "state", "tunnel", "class", "hits", "age", "idle", "expires"];
+    let row = |one: &api::Session| {
+        vec![
+            one.id.clone(),
+            one.kind.clone(),
+            one.service.clone(),
+            one.backend.clone(),
+            one.state.clone(),
+            if one.tunnel == 0 { "-".to_owned() } else { one.tunnel.to_string() },
+            one.class.to_string(),
+            one.hits.to_string(),
+            age(one.age_seconds.into()),
+            age(one.idle_seconds.into()),
+            one.expires_in_seconds.map_or_else(|| "never".to_owned(), |seconds| age(seconds.into())),
+        ]
+    };
+    table(&header, 5, sessions.iter().map(row))
+}
+
+fn flows(flows: &[api::Flow]) -> Table {
+    let header = ["client", "vip", "proto", "service", "backend", "state", "secure", "hit", "age"];
+    let yes = |value| if value { "yes" } else { "no" }.to_owned();
+    let row = |one: &api::Flow| {
+        vec![
+            one.client.to_string(),
+            one.vip.to_string(),
+            word(&one.protocol),
+            one.service.clone(),
+            one.backend.clone(),
+            one.state.clone(),
+            yes(one.secure),
+            yes(one.hit),
+            age(one.age_seconds.into()),
+        ]
+    };
+    table(&header, 8, flows.iter().map(row))
+}
+
+fn counters(now: &api::Counters, before: Option<&api::Counters>, all: bool) -> Table {
+    let difference = |one: &api::Counter| {
+        let old = before?.reasons.iter().find(|old| old.number == one.number)?;
+        Some(one.packets.saturating_sub(old.packets).to_string())
+    };
+    let mut header = vec!["reason", "kind", "description", "packets"];
+    if before.is_some() {
+        header.push("more");
+    }
+    let row = |one: &api::Counter| {
+        let mut row =
+            vec![one.name.clone(), one.kind.clone(), one.description.clone(), one.packets.to_string()];
+        row.extend(difference(one));
+        row
+    };
+    table(&header, 3, now.reasons.iter().filter(|one| all || one.packets > 0).map(row))
+}
+
+fn list<T: ToString>(items: &[T]) -> String {
+    items.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// The word that JSON has for a value.
+fn word(value: &impl Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+fn age(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
+        3600..86400 => format!("{}h{:02}m", seconds / 3600, seconds / 60 % 60),
+        _ => format!("{}d{:02}h", seconds / 86400, seconds / 3600 % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,90 @@
+use super::*;
+
+fn parse(line: &str) -> Result<Args, clap::Error> {
+    Args::try_parse_from(line.split(' '))
+}
+
+#[test]
+fn command_lines() {
+    for line in [
+        "dispatcherctl status",
+        "dispatcherctl --json backends",
+        "dispatcherctl backends --json --socket /tmp/x",
+        "dispatcherctl backend web/a drain",
+        "dispatcherctl sessions list --service web --limit 3",
+        "dispatcherctl sessions pin 00ff --service web --backend a",
+        "dispatcherctl counters --watch",
+        "dispatcherctl counters --watch 5 --all",
+    ] {
+        parse(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+    }
+    for line in [
+        "dispatcherctl",
+        "dispatcherctl backend web drain",
+        "dispatcherctl sessions pin 00ff --service web",
+        "dispatcherctl flows --limit x",
+    ] {
+        assert_eq!(parse(line).expect_err(line).exit_code(), i32::from(Exit::Usage as u8), "{line}");
+    }
+}
+
+#[test]
+fn nobody_to_ask_is_a_code_of_its_own() {
+    let args = parse("dispatcherctl --socket /no/such/socket status").expect("parses");
+    let error = run(&args, &mut Vec::new()).expect_err("nobody is there");
+    assert_eq!(error.exit(), Exit::Unreachable);
+    assert!(error.to_string().contains("is dispatcherd running"), "{error}");
+}
+
+#[test]
+fn tables_have_aligned_columns() {
+    let counter = |number, packets| api::Counter {
+        number,
+        name: format!("reason_{number}"),
+        kind: "drop".into(),
+        packets,
+        description: "Why.".into(),
+    };
+    let before = api::Counters { reasons: vec![counter(1, 5), counter(2, 0)] };
+    let now = api::Counters { reasons: vec![counter(1, 1005), counter(2, 0)] };
+    let mut out = Vec::new();
+    show(&mut out, false, &now, |now| counters(now, Some(&before), false)).expect("prints");
+    let text = String::from_utf8(out).expect("text");
+    assert_eq!(
+        text,
+        "REASON    KIND  DESCRIPTION  PACKETS  MORE\nreason_1  drop  Why.            1005  1000\n"
+    );
+}
+
+#[test]
+fn json_has_the_promised_names() {
+    let counters = api::Counters {
+        reasons: vec![api::Counter {
+            number: 1,
+            name: "to_client".into(),
+            kind: "forward".into(),
+            packets: 2,
+            description: "x".into(),
+        }],
+    };
+    let mut out = Vec::new();
+    show(&mut out, true, &counters, |_| Table::new()).expect("prints");
+    let value: serde_json::Value = serde_json::from_slice(&out).expect("json");
+    let first = &value["reasons"][0];
+    assert_eq!(first["number"], 1);
+    assert_eq!(first["name"], "to_client");
+    assert_eq!(first["kind"], "forward");
+    assert_eq!(first["packets"], 2);
+}
+
+#[test]
+fn paths_are_escaped() {
+    assert_eq!(session("00ff", Some("a b/c")), "/v1/sessions/00ff?service=a%20b%2Fc");
+}
+
+#[test]
+fn ages() {
+    for (seconds, text) in [(0, "0s"), (59, "59s"), (61, "1m01s"), (3660, "1h01m"), (90_000, "1d01h")] {
+        assert_eq!(age(seconds), text);
+    }
+}

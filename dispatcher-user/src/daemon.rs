@@ -1,0 +1,300 @@
+//! The daemon: starts everything in order, says so, and stops it in order.
+
+use std::{
+    collections::BTreeSet,
+    future::Future,
+    io::{self, Write},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    sync::watch,
+    task::JoinSet,
+    time::{Instant, MissedTickBehavior, interval, timeout_at},
+};
+
+use crate::{
+    config::{Backend, Config},
+    control::{self, Socket},
+    dataplane::{self, Dataplane, memory_bytes, monotonic_ns},
+    events, netlink, privileges,
+    reconcile::{self, Reach},
+    state::Shared,
+};
+
+/// Sign of life: a quarter of the age at which the data path gives us up.
+const HEARTBEAT: Duration = Duration::from_millis(250);
+/// A cookie lives for one to two of these.
+const KEY_LIFE: Duration = Duration::from_secs(60);
+/// Expired sessions are removed this often.
+const SWEEP: Duration = Duration::from_secs(5);
+/// Loads are counted this often, where a balancer asks for them.
+const COUNT: Duration = Duration::from_secs(1);
+/// How long the start waits for neighbours to answer.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Why the daemon does not start, or stops.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The data path.
+    #[error(transparent)]
+    Dataplane(#[from] dataplane::Error),
+    /// The control socket.
+    #[error(transparent)]
+    Control(#[from] control::Error),
+    /// Routes and neighbours.
+    #[error(transparent)]
+    Netlink(#[from] netlink::Error),
+    /// Capabilities.
+    #[error(transparent)]
+    Privileges(#[from] privileges::Error),
+    /// The threads of the runtime.
+    #[error("starting threads: {0}")]
+    Runtime(io::Error),
+    /// A task ended that should not.
+    #[error("{task} stopped: {reason}")]
+    Task {
+        /// Which.
+        task: &'static str,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// How to run, beside the configuration.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Do not give up privileges after start.
+    pub keep_privileges: bool,
+}
+
+/// Runs until `shutdown` is ready. What is done is said to `out`, a line a step; the last line of the
+/// start is `dispatcherd: ready`. Call it before any other thread is started: capabilities belong to
+/// threads.
+pub fn run(
+    config: Config,
+    options: Options,
+    out: &mut (dyn Write + Send),
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), Error> {
+    let capacities = config.capacities;
+    say(out, &format!("{} services on {} interfaces", config.services.len(), config.interfaces.len()));
+    let dataplane = Dataplane::load(dataplane::object(), &capacities)?;
+    let mebibytes = memory_bytes(&capacities) as f64 / f64::from(1 << 20);
+    say(
+        out,
+        &format!("maps: {mebibytes:.1} MiB, {} flows, {} sessions", capacities.flows, capacities.sessions),
+    );
+    let mut socket = Socket::bind(&config.control, config.control_group.as_deref())?;
+    say(out, &format!("control: {}", config.control.display()));
+    for interface in &config.interfaces {
+        let mode = dataplane.attach(&interface.name, interface.attach)?;
+        say(out, &format!("attached to {} ({mode})", interface.name));
+    }
+    if !options.keep_privileges {
+        privileges::drop_privileges()?;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(Error::Runtime)?;
+    let shared = Arc::new(Shared::new(config, dataplane));
+    let result = runtime.block_on(serve(shared, &mut socket, out, shutdown));
+    // A walk through a map may be under way; nothing is lost with it.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+async fn serve(
+    shared: Arc<Shared>,
+    socket: &mut Socket,
+    out: &mut (dyn Write + Send),
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), Error> {
+    let logger = start_logger(&shared.dataplane);
+    let attached = shared.dataplane.attached().into_iter().map(|one| one.ifindex).collect();
+    let backends = shared.config.services.iter().flat_map(|service| &service.backends);
+    let addresses = backends.flat_map(Backend::addresses).map(|address| address.ip()).collect();
+    let (mut reach, _follower) = netlink::follow(addresses, attached).await?;
+    wait_for_neighbours(&mut reach).await;
+    let first = reach.borrow_and_update().clone();
+    shared.reconcile(|state| state.reach = first);
+
+    let mut tasks: JoinSet<(&'static str, String)> = JoinSet::new();
+    if let Some(ring) = shared.dataplane.take_events() {
+        let shared = Arc::clone(&shared);
+        tasks.spawn(async move { ("the event task", ended(events::serve(shared, ring).await)) });
+    }
+    tasks.spawn(heartbeat(Arc::clone(&shared)));
+    tasks.spawn(follow(Arc::clone(&shared), reach));
+    tasks.spawn(sweep(Arc::clone(&shared)));
+    if shared.follows_load() {
+        tasks.spawn(count(Arc::clone(&shared)));
+    }
+    if let Some(logger) = logger {
+        tasks.spawn(logger);
+    }
+    report_backends(&shared, out);
+    say(out, "ready");
+    let result = tokio::select! {
+        () = shutdown => Ok(()),
+        ended = control::serve(Arc::clone(&shared), socket) => {
+            Err(Error::Task { task: "the control API", reason: self::ended(ended) })
+        }
+        Some(ended) = tasks.join_next() => Err(match ended {
+            Ok((task, reason)) => Error::Task { task, reason },
+            Err(error) => Error::Task { task: "a task", reason: error.to_string() },
+        }),
+    };
+    tasks.shutdown().await;
+    for interface in shared.dataplane.attached() {
+        match shared.dataplane.detach(&interface.name) {
+            Ok(_) => say(out, &format!("detached from {}", interface.name)),
+            Err(error) => log::warn!("{error}"),
+        }
+    }
+    result
+}
+
+/// Says one step; that nobody reads it any more is no reason to stop.
+fn say(out: &mut (dyn Write + Send), line: &str) {
+    if writeln!(out, "dispatcherd: {line}").and_then(|()| out.flush()).is_err() {
+        log::debug!("{line}");
+    }
+}
+
+fn ended(result: io::Result<()>) -> String {
+    result.err().map_or_else(|| "it came to its end".to_owned(), |error| error.to_string())
+}
+
+fn report_backends(shared: &Shared, out: &mut (dyn Write + Send)) {
+    let state = shared.state();
+    let desired = state.desired(&shared.config);
+    for service in &shared.config.services {
+        for backend in &service.backends {
+            let (condition, reason) = reconcile::status(&desired, &state.actual, backend);
+            let reason = reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
+            say(out, &format!("backend {}/{}: {condition}{reason}", service.name, backend.name));
+        }
+    }
+}
+
+/// Gives neighbours that were just asked for the time to answer.
+async fn wait_for_neighbours(reach: &mut watch::Receiver<netlink::Reachability>) {
+    let deadline = Instant::now() + PATIENCE;
+    let waiting = |reach: &Reach| matches!(reach, Reach::Down(reason) if reason == netlink::NO_NEIGHBOUR);
+    while reach.borrow_and_update().values().any(waiting) {
+        if !matches!(timeout_at(deadline, reach.changed()).await, Ok(Ok(()))) {
+            break;
+        }
+    }
+}
+
+/// Writes signs of life, and new cookie keys.
+async fn heartbeat(shared: Arc<Shared>) -> (&'static str, String) {
+    const TASK: &str = "the heartbeat";
+    let mut tick = interval(HEARTBEAT);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut rotated = Instant::now();
+    loop {
+        tick.tick().await;
+        let mut result = shared.dataplane.update_globals(|globals| globals.heartbeat = monotonic_ns());
+        if rotated.elapsed() >= KEY_LIFE {
+            rotated = Instant::now();
+            result = result.and_then(|()| rotate(&shared.dataplane));
+        }
+        if let Err(error) = result {
+            return (TASK, error.to_string());
+        }
+    }
+}
+
+/// The next key is there before anything is made with it.
+fn rotate(dataplane: &Dataplane) -> Result<(), dataplane::Error> {
+    let key = dataplane::random_key()?;
+    dataplane.update_globals(|globals| {
+        let next = (globals.epoch.wrapping_add(1) & 1) as usize;
+        globals.cookie_keys[next] = key;
+    })?;
+    dataplane.update_globals(|globals| globals.epoch = globals.epoch.wrapping_add(1))
+}
+
+/// Brings the maps in line with what is reached.
+async fn follow(
+    shared: Arc<Shared>,
+    mut reach: watch::Receiver<netlink::Reachability>,
+) -> (&'static str, String) {
+    const TASK: &str = "following neighbours";
+    while reach.changed().await.is_ok() {
+        let found = reach.borrow_and_update().clone();
+        let shared = Arc::clone(&shared);
+        let written = tokio::task::spawn_blocking(move || {
+            let before = conditions(&shared);
+            shared.reconcile(|state| state.reach = found);
+            for (name, now) in conditions(&shared).difference(&before) {
+                log::info!("backend {name}: {now}");
+            }
+        });
+        if let Err(error) = written.await {
+            return (TASK, error.to_string());
+        }
+    }
+    (TASK, "netlink is gone".to_owned())
+}
+
+/// Each backend's name and condition.
+fn conditions(shared: &Shared) -> BTreeSet<(String, String)> {
+    let state = shared.state();
+    let desired = state.desired(&shared.config);
+    let backends = shared.config.services.iter().flat_map(|service| {
+        service.backends.iter().map(move |backend| (format!("{}/{}", service.name, backend.name), backend))
+    });
+    backends
+        .map(|(name, backend)| {
+            let (condition, reason) = reconcile::status(&desired, &state.actual, backend);
+            let reason = reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
+            (name, format!("{condition}{reason}"))
+        })
+        .collect()
+}
+
+async fn sweep(shared: Arc<Shared>) -> (&'static str, String) {
+    const TASK: &str = "removing expired sessions";
+    loop {
+        tokio::time::sleep(SWEEP).await;
+        let shared = Arc::clone(&shared);
+        let swept = tokio::task::spawn_blocking(move || {
+            events::sweep(&shared.dataplane).map(|sessions| shared.counts.swept(sessions))
+        });
+        match swept.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => log::warn!("{error}"),
+            Err(error) => return (TASK, error.to_string()),
+        }
+    }
+}
+
+async fn count(shared: Arc<Shared>) -> (&'static str, String) {
+    loop {
+        tokio::time::sleep(COUNT).await;
+        let shared = Arc::clone(&shared);
+        if let Err(error) = tokio::task::spawn_blocking(move || shared.count_loads()).await {
+            return ("counting connections", error.to_string());
+        }
+    }
+}
+
+/// Hands on what the programs log, if they were built to.
+fn start_logger(dataplane: &Dataplane) -> Option<impl Future<Output = (&'static str, String)> + use<>> {
+    let mut logger = dataplane.logger()?;
+    Some(async move {
+        let mut tick = interval(HEARTBEAT);
+        loop {
+            tick.tick().await;
+            logger.flush();
+        }
+    })
+}

@@ -1,0 +1,265 @@
+//! What the data path tells us, and the picks for hellos that it holds.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use aya::maps::{MapData, RingBuf};
+use dispatcher_common::{
+    event::{EVENT_HELD, EVENT_LEARNED, EVENT_MISS, EVENT_REFUSED, Event, Release},
+    flow::FlowKey,
+    session::{STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey},
+};
+use tokio::io::{Interest, unix::AsyncFd};
+
+use crate::{
+    api,
+    balancer::{Balancer, Candidate},
+    dataplane::{Dataplane, Error, monotonic_seconds},
+    reconcile::Pool,
+    state::Shared,
+};
+
+/// Counts what came through the ring.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    miss: AtomicU64,
+    held: AtomicU64,
+    released: AtomicU64,
+    refused: AtomicU64,
+    learned: AtomicU64,
+    swept: AtomicU64,
+}
+
+impl Counts {
+    pub(crate) fn read(&self) -> api::Events {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        api::Events {
+            miss: read(&self.miss),
+            held: read(&self.held),
+            released: read(&self.released),
+            refused: read(&self.refused),
+            learned: read(&self.learned),
+            swept: read(&self.swept),
+        }
+    }
+
+    pub(crate) fn swept(&self, sessions: u64) {
+        self.swept.fetch_add(sessions, Ordering::Relaxed);
+    }
+}
+
+/// Answers events until the task is dropped.
+pub(crate) async fn serve(shared: Arc<Shared>, ring: RingBuf<MapData>) -> io::Result<()> {
+    // SAFETY: the ring owns its descriptor and names the same one until it is dropped.
+    let mut ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }?;
+    let mut picker = Picker::default();
+    loop {
+        let mut guard = ring.readable_mut().await?;
+        let mut releases = Vec::new();
+        while let Some(item) = guard.get_inner_mut().next() {
+            if let Some(event) = read_event(&item) {
+                handle(&shared, &mut picker, &event, &mut releases);
+            }
+        }
+        guard.clear_ready();
+        if releases.is_empty() {
+            continue;
+        }
+        match shared.dataplane.release(&releases) {
+            Ok(()) => {
+                shared.counts.released.fetch_add(releases.len() as u64, Ordering::Relaxed);
+            }
+            Err(error) => log::error!("releasing {} held hellos: {error}", releases.len()),
+        }
+    }
+}
+
+fn read_event(bytes: &[u8]) -> Option<Event> {
+    if bytes.len() < size_of::<Event>() {
+        return None;
+    }
+    // SAFETY: there are enough bytes (the pointer needs no alignment), and every bit pattern is an `Event`:
+    // it is `Pod`.
+    Some(unsafe { bytes.as_ptr().cast::<Event>().read_unaligned() })
+}
+
+fn handle(shared: &Shared, picker: &mut Picker, event: &Event, releases: &mut Vec<Release>) {
+    let counts = &shared.counts;
+    let (count, what) = match event.kind {
+        EVENT_MISS => (&counts.miss, "unknown identifier"),
+        EVENT_HELD => (&counts.held, "held"),
+        EVENT_REFUSED => (&counts.refused, "refused by the backend"),
+        EVENT_LEARNED => (&counts.learned, "identifier learned"),
+        _ => return log::debug!("event of unknown kind {}", event.kind),
+    };
+    count.fetch_add(1, Ordering::Relaxed);
+    log::debug!(
+        "{what}: {:?} frontend {} backend {} session {}",
+        event.flow,
+        event.frontend,
+        event.backend,
+        api::to_hex(event.session.id())
+    );
+    if event.kind != EVENT_HELD {
+        return;
+    }
+    match picker.answer(shared, event) {
+        Ok(Some(backend)) => releases.push(Release { slot: event.slot, backend, flow: event.flow }),
+        // The client sends its hello again, and may then find a backend.
+        Ok(None) => log::debug!("no backend for {:?}", event.flow),
+        Err(error) => log::warn!("held hello of {:?}: {error}", event.flow),
+    }
+}
+
+/// Balancers with what they remember between picks.
+#[derive(Default)]
+struct Picker {
+    balancers: BTreeMap<String, Box<dyn Balancer>>,
+    /// Picks since loads were last counted, by backend id.
+    since: BTreeMap<u32, u64>,
+    counted: u64,
+}
+
+impl Picker {
+    /// The backend index for a held hello.
+    fn answer(&mut self, shared: &Shared, event: &Event) -> Result<Option<u32>, Error> {
+        let (pools, counted) = shared.pools();
+        if counted != self.counted {
+            self.counted = counted;
+            self.since.clear();
+        }
+        let Some(pool) = pools.get(&event.frontend) else { return Ok(None) };
+        if event.session.len == 0 {
+            return Ok(self.pick(pool, &event.flow).map(|one| one.index));
+        }
+        self.bind(&shared.dataplane, pool, event)
+    }
+
+    /// A hello with an identifier: the session's backend, or a new session.
+    fn bind(&mut self, dataplane: &Dataplane, pool: &Pool, event: &Event) -> Result<Option<u32>, Error> {
+        let (sessions, key, now) = (dataplane.sessions(), event.session, monotonic_seconds());
+        let mut known = sessions.get(&key)?;
+        if let Some(index) = usable(known, pool, now) {
+            return Ok(Some(index));
+        }
+        let Some(picked) = self.pick(pool, &event.flow) else { return Ok(None) };
+        let session = provisional(picked.id, now, pool.provisional_ttl);
+        // Against a data path that writes the key again and again, a few tries are enough.
+        for _ in 0..4 {
+            match known {
+                // The operator's word stays, even while his backend is away.
+                Some(session) if session.state == STATE_PINNED => break,
+                Some(_) => sessions.remove(&key)?,
+                None => false,
+            };
+            if sessions.insert_new(key, session)? {
+                break;
+            }
+            // The data path was faster: its entry counts, if it can be used.
+            known = sessions.get(&key)?;
+            if let Some(index) = usable(known, pool, now) {
+                return Ok(Some(index));
+            }
+        }
+        Ok(Some(picked.index))
+    }
+
+    fn pick(&mut self, pool: &Pool, client: &FlowKey) -> Option<Candidate> {
+        let balancer = self.balancers.entry(pool.service.clone()).or_insert_with(|| pool.balance.balancer());
+        let load = |one: &Candidate| one.load + self.since.get(&one.id).copied().unwrap_or(0);
+        let candidates: Vec<Candidate> =
+            pool.candidates.iter().map(|one| Candidate { load: load(one), ..*one }).collect();
+        let picked = balancer.pick(&candidates, hash(client))?;
+        *self.since.entry(picked.id).or_insert(0) += 1;
+        Some(picked)
+    }
+}
+
+/// The backend index of a session that may be used.
+fn usable(session: Option<Session>, pool: &Pool, now: u32) -> Option<u32> {
+    let session = session.filter(|session| !session.expired(now))?;
+    pool.known.get(&session.backend).copied()
+}
+
+fn provisional(backend: u32, now: u32, life: u32) -> Session {
+    Session {
+        backend,
+        state: STATE_PROVISIONAL,
+        created: now,
+        used: now,
+        expires: now.saturating_add(life).max(1),
+        ..Session::default()
+    }
+}
+
+/// A hash of the client's address: one client keeps its backend with consistent hashing.
+fn hash(client: &FlowKey) -> u64 {
+    client.src.words.iter().fold(0xcbf2_9ce4_8422_2325, |hash, word| {
+        (hash ^ u64::from(*word)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
+/// Removes sessions that have expired; returns how many.
+pub(crate) fn sweep(dataplane: &Dataplane) -> Result<u64, Error> {
+    let sessions = dataplane.sessions();
+    let now = monotonic_seconds();
+    // First look, then remove: a walk whose last key is gone starts anew.
+    let expired: Vec<SessionKey> =
+        sessions.iter().filter(|(_, session)| session.expired(now)).map(|(key, _)| key).collect();
+    let mut removed = 0;
+    for key in expired {
+        if sessions.get(&key)?.is_some_and(|session| session.expired(now)) && sessions.remove(&key)? {
+            removed += 1;
+        }
+    }
+    Ok(removed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::balancer::Balance;
+
+    fn pool(balance: Balance) -> Pool {
+        let one = |n| Candidate { index: n, id: n + 100, weight: 1, load: 0 };
+        Pool {
+            service: "web".into(),
+            balance,
+            provisional_ttl: 10,
+            candidates: vec![one(0), one(1)],
+            known: BTreeMap::from([(100, 0), (101, 1), (102, 2)]),
+        }
+    }
+
+    #[test]
+    fn picks_since_the_last_count_are_load() {
+        let mut picker = Picker::default();
+        let pool = pool(Balance::WeightedLeastConnections);
+        let client = FlowKey::default();
+        let picks: Vec<u32> =
+            (0..4).filter_map(|_| picker.pick(&pool, &client)).map(|one| one.index).collect();
+        assert_eq!(picks.iter().filter(|index| **index == 0).count(), 2);
+    }
+
+    #[test]
+    fn only_living_sessions_of_reachable_backends_are_used() {
+        let pool = pool(Balance::Maglev);
+        let session = |backend| Some(provisional(backend, 50, 10));
+        assert_eq!(usable(session(102), &pool, 55), Some(2), "drained backends keep their sessions");
+        assert_eq!(usable(session(102), &pool, 60), None);
+        assert_eq!(usable(session(103), &pool, 55), None);
+        assert_eq!(usable(None, &pool, 55), None);
+    }
+
+    #[test]
+    fn short_records_are_no_events() {
+        assert_eq!(read_event(&[0; 95]), None);
+        assert_eq!(read_event(&[0; 96]), Some(Event::default()));
+    }
+}
