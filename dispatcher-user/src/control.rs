@@ -14,7 +14,10 @@ use std::{
 
 use axum::{
     Json, Router,
-    extract::{Path as Segment, Query, State},
+    extract::{
+        FromRequest, FromRequestParts, Path as Segment, State,
+        rejection::{JsonRejection, QueryRejection},
+    },
     http::StatusCode,
     response::{IntoResponse, Response},
     routing::{get, put},
@@ -198,6 +201,28 @@ impl From<dataplane::Error> for Failure {
     }
 }
 
+impl From<QueryRejection> for Failure {
+    fn from(rejection: QueryRejection) -> Self {
+        Self(rejection.status(), rejection.body_text())
+    }
+}
+
+impl From<JsonRejection> for Failure {
+    fn from(rejection: JsonRejection) -> Self {
+        Self(rejection.status(), rejection.body_text())
+    }
+}
+
+/// The query, or an answer in JSON like all others.
+#[derive(FromRequestParts)]
+#[from_request(via(axum::extract::Query), rejection(Failure))]
+struct Query<T>(T);
+
+/// The body, or an answer in JSON like all others.
+#[derive(FromRequest)]
+#[from_request(via(Json), rejection(Failure))]
+struct Body<T>(T);
+
 fn not_found(what: impl Into<String>) -> Failure {
     Failure(StatusCode::NOT_FOUND, what.into())
 }
@@ -346,7 +371,7 @@ fn read_backends(shared: &Shared) -> Result<Vec<api::Backend>, Failure> {
 async fn set_state(
     State(shared): State<Arc<Shared>>,
     Segment((service, name)): Segment<(String, String)>,
-    Json(wanted): Json<api::SetState>,
+    Body(wanted): Body<api::SetState>,
 ) -> Answer<Vec<api::Backend>> {
     reading(shared, move |shared| {
         let (_, backend) = find_backend(&shared.config, &service, &name)?;
@@ -460,7 +485,7 @@ async fn session(
 async fn pin(
     State(shared): State<Arc<Shared>>,
     Segment(id): Segment<String>,
-    Json(pin): Json<api::Pin>,
+    Body(pin): Body<api::Pin>,
 ) -> Answer<Vec<api::Session>> {
     reading(shared, move |shared| {
         let (_, backend) = find_backend(&shared.config, &pin.service, &pin.backend)?;

@@ -119,7 +119,11 @@ async fn serve(
     let backends = shared.config.services.iter().flat_map(|service| &service.backends);
     let addresses = backends.flat_map(Backend::addresses).map(|address| address.ip()).collect();
     let (mut reach, _follower) = netlink::follow(addresses, attached).await?;
-    wait_for_neighbours(&mut reach).await;
+    let mut shutdown = std::pin::pin!(shutdown);
+    tokio::select! {
+        () = &mut shutdown => return Ok(()),
+        () = wait_for_neighbours(&mut reach) => {}
+    }
     let first = reach.borrow_and_update().clone();
     shared.reconcile(|state| state.reach = first);
 
@@ -140,7 +144,7 @@ async fn serve(
     report_backends(&shared, out);
     say(out, "ready");
     let result = tokio::select! {
-        () = shutdown => Ok(()),
+        () = &mut shutdown => Ok(()),
         ended = control::serve(Arc::clone(&shared), socket) => {
             Err(Error::Task { task: "the control API", reason: self::ended(ended) })
         }

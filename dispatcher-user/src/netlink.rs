@@ -32,6 +32,9 @@ const ASK: Duration = Duration::from_secs(1);
 /// Everything is looked at, and neighbours in use are touched, this often.
 const REFRESH: Duration = Duration::from_secs(5);
 
+/// An entry that the kernel has thrown away, but not found dead, is used so long while it is asked for again.
+const GRACE: Duration = Duration::from_secs(4);
+
 /// The reason that goes away by itself when a neighbour answers.
 pub const NO_NEIGHBOUR: &str = "no neighbour";
 
@@ -183,7 +186,14 @@ pub async fn follow(
     ];
     let (connection, handle, mut changes) = new_multicast_connection(&groups)?;
     let connection = tokio::spawn(connection);
-    let mut follower = Follower { handle, addresses, attached, asked: BTreeMap::new(), touched: None };
+    let mut follower = Follower {
+        handle,
+        addresses,
+        attached,
+        asked: BTreeMap::new(),
+        touched: None,
+        last: BTreeMap::new(),
+    };
     let (sender, receiver) = watch::channel(follower.look().await?);
     let task = tokio::spawn(async move {
         let mut tick = tokio::time::interval(ASK);
@@ -224,6 +234,30 @@ pub async fn follow(
     Ok((receiver, task))
 }
 
+/// True when the kernel has asked for the neighbour and got no answer.
+fn dead(route: Option<Route>, snapshot: &Snapshot) -> bool {
+    let neighbour = route.and_then(|route| snapshot.neighbours.get(&(route.device, route.hop)));
+    neighbour.is_some_and(|neighbour| neighbour.state == NeighbourState::Failed)
+}
+
+/// Bridges the time in which a neighbour is not known because the kernel has just forgotten it.
+fn bridged(last: &mut BTreeMap<IpAddr, (Path, Instant)>, address: IpAddr, reach: Reach, dead: bool) -> Reach {
+    match (&reach, last.get(&address)) {
+        (Reach::Up(path), _) => {
+            last.insert(address, (path.clone(), Instant::now()));
+        }
+        (Reach::Down(reason), Some((path, at)))
+            if reason == NO_NEIGHBOUR && !dead && at.elapsed() < GRACE =>
+        {
+            return Reach::Up(path.clone());
+        }
+        (Reach::Down(_), _) => {
+            last.remove(&address);
+        }
+    }
+    reach
+}
+
 struct Follower {
     handle: Handle,
     addresses: BTreeSet<IpAddr>,
@@ -232,6 +266,8 @@ struct Follower {
     asked: BTreeMap<(u32, IpAddr), Instant>,
     /// When neighbours in use were last touched.
     touched: Option<Instant>,
+    /// How an address was last reached, and when.
+    last: BTreeMap<IpAddr, (Path, Instant)>,
 }
 
 impl Follower {
@@ -246,7 +282,8 @@ impl Follower {
         let mut hops = BTreeSet::new();
         for address in &self.addresses {
             let route = route(&self.handle, *address).await;
-            found.insert(*address, resolve(route, &snapshot, &self.attached));
+            let reach = resolve(route, &snapshot, &self.attached);
+            found.insert(*address, bridged(&mut self.last, *address, reach, dead(route, &snapshot)));
             if let Some(route) = route.filter(|route| !route.local) {
                 hops.insert((route.device, route.hop));
             }
@@ -465,6 +502,22 @@ mod tests {
         let mut bad = snapshot();
         bad.devices.remove(&3);
         assert!(reason(Some(route()), &bad, &[3]).contains("below eth0.10"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_forgotten_neighbour_is_bridged_and_a_dead_one_is_not() {
+        let address = ip(HOP);
+        let up = resolve(Some(route()), &snapshot(), &BTreeSet::from([3]));
+        let gone = Reach::Down(NO_NEIGHBOUR.to_owned());
+        let mut last = BTreeMap::new();
+        assert_eq!(bridged(&mut last, address, gone.clone(), false), gone, "never known");
+        assert_eq!(bridged(&mut last, address, up.clone(), false), up);
+        tokio::time::advance(GRACE / 2).await;
+        assert_eq!(bridged(&mut last, address, gone.clone(), false), up);
+        tokio::time::advance(GRACE).await;
+        assert_eq!(bridged(&mut last, address, gone.clone(), false), gone);
+        assert_eq!(bridged(&mut last, address, up.clone(), false), up);
+        assert_eq!(bridged(&mut last, address, gone.clone(), true), gone);
     }
 
     #[tokio::test]
