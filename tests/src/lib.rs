@@ -4,12 +4,15 @@
 //! Namespaces, processes and files that are made here are removed when their owner is dropped, also
 //! on panic. Nothing touches the interfaces of the host.
 
+pub mod daemon;
+pub mod demo;
 pub mod harness;
 pub mod hello;
 pub mod http;
 pub mod netns;
 pub mod packet;
 pub mod sockets;
+pub mod system;
 pub mod tagger;
 pub mod tls;
 pub mod topology;

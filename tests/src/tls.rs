@@ -47,6 +47,7 @@ pub struct Identity {
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
     certificate: CertificateDer<'static>,
+    pem: String,
 }
 
 /// A certificate with its key, in DER.
@@ -66,8 +67,15 @@ impl Authority {
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.distinguished_name.push(DnType::CommonName, "test authority");
         let key = KeyPair::generate()?;
-        let certificate = params.self_signed(&key)?.der().clone();
-        Ok(Self { issuer: Issuer::new(params, key), certificate })
+        let certificate = params.self_signed(&key)?;
+        let (pem, certificate) = (certificate.pem(), certificate.der().clone());
+        Ok(Self { issuer: Issuer::new(params, key), certificate, pem })
+    }
+
+    /// Its certificate, in PEM.
+    #[must_use]
+    pub fn pem(&self) -> String {
+        self.pem.clone()
     }
 
     /// A certificate for [`HOST`] whose subject's common name is the server's.

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use dispatcher_tests::{
     http,
+    system::{Nginx, OpensslUser},
     tls::{Authority, Manners, Server, User, Version, visit_in_clear},
     topology::{Family, Plan, Shape, Topology},
 };
@@ -61,4 +62,29 @@ fn bodies_clear_text_long_hellos_and_retries() {
     let kind = line.stream().conn.handshake_kind();
     assert_eq!(kind, Some(rustls::HandshakeKind::FullWithHelloRetryRequest));
     http::download(&mut line, 10).expect("a download");
+}
+
+#[test]
+fn nginx_and_openssl_resume_sessions_too() {
+    let topology = Topology::new(SMALL).expect("namespaces");
+    let authority = Authority::new().expect("certificates");
+    let _first = Nginx::start(&topology.backends[0].netns, "n0", 443, &authority).expect("nginx");
+    let _second = Nginx::start(&topology.backends[1].netns, "n1", 443, &authority).expect("nginx");
+    for family in Family::BOTH {
+        let user = OpensslUser::new(&authority, Version::Tls12).expect("a user");
+        let visit = |client, server: usize| {
+            let to = SocketAddr::new(topology.backends[server].address(family), 443);
+            user.visit(&topology.clients, topology.client(family, client), to).expect("an answer")
+        };
+        assert_eq!(visit(0, 0).reused, ".");
+        let identity = visit(1, 0);
+        assert_eq!((identity.backend.as_str(), identity.reused.as_str()), ("n0", "r"));
+        assert!(identity.peer.contains(&topology.client(family, 1).to_string()), "{identity:?}");
+        assert_eq!(visit(0, 1).reused, ".", "another server must not know the session");
+        let rustls = User::new(&authority, Version::Tls12).expect("a user");
+        let to = SocketAddr::new(topology.backends[0].address(family), 443);
+        let from = topology.client(family, 0);
+        assert_eq!(rustls.visit(&topology.clients, from, to).expect("an answer").reused, ".");
+        assert_eq!(rustls.visit(&topology.clients, from, to).expect("an answer").reused, "r");
+    }
 }

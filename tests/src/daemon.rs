@@ -1,0 +1,337 @@
+//! The real `dispatcherd` in a namespace, started from a configuration file, and the real
+//! `dispatcherctl` to ask it.
+
+use std::{
+    env,
+    io::{BufRead as _, BufReader, Read},
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio, id},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+        mpsc,
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use dispatcher_user::api;
+use serde::de::DeserializeOwned;
+
+use crate::{
+    netns::{Netns, execute},
+    topology::{Place, Topology, VIP},
+};
+
+/// How long the daemon may take to start.
+const START: Duration = Duration::from_secs(30);
+/// How long it may take to stop.
+const STOP: Duration = Duration::from_secs(5);
+
+/// A service in a configuration file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Service {
+    name: String,
+    port: u16,
+    backend_port: u16,
+    lines: Vec<String>,
+    weights: Vec<u32>,
+}
+
+impl Service {
+    /// A service on a port of both VIPs, whose backends are all those of the topology, named `b1`
+    /// and so on, on the same port.
+    #[must_use]
+    pub fn new(name: &str, port: u16) -> Self {
+        Self { name: name.to_owned(), port, backend_port: port, lines: Vec::new(), weights: Vec::new() }
+    }
+
+    /// Adds a line, such as `miss = "daemon"`.
+    #[must_use]
+    pub fn with(mut self, line: &str) -> Self {
+        self.lines.push(line.to_owned());
+        self
+    }
+
+    /// Gives the backends weights, in their order; the others have 1.
+    #[must_use]
+    pub fn weights(mut self, weights: &[u32]) -> Self {
+        self.weights = weights.to_vec();
+        self
+    }
+
+    /// Lets the backends listen on another port.
+    #[must_use]
+    pub fn backend_port(mut self, port: u16) -> Self {
+        self.backend_port = port;
+        self
+    }
+
+    fn toml(&self, places: &[Place]) -> String {
+        let Self { name, port, backend_port, lines, weights } = self;
+        let mut text = format!(
+            "\n[[service]]\nname = \"{name}\"\nvip = [\"{}:{port}\", \"[{}]:{port}\"]\n{}\n",
+            VIP[0],
+            VIP[1],
+            lines.join("\n")
+        );
+        for (i, place) in places.iter().enumerate() {
+            let [v4, v6] = place.addresses;
+            let weight = weights.get(i).copied().unwrap_or(1);
+            text += &format!(
+                "\n[[service.backend]]\nname = \"b{}\"\naddress = [\"{v4}:{backend_port}\", \"[{v6}]:{backend_port}\"]\nweight = {weight}\n",
+                i + 1
+            );
+        }
+        text
+    }
+}
+
+/// A configuration for a topology, as text.
+#[must_use]
+pub fn config(topology: &Topology, attach: &str, services: &[Service]) -> String {
+    let interfaces: Vec<String> = topology.interfaces().iter().map(|name| format!("\"{name}\"")).collect();
+    let mut text = format!(
+        "interfaces = [{}]\nattach = \"{attach}\"\n\n[capacity]\nflows = 65536\nsessions = 65536\nstash_slots = 1024\n",
+        interfaces.join(", ")
+    );
+    for service in services {
+        text += &service.toml(&topology.backends);
+    }
+    text
+}
+
+/// A folder for the files of one test or demo, removed when dropped.
+#[derive(Debug)]
+pub struct Folder(PathBuf);
+
+impl Folder {
+    /// Makes one.
+    pub fn new() -> Result<Self> {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let path = env::temp_dir().join(format!("dispatcher-{}-{number}", id()));
+        std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
+        Ok(Self(path))
+    }
+
+    /// Writes a file into it.
+    pub fn write(&self, name: &str, text: &str) -> Result<PathBuf> {
+        let path = self.0.join(name);
+        std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// Its path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A process whose output is kept; it is stopped when dropped.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Process {
+    /// Starts a command; each line of its output is also sent to `lines`.
+    pub fn start(mut command: Command, lines: Option<mpsc::Sender<String>>) -> Result<Self> {
+        // A group of its own: Ctrl-C is for us, and we stop it in order.
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+        let mut child = command.spawn().with_context(|| format!("starting {command:?}"))?;
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let pipes: [Option<Box<dyn Read + Send>>; 2] =
+            [child.stdout.take().map(|o| Box::new(o) as _), child.stderr.take().map(|e| Box::new(e) as _)];
+        for pipe in pipes.into_iter().flatten() {
+            let (log, lines) = (Arc::clone(&log), lines.clone());
+            std::thread::spawn(move || {
+                for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+                    log.lock().unwrap_or_else(PoisonError::into_inner).push(line.clone());
+                    if let Some(lines) = &lines {
+                        let _ = lines.send(line);
+                    }
+                }
+            });
+        }
+        Ok(Self { child, log })
+    }
+
+    /// What it has said so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).join("\n")
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its end, if it has come.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + limit;
+        while Instant::now() < deadline {
+            if let Some(status) = self.ended() {
+                return Ok(status);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        bail!("process {} does not end; it said:\n{}", self.id(), self.log())
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: a plain system call. The child has not been waited for, so the id is still its.
+        unsafe { libc::kill(self.child.id() as i32, signal) };
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.ended().is_none() {
+            self.signal(libc::SIGTERM);
+            if self.wait(STOP).is_err() {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+            }
+        }
+    }
+}
+
+/// A running `dispatcherd`.
+#[derive(Debug)]
+pub struct Daemon {
+    process: Process,
+    socket: PathBuf,
+    _folder: Folder,
+}
+
+impl Daemon {
+    /// Starts it in the dispatcher's namespace and waits until it is ready.
+    pub fn start(topology: &Topology, attach: &str, services: &[Service]) -> Result<Self> {
+        Self::start_with(&topology.dispatcher, &config(topology, attach, services))
+    }
+
+    /// Starts it from the text of a configuration.
+    pub fn start_with(netns: &Netns, config: &str) -> Result<Self> {
+        let folder = Folder::new()?;
+        let socket = folder.path().join("control.sock");
+        let file = folder.write("dispatcher.toml", config)?;
+        let mut command = netns.command(program("dispatcherd")?);
+        command.arg("--config").arg(&file).arg("--control").arg(&socket);
+        let (sender, lines) = mpsc::channel();
+        let mut process = Process::start(command, Some(sender))?;
+        let deadline = Instant::now() + START;
+        loop {
+            match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) if line == "dispatcherd: ready" => break,
+                Ok(_) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    let status = process.wait(STOP)?;
+                    bail!(
+                        "dispatcherd: {status}; it said:\n{}\nof this configuration:\n{config}",
+                        process.log()
+                    );
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    bail!("dispatcherd is not ready after {START:?}; it said:\n{}", process.log());
+                }
+            }
+        }
+        Ok(Self { process, socket, _folder: folder })
+    }
+
+    /// The control socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The process.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// Asks with `dispatcherctl --json`.
+    pub fn ask<T: DeserializeOwned>(&self, arguments: &[&str]) -> Result<T> {
+        let mut command = Command::new(program("dispatcherctl")?);
+        let text = execute(command.arg("--socket").arg(&self.socket).arg("--json").args(arguments), None)?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("`dispatcherctl {}` said {text}", arguments.join(" ")))
+    }
+
+    /// `dispatcherctl status`.
+    pub fn status(&self) -> Result<api::Status> {
+        self.ask(&["status"])
+    }
+
+    /// `dispatcherctl backends`, in the order of the configuration.
+    pub fn backends(&self) -> Result<Vec<api::Backend>> {
+        self.ask(&["backends"])
+    }
+
+    /// `dispatcherctl sessions list`.
+    pub fn sessions(&self) -> Result<Vec<api::Session>> {
+        self.ask(&["sessions", "list"])
+    }
+
+    /// Packets of one reason so far.
+    pub fn counter(&self, reason: dispatcher_common::reason::Reason) -> Result<u64> {
+        let counters: api::Counters = self.ask(&["counters", "--all"])?;
+        let counter = counters.reasons.iter().find(|counter| counter.name == reason.name());
+        Ok(counter.with_context(|| format!("no counter {}", reason.name()))?.packets)
+    }
+
+    /// Packets dropped so far, by reason.
+    pub fn drops(&self) -> Result<Vec<(String, u64)>> {
+        let counters: api::Counters = self.ask(&["counters"])?;
+        let drops = counters.reasons.into_iter().filter(|c| c.kind == "drop" && c.packets > 0);
+        Ok(drops.map(|counter| (counter.name, counter.packets)).collect())
+    }
+
+    /// Kills it, as a crash would.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.signal(libc::SIGKILL);
+        self.process.wait(STOP)?;
+        Ok(())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let counters = self.ask::<serde_json::Value>(&["counters"]).map(|value| value.to_string());
+            let backends = self.ask::<serde_json::Value>(&["backends"]).map(|value| value.to_string());
+            eprintln!(
+                "dispatcherd said:\n{}\ncounters: {counters:?}\nbackends: {backends:?}",
+                self.process.log()
+            );
+        }
+    }
+}
+
+/// Where one of the project's programs is: beside this one, or, for tests, a folder above.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let own = env::current_exe().context("finding this program's folder")?;
+    let found = own.ancestors().skip(1).take(2).map(|folder| folder.join(name)).find(|path| path.is_file());
+    let found = found
+        .with_context(|| format!("{name} is not beside {}; build with `cargo xtask build`", own.display()))?;
+    ensure!(found.is_absolute(), "{} is no absolute path", found.display());
+    Ok(found)
+}

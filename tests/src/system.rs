@@ -1,0 +1,128 @@
+//! nginx as server and `openssl s_client` as client: peers that are not ours.
+
+use std::{
+    io::ErrorKind,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{
+    daemon::{Folder, Process},
+    netns::{Netns, execute},
+    sockets,
+    tls::{Authority, Failure, HOST, Identity, Version},
+};
+
+/// An nginx with a session cache of its own and without tickets.
+#[derive(Debug)]
+pub struct Nginx {
+    _process: Process,
+    _folder: Folder,
+}
+
+impl Nginx {
+    /// Starts one that serves TLS on `port`, and waits until it listens.
+    pub fn start(netns: &Netns, name: &str, port: u16, authority: &Authority) -> Result<Self> {
+        let folder = Folder::new()?;
+        let credentials = authority.issue(name)?;
+        let certificate = folder.write("certificate.pem", &credentials.certificate_pem)?;
+        let key = folder.write("key.pem", &credentials.key_pem)?;
+        let path = folder.path().display();
+        let identity = format!(
+            r#"{{"backend":"{name}","reused":"$ssl_session_reused","protocol":"$ssl_protocol","peer":"$remote_addr:$remote_port","proxied":""}}"#
+        );
+        let text = format!(
+            "daemon off;\nmaster_process off;\nworker_processes 1;\nerror_log stderr warn;\npid {path}/pid;\n\
+             events {{ worker_connections 1024; }}\n\
+             http {{\n\
+               access_log off;\ndefault_type application/json;\n\
+               client_body_temp_path {path}/body;\nproxy_temp_path {path}/proxy;\nfastcgi_temp_path {path}/fastcgi;\n\
+               uwsgi_temp_path {path}/uwsgi;\nscgi_temp_path {path}/scgi;\n\
+               server {{\n\
+                 listen {port} ssl;\nlisten [::]:{port} ssl;\n\
+                 ssl_certificate {};\nssl_certificate_key {};\nssl_protocols TLSv1.2 TLSv1.3;\n\
+                 ssl_session_cache shared:sessions:4m;\nssl_session_tickets off;\nssl_session_timeout 10m;\n\
+                 location / {{ return 200 '{identity}'; }}\n\
+               }}\n\
+             }}\n",
+            certificate.display(),
+            key.display()
+        );
+        let config = folder.write("nginx.conf", &text)?;
+        let mut command = netns.command("nginx");
+        command.arg("-p").arg(folder.path()).arg("-c").arg(&config);
+        let mut process = Process::start(command, None).context("starting nginx; is it installed?")?;
+        let deadline = Instant::now() + sockets::PATIENCE;
+        let local = IpAddr::from([127, 0, 0, 1]);
+        while sockets::connect(netns, local, SocketAddr::new(local, port)).is_err() {
+            if let Some(status) = process.ended() {
+                bail!("nginx: {status}; it said:\n{}", process.log());
+            }
+            if Instant::now() > deadline {
+                bail!("nginx does not listen on port {port}; it said:\n{}", process.log());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(Self { _process: process, _folder: folder })
+    }
+}
+
+/// A user with `openssl s_client` and a session in a file.
+#[derive(Debug)]
+pub struct OpensslUser {
+    folder: Folder,
+    authority: PathBuf,
+    version: Version,
+}
+
+impl OpensslUser {
+    /// One without a session.
+    pub fn new(authority: &Authority, version: Version) -> Result<Self> {
+        let folder = Folder::new()?;
+        let authority = folder.write("authority.pem", &authority.pem())?;
+        Ok(Self { folder, authority, version })
+    }
+
+    /// Connects, asks who answers, and closes.
+    pub fn visit(&self, netns: &Netns, from: IpAddr, to: SocketAddr) -> Result<Identity, Failure> {
+        let session = self.folder.path().join("session.pem");
+        let mut command = netns.command("timeout");
+        command.args(["10", "openssl", "s_client", "-ign_eof", "-no_ticket", "-verify_return_error"]);
+        command.args(["-servername", HOST, "-connect", &to.to_string()]);
+        command.args(["-bind", &SocketAddr::new(from, 0).to_string()]);
+        command.arg(match self.version {
+            Version::Tls12 => "-tls1_2",
+            Version::Tls13 => "-tls1_3",
+        });
+        command.arg("-CAfile").arg(&self.authority).arg("-sess_out").arg(&session);
+        match session.metadata().map_err(|error| error.kind()) {
+            Ok(_) => {
+                command.arg("-sess_in").arg(&session);
+            }
+            Err(ErrorKind::NotFound) => {}
+            Err(kind) => return Err(Failure::Connect(anyhow::anyhow!("{}: {kind}", session.display()))),
+        }
+        let request = format!("GET / HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n\r\n");
+        let text = execute(&mut command, Some(&request))
+            .with_context(|| format!("from {from} to {to}"))
+            .map_err(Failure::Handshake)?;
+        let reused = text.lines().any(|line| line.starts_with("Reused, TLSv1"));
+        let read = || {
+            let line = text
+                .lines()
+                .find(|line| line.starts_with("{\"backend\""))
+                .context("no identity in the answer")?;
+            // s_client says `closed` right behind the body.
+            let end = line.rfind('}').context("the identity is cut short")?;
+            let identity: Identity = serde_json::from_str(&line[..=end])?;
+            if reused != (identity.reused == "r") {
+                bail!("client and server disagree: reused {reused}, {identity:?}");
+            }
+            Ok(identity)
+        };
+        read().with_context(|| format!("openssl said:\n{text}")).map_err(Failure::Request)
+    }
+}
