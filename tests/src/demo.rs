@@ -250,7 +250,7 @@ impl<'a> Crowd<'a> {
             let turn = self.turn.fetch_add(1, Ordering::Relaxed);
             // A fixed walk through users, addresses and families that repeats late.
             let number = turn.wrapping_mul(7) as usize % self.users.len();
-            let family = if turn.wrapping_mul(5) / 7 % 2 == 0 { Family::V4 } else { Family::V6 };
+            let family = if (turn.wrapping_mul(5) / 7).is_multiple_of(2) { Family::V4 } else { Family::V6 };
             let from = self.topology.client(family, (turn.wrapping_mul(3) / 5) as usize);
             let to = SocketAddr::new(family.vip(), PORT);
             let mut someone = lock(&self.users[number]);

@@ -12,6 +12,7 @@ pub mod http;
 pub mod netns;
 pub mod packet;
 pub mod sockets;
+pub mod stage;
 pub mod system;
 pub mod tagger;
 pub mod tls;

@@ -1,0 +1,149 @@
+//! What `dispatcherd` and `dispatcherctl` say when they cannot do what they are told.
+
+use std::{
+    os::unix::process::CommandExt as _,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use dispatcher_tests::{
+    daemon::{Daemon, Folder, Process, config, program},
+    netns::{Netns, execute},
+    stage::web,
+    topology::{Plan, Topology},
+};
+
+/// Starts `dispatcherd` on a configuration that must be refused; what it says.
+fn refused(netns: &Netns, text: &str) -> String {
+    let folder = Folder::new().expect("a folder");
+    let file = folder.write("dispatcher.toml", text).expect("a file");
+    let mut command = netns.command(program("dispatcherd").expect("dispatcherd"));
+    command.arg("--config").arg(file).arg("--control").arg(folder.path().join("control.sock"));
+    let mut process = Process::start(command, None).expect("starts");
+    let status = process.wait(Duration::from_secs(30)).expect("ends");
+    assert!(!status.success(), "it was to refuse:\n{text}");
+    assert!(!folder.path().join("control.sock").exists(), "the socket is left behind");
+    // The pipes may be read a moment later than the end is seen.
+    let mut said = process.log();
+    for _ in 0..100 {
+        if said.contains("dispatcherd: ") {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+        said = process.log();
+    }
+    said
+}
+
+fn service(lines: &str) -> String {
+    format!(
+        "interfaces = []\n\n[[service]]\nname = \"web\"\nvip = \"192.0.2.1:443\"\n{lines}\n\n\
+         [[service.backend]]\nname = \"a\"\naddress = \"10.0.0.1:443\"\n"
+    )
+}
+
+#[test]
+fn bad_configurations_name_line_key_and_remedy() {
+    let netns = Netns::new("errors").expect("a namespace");
+    let rows = [
+        ("a typing error", "interfaces = [\n".to_owned(), "line "),
+        ("an unknown key", service("bananas = 1"), "bananas"),
+        ("an unknown mode", service("mode = \"magic\""), "passthrough"),
+        ("an unknown algorithm", service("balance = \"dice\""), "maglev"),
+        ("an address without port", service("").replace("192.0.2.1:443", "192.0.2.1"), "vip"),
+        ("a negative weight", service("") + "weight = -1\n", "weight"),
+        ("PROXY without source", service("proxy_protocol = \"v2\""), "source"),
+        ("a pool without addresses", service("source = \"dispatcher\""), "source_addresses"),
+        ("two services of one name", service("") + &service("").replace("interfaces = []", ""), "web"),
+    ];
+    for (what, text, expected) in rows {
+        let said = refused(&netns, &text);
+        assert!(said.contains("line ") && said.contains(expected), "{what}: {said}");
+        assert!(said.contains("dispatcher.toml"), "{what}: {said}");
+    }
+}
+
+#[test]
+fn a_missing_file_or_interface() {
+    let netns = Netns::new("errors").expect("a namespace");
+    let said = refused(&netns, &service("").replace("interfaces = []", "interfaces = [\"no-such-if\"]"));
+    assert!(said.contains("interface no-such-if does not exist"), "{said}");
+    let mut command = Command::new(program("dispatcherd").expect("dispatcherd"));
+    let error = execute(command.args(["--config", "/nonexistent/d.toml"]), None).expect_err("no such file");
+    assert!(format!("{error:#}").contains("reading /nonexistent/d.toml"), "{error:#}");
+}
+
+#[test]
+fn native_mode_where_it_is_not_supported() {
+    let netns = Netns::new("errors").expect("a namespace");
+    netns.ip("link add br0 type bridge\nlink set br0 up").expect("a device without native XDP");
+    let text = service("").replace("interfaces = []", "interfaces = [\"br0\"]");
+    let said = refused(&netns, &text.replace("\n\n[[service]]", "\nattach = \"native\"\n\n[[service]]"));
+    assert!(said.contains("br0") && said.contains("generic"), "{said}");
+    let daemon = Daemon::start_with(&netns, &text).expect("auto falls back to generic mode");
+    let status = daemon.status().expect("status");
+    assert_eq!(status.interfaces[0].mode.to_string(), "generic");
+}
+
+#[test]
+fn an_interface_that_has_a_program_already() {
+    let topology = Topology::new(Plan::default()).expect("namespaces");
+    let text = config(&topology, "native", &[web()]);
+    let _first = Daemon::start_with(&topology.dispatcher, &text).expect("the first");
+    let said = refused(&topology.dispatcher, &text);
+    assert!(said.contains("cl0") && said.contains("already"), "{said}");
+}
+
+#[test]
+fn not_root() {
+    let folder = Folder::new().expect("a folder");
+    // A copy, as the build's folder may be closed to others.
+    let copy = folder.path().join("dispatcherd");
+    std::fs::copy(program("dispatcherd").expect("dispatcherd"), &copy).expect("a copy");
+    let mut command = Command::new(&copy);
+    command.args(["--interface", "lo", "--control", "/nonexistent/control.sock"]).uid(65_534).gid(65_534);
+    let output = command.stdin(Stdio::null()).output().expect("starts");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    assert!(said.contains("root"), "{said}");
+}
+
+#[test]
+fn checking_changes_nothing() {
+    let topology = Topology::new(Plan::default()).expect("namespaces");
+    let folder = Folder::new().expect("a folder");
+    let file = folder.write("dispatcher.toml", &config(&topology, "native", &[web()])).expect("a file");
+    let file = file.to_string_lossy();
+    let program = program("dispatcherd").expect("dispatcherd");
+    let said = topology
+        .dispatcher
+        .execute(&program.to_string_lossy(), &["--check", "--config", &file])
+        .expect("a good configuration");
+    assert!(said.contains("1 services: good"), "{said}");
+    let links = topology.dispatcher.execute("ip", &["-details", "link"]).expect("links");
+    assert!(!links.contains("xdp"), "{links}");
+}
+
+#[test]
+fn the_end_leaves_no_program_and_no_socket() {
+    let topology = Topology::new(Plan::default()).expect("namespaces");
+    let mut daemon = Daemon::start(&topology, "native", &[web()]).expect("dispatcherd");
+    let links = topology.dispatcher.execute("ip", &["-details", "link"]).expect("links");
+    assert!(links.contains("xdp"), "{links}");
+    let socket = daemon.socket().to_owned();
+    daemon.process().signal(libc::SIGTERM);
+    let status = daemon.process().wait(Duration::from_secs(10)).expect("ends");
+    assert!(status.success(), "{status}");
+    assert!(!socket.exists());
+    let links = topology.dispatcher.execute("ip", &["-details", "link"]).expect("links");
+    assert!(!links.contains("xdp"), "{links}");
+}
+
+#[test]
+fn dispatcherctl_without_a_daemon() {
+    let mut command = Command::new(program("dispatcherctl").expect("dispatcherctl"));
+    let output = command.args(["--socket", "/nonexistent/control.sock", "status"]).output().expect("starts");
+    assert_eq!(output.status.code(), Some(3));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("/nonexistent/control.sock") && said.contains("dispatcherd"), "{said}");
+}
