@@ -63,7 +63,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The object cannot be used.
-    #[error("loading the BPF object: {}; build it again with `cargo xtask build`", chain(.0))]
+    #[error("loading the BPF object: {}; build it again with `cargo xtask build`", crate::one_line(.0))]
     Object(#[source] Box<EbpfError>),
     /// The object lacks a map or a program, or one has another layout.
     #[error(
@@ -113,7 +113,7 @@ pub enum Error {
         reason: String,
     },
     /// A map operation failed.
-    #[error("map {map}: {action}: {}", chain(.source))]
+    #[error("map {map}: {action}: {}", crate::one_line(.source))]
     Map {
         /// Name of the map.
         map: String,
@@ -300,9 +300,10 @@ impl Dataplane {
         let Some(link) = link else { return Ok(false) };
         let mut ebpf = lock(&self.ebpf);
         let program = xdp(&mut ebpf, abi::PROGRAM)?;
-        program
-            .detach(link.id)
-            .map_err(|error| Error::Attach { interface: interface.to_owned(), reason: chain(&error) })?;
+        program.detach(link.id).map_err(|error| Error::Attach {
+            interface: interface.to_owned(),
+            reason: crate::one_line(&error),
+        })?;
         drop(ebpf);
         self.update_clones()?;
         Ok(true)
@@ -446,7 +447,7 @@ impl Dataplane {
         for entry in 0..abi::REPLAY_WIDTH {
             map.set(entry, ifindex, Some(emit), 0).map_err(|error| Error::Layout {
                 name: name(),
-                reason: format!("pointing it at interface {ifindex}: {}", chain(&error)),
+                reason: format!("pointing it at interface {ifindex}: {}", crate::one_line(&error)),
             })?;
         }
         Ok(())
@@ -555,7 +556,7 @@ fn load_maps(object: &[u8], capacities: &Capacities) -> Result<Ebpf, Error> {
                 _ => {}
             }
         }
-        if matches!(&error, EbpfError::BtfError(inner) if chain(inner).contains("os error 1)")) {
+        if matches!(&error, EbpfError::BtfError(inner) if crate::one_line(inner).contains("os error 1)")) {
             return Error::NotPermitted { action: "loading type information (BTF)".to_owned() };
         }
         Error::Object(Box::new(error))
@@ -574,7 +575,7 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Error> {
             let tail = tail.into_iter().rev().collect::<Vec<_>>().join("\n");
             Err(Error::Verifier { program: name, log: format!("{io_error}\n{tail}") })
         }
-        Err(error) => Err(Error::Layout { name: name.to_owned(), reason: chain(&error) }),
+        Err(error) => Err(Error::Layout { name: name.to_owned(), reason: crate::one_line(&error) }),
     }
 }
 
@@ -613,31 +614,17 @@ fn attach(program: &mut Xdp, interface: &str, ifindex: u32, mode: AttachMode) ->
                 interface: interface.to_owned(),
                 source: io::Error::from_raw_os_error(code),
             },
-            _ => Error::Attach { interface: interface.to_owned(), reason: chain(&error) },
+            _ => Error::Attach { interface: interface.to_owned(), reason: crate::one_line(&error) },
         }
     })
 }
 
 fn layout<E: std::error::Error>(name: &str) -> impl FnOnce(E) -> Error {
-    move |error| Error::Layout { name: name.to_owned(), reason: chain(&error) }
+    move |error| Error::Layout { name: name.to_owned(), reason: crate::one_line(&error) }
 }
 
 fn map_error(map: &str, action: &'static str) -> impl FnOnce(MapError) -> Error {
     move |source| Error::Map { map: map.to_owned(), action, source }
-}
-
-/// An error with its causes, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 /// Locks; a panic elsewhere does not make the maps unusable.

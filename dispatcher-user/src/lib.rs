@@ -16,3 +16,18 @@ pub mod netlink;
 pub mod privileges;
 pub mod reconcile;
 mod state;
+
+/// An error with those of its causes that it does not name itself, on one line.
+#[must_use]
+pub fn one_line(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}

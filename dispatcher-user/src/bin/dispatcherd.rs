@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result};
-use clap::Parser;
+use clap::{ArgGroup, Parser};
 use dispatcher_user::{
     config::{Config, Interface},
     daemon::{self, Options},
@@ -13,10 +13,10 @@ use tokio::signal::unix::{SignalKind, signal};
 
 /// Keep TLS sessions on their backend, in XDP
 #[derive(Parser)]
-#[command(version)]
+#[command(version, group(ArgGroup::new("what").required(true).multiple(true).args(["config", "interface"])))]
 struct Args {
     /// Configuration (TOML)
-    #[arg(long, value_name = "FILE", required_unless_present = "interface")]
+    #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Attach to this interface too; may be given several times. Without --config everything passes
     #[arg(long, value_name = "IF")]
@@ -61,7 +61,7 @@ fn main() -> ExitCode {
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("dispatcherd: {error:#}");
+            eprintln!("dispatcherd: {}", dispatcher_user::one_line(error.as_ref()));
             ExitCode::FAILURE
         }
     }
@@ -96,5 +96,24 @@ async fn shutdown() {
             }
         }
         (Err(error), _) | (_, Err(error)) => log::error!("waiting for signals: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_lines() {
+        for line in ["--config x", "--interface a --interface b", "--config x --interface a --check"] {
+            let line = format!("dispatcherd {line}");
+            Args::try_parse_from(line.split(' ')).unwrap_or_else(|error| panic!("{line}: {error}"));
+        }
+        for line in
+            ["dispatcherd", "dispatcherd --interface a --check", "dispatcherd --interface a --attach x"]
+        {
+            let error = Args::try_parse_from(line.split(' ')).err().expect(line);
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
     }
 }
