@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use dispatcher_common::globals::GLOBAL_LOG;
 use tokio::{
     sync::watch,
     task::JoinSet,
@@ -114,7 +115,7 @@ async fn serve(
     out: &mut (dyn Write + Send),
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
-    let logger = start_logger(&shared.dataplane);
+    let logger = start_logger(&shared.dataplane)?;
     let attached = shared.dataplane.attached().into_iter().map(|one| one.ifindex).collect();
     let backends = shared.config.services.iter().flat_map(|service| &service.backends);
     let addresses = backends.flat_map(Backend::addresses).map(|address| address.ip()).collect();
@@ -291,14 +292,19 @@ async fn count(shared: Arc<Shared>) -> (&'static str, String) {
     }
 }
 
-/// Hands on what the programs log, if they were built to.
-fn start_logger(dataplane: &Dataplane) -> Option<impl Future<Output = (&'static str, String)> + use<>> {
-    let mut logger = dataplane.logger()?;
-    Some(async move {
+/// Hands on what the programs log, if they were built to; they do so at level debug.
+fn start_logger(
+    dataplane: &Dataplane,
+) -> Result<Option<impl Future<Output = (&'static str, String)> + use<>>, Error> {
+    let Some(mut logger) = dataplane.logger() else { return Ok(None) };
+    if log::log_enabled!(log::Level::Debug) {
+        dataplane.update_globals(|globals| globals.flags |= GLOBAL_LOG)?;
+    }
+    Ok(Some(async move {
         let mut tick = interval(HEARTBEAT);
         loop {
             tick.tick().await;
             logger.flush();
         }
-    })
+    }))
 }

@@ -1,6 +1,6 @@
 //! How backends are reached: routes, neighbours and devices of the kernel, followed as they change.
 //!
-//! [`resolve`] is pure: from what the kernel says about devices, neighbours and one address to a
+//! `resolve` is pure: from what the kernel says about devices, neighbours and one address to a
 //! [`Reach`]. The rest asks the kernel, and keeps neighbours alive: packets that the data path sends do
 //! not tell the kernel that it should.
 

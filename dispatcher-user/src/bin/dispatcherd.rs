@@ -57,7 +57,11 @@ impl From<Attach> for AttachMode {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    env_logger::Builder::new().filter_level(args.log_level).init();
+    // Libraries speak when something is wrong; the level is for us and our BPF programs.
+    env_logger::Builder::new()
+        .filter_level(args.log_level.min(log::LevelFilter::Warn))
+        .filter_module("dispatcher", args.log_level)
+        .init();
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
