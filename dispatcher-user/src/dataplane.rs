@@ -13,7 +13,7 @@ use std::{
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::{DevMap, Map, MapData, MapError, PerCpuArray, RingBuf},
+    maps::{DevMap, Map, MapData, MapError, PerCpuArray, ProgramArray, RingBuf},
     programs::{
         ProgramError, Xdp, XdpMode,
         xdp::{XdpError, XdpLinkId},
@@ -199,6 +199,8 @@ pub struct Dataplane {
     backend_stats: PerCpuArray<MapData, BackendStats>,
     replay: Vec<Mutex<DevMap<MapData>>>,
     events: Mutex<Option<RingBuf<MapData>>>,
+    /// The kernel empties a program array when its last descriptor is closed.
+    _stages: ProgramArray<MapData>,
 }
 
 struct Link {
@@ -226,10 +228,13 @@ impl Dataplane {
         }
         capacities.check()?;
         let mut ebpf = load_maps(object, capacities)?;
-        for program in [abi::PROGRAM_EMIT, abi::PROGRAM_RELEASE, abi::PROGRAM] {
+        for program in [abi::PROGRAM_EMIT, abi::PROGRAM_RELEASE, abi::PROGRAM_FIRST_DATA, abi::PROGRAM] {
             load_program(&mut ebpf, program)?;
         }
         let e = &mut ebpf;
+        let mut stages: ProgramArray<MapData> = take_map(e, abi::MAP_STAGES)?;
+        let first_data = xdp(e, abi::PROGRAM_FIRST_DATA)?.fd().map_err(layout(abi::PROGRAM_FIRST_DATA))?;
+        stages.set(abi::STAGE_FIRST_DATA, first_data, 0).map_err(map_error(abi::MAP_STAGES, "writing"))?;
         let dataplane = Self {
             flows: Table::take(e, abi::MAP_FLOWS)?,
             sessions: Table::take(e, abi::MAP_SESSIONS)?,
@@ -247,6 +252,7 @@ impl Dataplane {
             replay: (0..abi::REPLAY_MAPS)
                 .map(|n| take_map(e, &format!("{}{n}", abi::MAP_REPLAY_PREFIX)).map(Mutex::new))
                 .collect::<Result<_, _>>()?,
+            _stages: stages,
             events: Mutex::new(Some(take_map(e, abi::MAP_EVENTS)?)),
             links: Mutex::default(),
             copy: Mutex::new(Globals::default()),
