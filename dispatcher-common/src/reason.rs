@@ -166,6 +166,8 @@ reasons! {
         Internal = 83 "internal",
         /// A release for a slot that belongs to another flow by now.
         StaleRelease = 84 "stale_release",
+        /// The program for first data could not be called: `STAGES` is empty.
+        NoStage = 85 "no_stage",
     }
 }
 

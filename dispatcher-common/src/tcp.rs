@@ -41,14 +41,32 @@ pub struct Options {
     pub ts: u8,
     /// 1: MSS present.
     pub has_mss: u8,
+    /// Offset of the timestamp option, valid if `ts`.
+    pub ts_at: u8,
+    /// Offset of the SACK option, valid if `sack_len`.
+    pub sack_at: u8,
+    /// Length of the SACK option, 0 for none.
+    pub sack_len: u8,
     /// Unused, zero.
-    pub pad: [u8; 2],
+    pub pad: [u8; 3],
 }
 
 impl Options {
     /// No options at all.
     pub const NONE: Self =
-        Self { tsval: 0, tsecr: 0, mss: 536, wscale: NO_WSCALE, sack: 0, ts: 0, has_mss: 0, pad: [0; 2] };
+        Self {
+            tsval: 0,
+            tsecr: 0,
+            mss: 536,
+            wscale: NO_WSCALE,
+            sack: 0,
+            ts: 0,
+            has_mss: 0,
+            ts_at: 0,
+            sack_at: 0,
+            sack_len: 0,
+            pad: [0; 3],
+        };
 }
 
 #[inline(always)]
@@ -102,8 +120,13 @@ pub fn parse_options(bytes: &OptionBytes, len: usize, out: &mut Options) {
             }
             (3, 3) => out.wscale = bytes[(at + 2) & MASK].min(14),
             (4, 2) => out.sack = 1,
+            (5, 10 | 18 | 26 | 34) => {
+                out.sack_at = at as u8;
+                out.sack_len = size as u8;
+            }
             (8, 10) => {
                 out.ts = 1;
+                out.ts_at = at as u8;
                 out.tsval = be32(bytes, at + 2);
                 out.tsecr = be32(bytes, at + 6);
             }
@@ -128,35 +151,42 @@ pub struct Translation {
     pub strip_ts: bool,
 }
 
-/// Translates the options in the first `len` bytes in place, whatever their order and alignment.
+/// Translates options in place, whatever their order and alignment. `found` is what
+/// [`parse_options`] found in them.
 #[inline(always)]
-pub fn translate_options(bytes: &mut OptionBytes, len: usize, how: Translation) {
-    let mut at = 0;
-    for _ in 0..40 {
-        at = forget(at, bytes[MASK] as u64) & MASK;
-        let Some((kind, size)) = option_at(bytes, len, at) else { return };
-        let strip = (kind == 5 && how.strip_sack) || (kind == 8 && how.strip_ts);
-        if strip {
-            for i in 0..40 {
-                if i < size {
-                    bytes[(at + i) & MASK] = 1;
-                }
+pub fn translate_options(bytes: &mut OptionBytes, found: &Options, how: Translation) {
+    if found.ts != 0 {
+        let at = found.ts_at as usize;
+        if how.strip_ts {
+            for i in 0..10 {
+                bytes[(at + i) & MASK] = 1;
             }
-        } else if kind == 5 && how.to_backend {
-            for edge in 0..8 {
-                let edge = at + 2 + edge * 4;
-                if edge + 4 <= at + size {
-                    let value = be32(bytes, edge).wrapping_add(how.seq_add);
-                    put_be32(bytes, edge, value);
-                }
-            }
-        } else if kind == 8 && size == 10 {
+        } else {
+            // TSval is at 2, TSecr at 6.
             let field = if how.to_backend { at + 6 } else { at + 2 };
-            let value = be32(bytes, field);
-            // A TSecr of 0 in a segment without ACK means nothing (RFC 7323 section 3.2).
-            put_be32(bytes, field, value.wrapping_add(how.ts_add));
+            let value = be32(bytes, field).wrapping_add(how.ts_add);
+            put_be32(bytes, field, value);
         }
-        at += size;
+    }
+    if found.sack_len != 0 && how.to_backend {
+        let (at, len) = (found.sack_at as usize, found.sack_len as usize);
+        if how.strip_sack {
+            for i in 0..34 {
+                if i >= len {
+                    break;
+                }
+                bytes[(at + i) & MASK] = 1;
+            }
+        } else {
+            for edge in 0..8 {
+                if edge * 4 + 2 >= len {
+                    break;
+                }
+                let field = at + 2 + edge * 4;
+                let value = be32(bytes, field).wrapping_add(how.seq_add);
+                put_be32(bytes, field, value);
+            }
+        }
     }
 }
 
@@ -222,12 +252,14 @@ mod tests {
         room[..bytes.len()].copy_from_slice(&bytes);
         let how =
             Translation { to_backend: true, seq_add: 5, ts_add: 7, strip_sack: false, strip_ts: false };
-        translate_options(&mut room, bytes.len(), how);
+        let mut found = Options::NONE;
+        parse_options(&room, bytes.len(), &mut found);
+        translate_options(&mut room, &found, how);
         assert_eq!(be32(&room, 3), 1);
         assert_eq!(be32(&room, 7), 9);
         assert_eq!((be32(&room, 13), be32(&room, 17)), (15, 25));
         let mut room2 = room;
-        translate_options(&mut room2, bytes.len(), Translation { strip_sack: true, strip_ts: true, ..how });
+        translate_options(&mut room2, &found, Translation { strip_sack: true, strip_ts: true, ..how });
         assert!(room2[..21].iter().all(|b| *b == 1), "{room2:?}");
     }
 

@@ -3,7 +3,10 @@
 //! Nothing here panics or reads beyond what [`Bytes`] offers. The functions read through a trait,
 //! so that the BPF program uses them on a map value and the host on a slice.
 
-use crate::{opaque::forget, session::ID_MAX};
+use crate::{
+    opaque::{forget, opaque},
+    session::ID_MAX,
+};
 
 /// Bytes at offsets; `None` beyond the end.
 pub trait Bytes {
@@ -14,6 +17,10 @@ pub trait Bytes {
     /// Any number that the verifier does not know, see [`forget`].
     fn salt(&self) -> u64 {
         0
+    }
+    /// The byte at an offset, anything beyond the end.
+    fn byte_or_any(&self, at: usize) -> u8 {
+        self.byte(at).unwrap_or(0)
     }
     /// True without bytes.
     fn is_empty(&self) -> bool {
@@ -224,12 +231,9 @@ fn plain_session_id<B: Bytes + ?Sized>(bytes: &B, kind: u8, id: &mut [u8; ID_MAX
         return 0;
     }
     for (i, slot) in id.iter_mut().enumerate() {
-        if i < len as usize {
-            match bytes.byte(AT + 1 + i) {
-                Some(byte) => *slot = byte,
-                None => return 0,
-            }
-        }
+        // All ones for i < len: without a branch, which the verifier would follow both ways.
+        let keep = opaque(((i as i64 - i64::from(len)) >> 63) as u64) as u8;
+        *slot = bytes.byte_or_any(AT + 1 + i) & keep;
     }
     len
 }
@@ -270,21 +274,20 @@ pub fn server_hello<B: Bytes + ?Sized>(bytes: &B, id: &mut [u8; ID_MAX], id_len:
     *id_len = len;
     let end = RECORD_HEADER + 4 + body;
     let mut at = RECORD_HEADER + 4 + fixed + 2;
-    for _ in 0..24 {
+    for _ in 0..16 {
         at = forget(at, bytes.salt()) & 0x3fff;
         if at + 4 > end {
             return ServerHello::Tls12(len);
         }
-        let (Some(a), Some(b), Some(c), Some(d)) =
-            (bytes.byte(at), bytes.byte(at + 1), bytes.byte(at + 2), bytes.byte(at + 3))
-        else {
+        if at + 4 > bytes.len() {
             return ServerHello::Unknown;
-        };
+        }
+        let word = |at| (bytes.byte_or_any(at) as usize) << 8 | bytes.byte_or_any(at + 1) as usize;
         // supported_versions: only TLS 1.3 and later answer with it (RFC 8446 section 4.2.1).
-        if a == 0 && b == 43 {
+        if word(at) == 43 {
             return ServerHello::Tls13;
         }
-        at += 4 + ((c as usize) << 8 | d as usize);
+        at += 4 + word(at + 2);
     }
     ServerHello::Unknown
 }

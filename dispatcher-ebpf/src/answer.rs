@@ -20,6 +20,7 @@ use crate::{
     packet::{Frame, Tcp},
     parse::{Parsed, packet_end},
     reply, services, sessions, stash, syn,
+    verdict::Verdict,
 };
 
 /// Window of an ACK that we make, when the client's is not known.
@@ -27,23 +28,23 @@ const SOME_WINDOW: u16 = 1024;
 
 /// A packet of a backend on a flow whose SYN it was sent.
 #[inline(never)]
-pub fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Result<Reason, Reason> {
+pub fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
     let tcp = frame.view().ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
     // SAFETY: `ptr` checked the bounds.
     let (flags, seq, ack) = unsafe { ((*tcp).flags, u32::from_be((*tcp).seq), u32::from_be((*tcp).ack)) };
     let forward = flows::peer(flow, p.key.proto).ok_or(Reason::BadAnswer)?;
     if forward.flags & FLAG_SYN_SENT == 0 {
-        return Err(Reason::BadAnswer);
+        return Verdict(Reason::BadAnswer);
     }
     if flags & RST != 0 {
         // Refused. The client's retransmission of its first data goes to another backend.
         forward.tries = u8::MAX;
-        return Ok(Reason::WaitingBackend);
+        return Verdict(Reason::WaitingBackend);
     }
     if flags & (SYN | ACK) != SYN | ACK {
         // Left over from an earlier connection of these ports: RST ends it (RFC 9293 section 3.5.2).
         reply::reset(frame, p)?;
-        return Ok(Reason::ResetBackend);
+        return Verdict(Reason::ResetBackend);
     }
     syn::read_options(frame, p)?;
     let parsed = &scratch()?.parsed;
@@ -56,7 +57,7 @@ pub fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Result<Reason, Reas
     let header = if ours { (ROOM as u32).wrapping_sub(slot.start) } else { isn.wrapping_sub(ack).wrapping_add(1) };
     if header > ROOM as u32 || ack.wrapping_add(header) != isn.wrapping_add(1) {
         reply::reset(frame, p)?;
-        return Ok(Reason::ResetBackend);
+        return Verdict(Reason::ResetBackend);
     }
     let [client_wscale, client_sack, client_ts, _] = forward.ts_add.to_ne_bytes();
     let delta = seq.wrapping_sub(flow.seq_add);
@@ -122,20 +123,20 @@ pub fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Result<Reason, Reas
 /// Sends the stashed data, or a bare ACK when they are gone: then the client's retransmission
 /// brings them.
 #[inline(never)]
-pub fn replay(frame: &Frame, p: &Parsed, flow: &Flow, key: &FlowKey) -> Result<Reason, Reason> {
+pub fn replay(frame: &Frame, p: &Parsed, flow: &Flow, key: &FlowKey) -> Verdict {
     let slot = stash::slot(flow.slot)?;
     if slot.key == *key && slot.stage == STAGE_REPLAYED && globals()?.flags & GLOBAL_NO_CLONES == 0 {
         slot.emitted = 0;
         let backend =
             services::endpoint(flow.backend, key.src.is_v4()).ok_or(Reason::NoBackend)?;
         emit::broadcast(frame, flow.slot, backend.replay as u32)?;
-        return Ok(Reason::Replayed);
+        return Verdict(Reason::Replayed);
     }
     acknowledge(frame, p, slot, key)
 }
 
 #[inline(always)]
-fn acknowledge(frame: &Frame, p: &Parsed, slot: &Slot, key: &FlowKey) -> Result<Reason, Reason> {
+fn acknowledge(frame: &Frame, p: &Parsed, slot: &Slot, key: &FlowKey) -> Verdict {
     let tcp = frame.view().ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
     // SAFETY: `ptr` checked the bounds.
     let (seq, ack) = unsafe { (u32::from_be((*tcp).seq), u32::from_be((*tcp).ack)) };
@@ -151,7 +152,7 @@ fn acknowledge(frame: &Frame, p: &Parsed, slot: &Slot, key: &FlowKey) -> Result<
         tsecr: parsed.tsval,
     };
     reply::segment(frame, p, &answer)?;
-    Ok(Reason::AckedBackend)
+    Verdict(Reason::AckedBackend)
 }
 
 /// Stream bytes of a segment to a backend: its MSS, no more than the route's MTU, in whole words.
@@ -187,6 +188,12 @@ impl Bytes for Copy<'_> {
         }
         // SAFETY: `at` is below the size of `payload`.
         Some(unsafe { *self.scratch.payload.as_ptr().add(at) })
+    }
+    #[inline(always)]
+    fn byte_or_any(&self, at: usize) -> u8 {
+        let at = dispatcher_common::opaque::opaque(at as u64) as usize & (PAYLOAD - 1);
+        // SAFETY: `at` is below the size of `payload`, a power of two.
+        unsafe { *self.scratch.payload.as_ptr().add(at) }
     }
     #[inline(always)]
     fn salt(&self) -> u64 {

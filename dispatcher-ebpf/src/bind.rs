@@ -12,8 +12,8 @@ use dispatcher_common::{
     globals::{GLOBAL_NO_CLONES, HEARTBEAT_LIMIT_NS},
     proxy::{self, ROOM, ROOM_WORDS},
     reason::Reason,
-    service::{Backend, FRONTEND_MISS_DAEMON, FRONTEND_PROXY_V2, FRONTEND_SOURCE_DISPATCHER, Frontend},
-    stash::{STAGE_BOUND, STAGE_HELD, Slot},
+    service::{FRONTEND_MISS_DAEMON, FRONTEND_PROXY_V2, FRONTEND_SOURCE_DISPATCHER, Frontend},
+    stash::{STAGE_BOUND, STAGE_FILLING, STAGE_HELD, Slot},
 };
 
 use crate::{
@@ -21,6 +21,7 @@ use crate::{
     globals::{globals, now, now_ns, scratch},
     packet::Frame,
     services, sessions, stash,
+    verdict::Verdict,
 };
 
 #[map]
@@ -30,37 +31,16 @@ static EVENTS: RingBuf = RingBuf::with_byte_size(abi::EVENTS_BYTES, 0);
 const TRIES_MAX: u8 = 3;
 /// Ports tried in the source pool for one connection.
 const PORT_TRIES: u32 = 8;
-/// No backend is to be avoided.
-const NO_BACKEND: u32 = u32::MAX;
+/// Any backend will do.
+pub const ANY: u32 = u32::MAX;
 
-/// Binds a slot whose content is enough to decide.
-#[inline(always)]
-pub fn first(frame: &Frame, slot: &mut Slot, index: u32) -> Result<Reason, Reason> {
-    bind(frame, slot, index, NO_BACKEND, true)
-}
-
-/// Binds a held slot that the daemon left alone for too long.
-#[inline(always)]
-pub fn by_table(frame: &Frame, slot: &mut Slot, index: u32) -> Result<Reason, Reason> {
-    bind(frame, slot, index, NO_BACKEND, false)
-}
-
-/// Binds a held slot to the daemon's pick.
-#[inline(always)]
-pub fn to(frame: &Frame, slot: &mut Slot, index: u32, backend: u32) -> Result<Reason, Reason> {
-    bind(frame, slot, index, backend, false)
-}
-
-/// Sends the SYN of a bound slot again, to another backend if this one does not answer.
-#[inline(always)]
-pub fn again(frame: &Frame, slot: &mut Slot, index: u32) -> Result<Reason, Reason> {
-    bind(frame, slot, index, NO_BACKEND, true)
-}
-
+/// Binds a slot whose content is enough to decide: to `pick`, or where its session or the table
+/// says. A slot that is bound already has its SYN sent again, to another backend if this one does
+/// not answer; one that the daemon left alone for too long goes by the table.
 #[inline(never)]
-fn bind(frame: &Frame, slot: &mut Slot, index: u32, pick: u32, may_hold: bool) -> Result<Reason, Reason> {
+pub fn bind(frame: &Frame, slot: &mut Slot, index: u32, pick: u32) -> Verdict {
     let frontend = services::frontend(slot.frontend)?;
-    let mut avoid = NO_BACKEND;
+    let mut avoid = ANY;
     if let Some(flow) = flows::get(&slot.key)
         && flow.flags & FLAG_SYN_SENT != 0
     {
@@ -68,24 +48,27 @@ fn bind(frame: &Frame, slot: &mut Slot, index: u32, pick: u32, may_hold: bool) -
             return repeat(frame, slot, index, flow);
         }
         avoid = flow.backend;
-        refused(slot.frontend, avoid, &slot.key);
+        counters::backend(avoid, |stats| stats.refused += 1);
+        tell(EVENT_REFUSED, avoid, index, slot);
     }
-    let reason = if pick != NO_BACKEND {
+    let verdict = if pick != ANY {
         slot.backend = pick;
-        Reason::Released
+        Verdict(Reason::Released)
     } else {
-        choose(slot, index, frontend, avoid, may_hold)?
+        choose(slot, index, frontend, avoid)
     };
-    if reason as u32 == Reason::Held as u32 {
-        return Ok(reason);
+    if verdict.is_drop() || verdict.is(Reason::Held) {
+        return verdict;
     }
-    open_slot(slot, index, frontend, reason)?;
-    let reason_kind = reason as u32;
+    let hit = verdict.is(Reason::BoundHit);
+    open_slot(slot, index, hit)?;
+    install(&slot.key, frontend)?;
+    take_over(slot, frontend)?;
     let secure = slot.flags & FLAG_SECURE != 0;
     let known = slot.session.len != 0;
     counters::backend(slot.backend, |stats| {
         stats.connections += 1;
-        if reason_kind == Reason::BoundHit as u32 {
+        if hit {
             stats.hits += 1;
         } else if !secure {
             stats.nonsecure += 1;
@@ -96,7 +79,7 @@ fn bind(frame: &Frame, slot: &mut Slot, index: u32, pick: u32, may_hold: bool) -
         }
     });
     send_syn(frame, slot, index)?;
-    Ok(reason)
+    verdict
 }
 
 /// Sends the slot's SYN: in this frame if it has the room, else in a clone.
@@ -122,7 +105,7 @@ fn send_syn(frame: &Frame, slot: &mut Slot, index: u32) -> Result<(), Reason> {
 
 /// The same backend once more: the slot may be a new one, so everything comes from the flow.
 #[inline(always)]
-fn repeat(frame: &Frame, slot: &mut Slot, index: u32, flow: &mut Flow) -> Result<Reason, Reason> {
+fn repeat(frame: &Frame, slot: &mut Slot, index: u32, flow: &mut Flow) -> Verdict {
     let frontend = services::frontend(slot.frontend)?;
     flow.tries = flow.tries.wrapping_add(1);
     flow.slot = index;
@@ -138,18 +121,12 @@ fn repeat(frame: &Frame, slot: &mut Slot, index: u32, flow: &mut Flow) -> Result
     flow.seq_add = slot.isn;
     proxy_header(slot, frontend);
     send_syn(frame, slot, index)?;
-    Ok(Reason::SynRepeated)
+    Verdict(Reason::SynRepeated)
 }
 
 /// Decides on a backend: the session's, or the daemon's later, or the table's.
 #[inline(never)]
-fn choose(
-    slot: &mut Slot,
-    index: u32,
-    frontend: &Frontend,
-    avoid: u32,
-    may_hold: bool,
-) -> Result<Reason, Reason> {
+fn choose(slot: &mut Slot, index: u32, frontend: &Frontend, avoid: u32) -> Verdict {
     let v4 = slot.key.src.is_v4();
     slot.session.len = 0;
     if slot.flags & FLAG_SECURE != 0 {
@@ -165,16 +142,16 @@ fn choose(
         {
             sessions::touch(session, frontend, now);
             slot.backend = backend;
-            return Ok(Reason::BoundHit);
+            return Verdict(Reason::BoundHit);
         }
     }
     let hash = (stash::mix(&slot.key) >> 16) as u32 ^ slot.isn;
     let mut backend = services::pick(frontend, hash, v4, avoid)?;
-    if may_hold && frontend.flags & FRONTEND_MISS_DAEMON != 0 && avoid == NO_BACKEND {
+    if slot.stage == STAGE_FILLING && frontend.flags & FRONTEND_MISS_DAEMON != 0 {
         let age = now_ns().wrapping_sub(globals()?.heartbeat);
-        if age < HEARTBEAT_LIMIT_NS && tell(EVENT_HELD, slot.frontend, backend, index, slot) {
+        if age < HEARTBEAT_LIMIT_NS && tell(EVENT_HELD, backend, index, slot) {
             slot.stage = STAGE_HELD;
-            return Ok(Reason::Held);
+            return Verdict(Reason::Held);
         }
     }
     let mut reason = if slot.flags & FLAG_SECURE == 0 {
@@ -197,50 +174,35 @@ fn choose(
             backend = other;
             reason = Reason::BoundHit;
         } else if winner.is_none() {
-            tell(EVENT_MISS, slot.frontend, backend, index, slot);
+            tell(EVENT_MISS, backend, index, slot);
         }
     }
     slot.backend = backend;
-    Ok(reason)
+    Verdict(reason)
 }
 
 /// Writes an event; false when the ring is full.
-#[inline(always)]
-fn tell(kind: u32, frontend: u32, backend: u32, index: u32, slot: &Slot) -> bool {
+#[inline(never)]
+fn tell(kind: u32, backend: u32, index: u32, slot: &Slot) -> bool {
     let Some(mut entry) = EVENTS.reserve::<Event>(0) else { return false };
-    entry.write(Event { kind, frontend, backend, slot: index, flow: slot.key, session: slot.session });
+    let event = entry.as_mut_ptr();
+    // SAFETY: the ring reserved the bytes of one event; every field is written.
+    unsafe {
+        (*event).kind = kind;
+        (*event).frontend = slot.frontend;
+        (*event).backend = backend;
+        (*event).slot = index;
+        (*event).flow = slot.key;
+        (*event).session = slot.session;
+    }
     entry.submit(0);
     true
 }
 
-/// Notes that a backend refused or did not answer a connection.
-#[inline(never)]
-pub fn refused(frontend: u32, backend: u32, flow: &FlowKey) {
-    counters::backend(backend, |stats| stats.refused += 1);
-    if let Some(mut entry) = EVENTS.reserve::<Event>(0) {
-        entry.write(Event {
-            kind: EVENT_REFUSED,
-            frontend,
-            backend,
-            slot: 0,
-            flow: *flow,
-            session: dispatcher_common::session::SessionKey {
-                service: 0,
-                kind: 0,
-                len: 0,
-                pad: [0; 2],
-                id: [0; 32],
-            },
-        });
-        entry.submit(0);
-    }
-}
-
-/// Makes the slot's flow entries and takes over what the SYN needs.
-#[inline(never)]
-fn open_slot(slot: &mut Slot, index: u32, frontend: &Frontend, reason: Reason) -> Result<(), Reason> {
-    let scratch = scratch()?;
-    let hit = if reason as u32 == Reason::BoundHit as u32 { FLAG_HIT } else { 0 };
+/// Prepares the slot's flow entries.
+#[inline(always)]
+fn open_slot(slot: &Slot, index: u32, hit: bool) -> Result<(), Reason> {
+    let hit = if hit { FLAG_HIT } else { 0 };
     let opening = Opening {
         frontend: slot.frontend,
         backend: slot.backend,
@@ -250,7 +212,13 @@ fn open_slot(slot: &mut Slot, index: u32, frontend: &Frontend, reason: Reason) -
         cookie: slot.cookie,
         client: u32::from_ne_bytes([slot.wscale, slot.sack, slot.ts, 0]),
     };
-    open(&slot.key, &slot.client, frontend, &opening)?;
+    open(&slot.key, &slot.client, &opening)
+}
+
+/// Gives the slot what its frames to the backend need.
+#[inline(always)]
+fn take_over(slot: &mut Slot, frontend: &Frontend) -> Result<(), Reason> {
+    let scratch = scratch()?;
     slot.src = scratch.forward.src;
     slot.dst = scratch.forward.dst;
     slot.ports = scratch.forward.ports;
@@ -287,9 +255,9 @@ pub struct Opening {
     pub client: u32,
 }
 
-/// Makes both flow entries of a connection. They are left in scratch memory for the caller.
+/// Prepares both flow entries of a connection in scratch memory, for [`install`].
 #[inline(never)]
-pub fn open(key: &FlowKey, client: &Link, frontend: &Frontend, opening: &Opening) -> Result<(), Reason> {
+pub fn open(key: &FlowKey, client: &Link, opening: &Opening) -> Result<(), Reason> {
     let scratch = scratch()?;
     let v4 = key.src.is_v4();
     let backend = services::endpoint_up(opening.backend, v4).ok_or(Reason::NoBackend)?;
@@ -298,40 +266,43 @@ pub fn open(key: &FlowKey, client: &Link, frontend: &Frontend, opening: &Opening
     let now = now();
     let (client_port, _) = ports_of(key.ports);
 
+    for flow in [&mut scratch.forward, &mut scratch.backward] {
+        flow.generation = globals()?.generation;
+        flow.flags = flags;
+        flow.win_shift = 0;
+        flow.tries = 1;
+        flow.frontend = opening.frontend as u16;
+        flow.backend = opening.backend;
+        flow.slot = opening.slot;
+        flow.created = now;
+        flow.reserved = [0; 2];
+    }
     let forward = &mut scratch.forward;
-    *forward = Flow {
-        link: backend.link,
-        generation: globals()?.generation,
-        flags: flags | FLAG_TO_BACKEND,
-        src: key.src,
-        dst: backend.addr,
-        ports: join(client_port.to_be(), backend.port),
-        seq_add: opening.isn,
-        ts_add: opening.client,
-        l4_delta: 0,
-        ip_delta: 0,
-        win_shift: 0,
-        tries: 1,
-        frontend: opening.frontend as u16,
-        backend: opening.backend,
-        slot: opening.slot,
-        created: now,
-        reserved: [0; 2],
-    };
+    forward.flags |= FLAG_TO_BACKEND;
+    forward.link = backend.link;
+    forward.src = key.src;
+    forward.dst = backend.addr;
+    forward.ports = join(client_port.to_be(), backend.port);
+    forward.seq_add = opening.isn;
+    forward.ts_add = opening.client;
     let backward = &mut scratch.backward;
-    *backward = *forward;
     backward.link = *client;
-    backward.flags = flags;
     backward.src = key.dst;
     backward.dst = key.src;
     backward.ports = ports_swapped(key.ports);
     backward.seq_add = opening.cookie;
     backward.ts_add = 0;
+    Ok(())
+}
 
+/// Writes the entries that [`open`] prepared, with a source of the pool if the service wants one.
+#[inline(never)]
+pub fn install(key: &FlowKey, frontend: &Frontend) -> Result<(), Reason> {
+    let scratch = scratch()?;
     if frontend.flags & FRONTEND_SOURCE_DISPATCHER != 0 {
-        from_pool(key, frontend, backend)?;
+        from_pool(key, frontend, scratch.backward.backend)?;
     } else {
-        scratch.backward_key = flows::peer_key(&scratch.forward, key.proto);
+        flows::set_peer_key(&scratch.forward, key.proto, &mut scratch.backward_key);
         flows::set_deltas(&scratch.backward_key, &mut scratch.backward);
         flows::put(&scratch.backward_key, &scratch.backward)?;
     }
@@ -340,9 +311,10 @@ pub fn open(key: &FlowKey, client: &Link, frontend: &Frontend, opening: &Opening
 }
 
 /// Finds a free source address and port, and takes it with the backward entry.
-#[inline(never)]
-fn from_pool(key: &FlowKey, frontend: &Frontend, backend: &Backend) -> Result<(), Reason> {
+#[inline(always)]
+fn from_pool(key: &FlowKey, frontend: &Frontend, backend: u32) -> Result<(), Reason> {
     let scratch = scratch()?;
+    let backend = services::endpoint(backend, key.src.is_v4()).ok_or(Reason::NoBackend)?;
     let range = (frontend.port_max as u32).wrapping_sub(frontend.port_min as u32).wrapping_add(1) & 0x1ffff;
     if range == 0 {
         return Err(Reason::NoSourcePort);
@@ -353,7 +325,7 @@ fn from_pool(key: &FlowKey, frontend: &Frontend, backend: &Backend) -> Result<()
         let Some(addr) = services::source(frontend, hash) else { return Err(Reason::NoSourcePort) };
         let port = frontend.port_min.wrapping_add(((hash >> 8) % range) as u16);
         set_source(&mut scratch.forward, addr, port, backend.port);
-        scratch.backward_key = flows::peer_key(&scratch.forward, key.proto);
+        flows::set_peer_key(&scratch.forward, key.proto, &mut scratch.backward_key);
         flows::set_deltas(&scratch.backward_key, &mut scratch.backward);
         if flows::add(&scratch.backward_key, &scratch.backward) {
             return Ok(());
@@ -369,8 +341,8 @@ fn from_pool(key: &FlowKey, frontend: &Frontend, backend: &Backend) -> Result<()
 }
 
 #[inline(always)]
-fn set_source(forward: &mut Flow, addr: Addr, port: u16, backend_port: u16) {
-    forward.src = addr;
+fn set_source(forward: &mut Flow, addr: &Addr, port: u16, backend_port: u16) {
+    forward.src = *addr;
     forward.ports = join(port.to_be(), backend_port);
 }
 

@@ -16,12 +16,13 @@ use crate::{
     parse::{Parsed, packet_end},
     pipeline, reply,
     rewrite::{self, leave},
-    services, stash,
+    services,
+    verdict::Verdict,
 };
 
 /// Handles a packet that the fast path leaves.
 #[inline(never)]
-pub fn handle(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Result<Reason, Reason> {
+pub fn handle(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
     let to_backend = flow.flags & FLAG_TO_BACKEND != 0;
     if to_backend {
         refresh(p, flow)?;
@@ -55,7 +56,7 @@ pub fn handle(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Result<Reason, Reas
                 // It took the SYN for a new connection, which our client does not know of.
                 answer::end(flow, p.key.proto);
                 reply::reset(frame, p)?;
-                return Ok(Reason::ResetBackend);
+                return Verdict(Reason::ResetBackend);
             }
             // Our ACK or the data were lost: once more.
             let key = flows::peer_key(flow, p.key.proto);
@@ -65,7 +66,7 @@ pub fn handle(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Result<Reason, Reas
         if !to_backend && flow.flags & FLAG_RESYN != 0 {
             if flags & RST != 0 {
                 answer::end(flow, p.key.proto);
-                return Ok(Reason::StaleFlow);
+                return Verdict(Reason::StaleFlow);
             }
             flow.flags &= !FLAG_RESYN;
             if let Some(peer) = flows::peer(flow, p.key.proto) {
@@ -109,19 +110,19 @@ fn refresh(p: &Parsed, flow: &mut Flow) -> Result<(), Reason> {
 
 /// A client's packet while the backend has not answered.
 #[inline(always)]
-fn waiting(frame: &Frame, p: &Parsed, flow: &mut Flow, flags: u8) -> Result<Reason, Reason> {
+fn waiting(frame: &Frame, p: &Parsed, flow: &mut Flow, flags: u8) -> Verdict {
     if flags & RST != 0 {
         answer::end(flow, p.key.proto);
         flow.flags &= !FLAG_SYN_SENT;
-        return Ok(Reason::ResetIgnored);
+        return Verdict(Reason::ResetIgnored);
     }
     if flags & SYN != 0 {
         return pipeline::new_connection(frame, p);
     }
     if has_payload(frame, p) {
-        return stash::first_data(frame, p, flow.frontend as u32);
+        return Verdict(Reason::NoStage);
     }
-    Ok(Reason::WaitingBackend)
+    Verdict(Reason::WaitingBackend)
 }
 
 /// True when a TCP packet carries data.
@@ -139,8 +140,8 @@ pub fn has_payload(frame: &Frame, p: &Parsed) -> bool {
 
 /// Translates and sends on, with whatever tags.
 #[inline(never)]
-pub fn forward(frame: &Frame, p: &Parsed, flow: &Flow, reason: Reason) -> Result<Reason, Reason> {
-    rewrite::translate(frame, frame.view(), p, flow)?;
+pub fn forward(frame: &Frame, p: &Parsed, flow: &Flow, reason: Reason) -> Verdict {
+    rewrite::translate::<true>(frame, frame.view(), p, flow)?;
     leave(frame, p, &flow.link)?;
-    Ok(reason)
+    Verdict(reason)
 }

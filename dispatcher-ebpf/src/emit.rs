@@ -21,7 +21,7 @@ use dispatcher_common::{
     tcp::{ACK, PSH, SYN, TIMESTAMP_WORD},
 };
 
-use crate::{atomic::Word, globals::scratch, packet::Frame, parse::TCP, rewrite::tags_of, stash};
+use crate::{atomic::Word, globals::scratch, packet::Frame, parse::TCP, rewrite::tags_of, stash, verdict::Verdict};
 
 macro_rules! replay_maps {
     ($($name:ident)*) => {$(
@@ -41,7 +41,7 @@ const IP_WORD: usize = IP_AT / 4;
 /// Longest piece that is emitted.
 const PIECE_MAX: usize = 1500;
 /// Largest offset in a slot's buffer at which a piece begins.
-const FROM_MAX: usize = BUF - PIECE_MAX - 4;
+const FROM_MAX: usize = BUF - PIECE_MAX - 64;
 /// `bpf_csum_diff` took no more than this before kernel 6.13.
 const CSUM_MAX: usize = 512;
 
@@ -256,7 +256,7 @@ pub fn broadcast(frame: &Frame, index: u32, replay: u32) -> Result<(), Reason> {
 /// At the exit to a backend: turns a clone into what the slot has to send. `None` for a frame that
 /// only passes through.
 #[inline(always)]
-pub fn at_exit(frame: &Frame) -> Option<Result<Reason, Reason>> {
+pub fn at_exit(frame: &Frame) -> Option<Verdict> {
     let [mark, index, again] = frame.view().read::<[u32; 3]>(0)?;
     if mark != MARK || again != MARK {
         return None;
@@ -265,20 +265,20 @@ pub fn at_exit(frame: &Frame) -> Option<Result<Reason, Reason>> {
 }
 
 #[inline(always)]
-fn piece_of(frame: &Frame, index: u32) -> Result<Reason, Reason> {
+fn piece_of(frame: &Frame, index: u32) -> Verdict {
     let slot = stash::slot(index)?;
     let number = Word::new(&mut slot.emitted).next();
     if slot.stage == STAGE_BOUND {
         if number != 0 {
-            return Err(Reason::CloneUnused);
+            return Verdict(Reason::CloneUnused);
         }
         syn(frame, slot)?;
-        return Ok(Reason::EmittedSyn);
+        return Verdict(Reason::EmittedSyn);
     }
     let end = ROOM as u32 + slot.len;
     let from = slot.start.wrapping_add(number.wrapping_mul(slot.chunk));
     if slot.stage != STAGE_REPLAYED || from >= end || number >= REPLAY_WIDTH {
-        return Err(Reason::CloneUnused);
+        return Verdict(Reason::CloneUnused);
     }
     let left = end - from;
     let piece = Piece {
@@ -290,5 +290,5 @@ fn piece_of(frame: &Frame, index: u32) -> Result<Reason, Reason> {
         window: slot.window,
     };
     build(frame, slot, &piece)?;
-    Ok(Reason::EmittedSegment)
+    Verdict(Reason::EmittedSegment)
 }

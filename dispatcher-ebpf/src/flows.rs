@@ -40,6 +40,15 @@ pub fn peer_key(flow: &Flow, proto: u32) -> FlowKey {
     FlowKey { src: flow.dst, dst: flow.src, ports: ports_swapped(flow.ports), proto }
 }
 
+/// The same, into memory that is there.
+#[inline(always)]
+pub fn set_peer_key(flow: &Flow, proto: u32, key: &mut FlowKey) {
+    key.src = flow.dst;
+    key.dst = flow.src;
+    key.ports = ports_swapped(flow.ports);
+    key.proto = proto;
+}
+
 /// The other direction's entry.
 #[inline(always)]
 pub fn peer(flow: &Flow, proto: u32) -> Option<&'static mut Flow> {
@@ -47,7 +56,7 @@ pub fn peer(flow: &Flow, proto: u32) -> Option<&'static mut Flow> {
 }
 
 /// Fills in the checksum differences between a packet of `key` and what `flow` makes of it.
-#[inline(always)]
+#[inline(never)]
 pub fn set_deltas(key: &FlowKey, flow: &mut Flow) {
     let v4 = change(key.src.words[3], flow.src.words[3]) + change(key.dst.words[3], flow.dst.words[3]);
     flow.ip_delta = fold(v4);

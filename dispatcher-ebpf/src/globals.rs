@@ -13,6 +13,8 @@ use dispatcher_common::{
     tcp::{OptionBytes, Options},
 };
 
+use crate::parse::Parsed;
+
 #[map]
 static GLOBALS: Array<Globals> = Array::with_max_entries(1, 0);
 #[map]
@@ -24,6 +26,8 @@ pub const PAYLOAD: usize = 4096;
 /// Memory for what does not fit the stack of 512 bytes, one a CPU. Valid within one program run.
 #[repr(C)]
 pub struct Scratch {
+    /// The packet, for the program that has it not on its stack.
+    pub packet: Parsed,
     /// A segment's payload.
     pub payload: [u8; PAYLOAD],
     /// A TCP header with options, or options before their translation.

@@ -16,6 +16,7 @@ use crate::{
     parse::{ICMP, Parsed, TCP, UDP},
     rewrite::leave,
     services,
+    verdict::Verdict,
 };
 
 /// ICMP header: type, code, checksum, and a word that depends on the type.
@@ -36,9 +37,9 @@ struct Quoted {
 
 /// Sends an ICMP error about a packet of ours to its sender; passes everything else.
 #[inline(never)]
-pub fn error(frame: &Frame, p: &Parsed) -> Result<Reason, Reason> {
+pub fn error(frame: &Frame, p: &Parsed) -> Verdict {
     if p.fragment != 0 {
-        return Ok(Reason::IcmpOther);
+        return Verdict(Reason::IcmpOther);
     }
     let view = frame.view();
     let at = p.l4();
@@ -54,7 +55,7 @@ pub fn error(frame: &Frame, p: &Parsed) -> Result<Reason, Reason> {
         matches!(icmp.kind, 1..=4)
     };
     if !errors || is_v4 != p.is_v4() {
-        return Ok(Reason::IcmpOther);
+        return Verdict(Reason::IcmpOther);
     }
     let inner = at + size_of::<Icmp>();
     let mut key = FlowKey {
@@ -69,7 +70,7 @@ pub fn error(frame: &Frame, p: &Parsed) -> Result<Reason, Reason> {
         // SAFETY: `ptr` checked the bounds.
         let ip = unsafe { &*ip };
         if ip.version >> 4 != 4 || ip.version & 0xf < 5 {
-            return Err(Reason::BadIcmp);
+            return Verdict(Reason::BadIcmp);
         }
         transport = inner + (ip.version & 0xf) as usize * 4;
         key.src = Addr::from_v4_word(ip.dst);
@@ -85,13 +86,13 @@ pub fn error(frame: &Frame, p: &Parsed) -> Result<Reason, Reason> {
         key.proto = ip.next as u32;
     }
     if key.proto != TCP && key.proto != UDP {
-        return Ok(Reason::IcmpOther);
+        return Verdict(Reason::IcmpOther);
     }
     let quoted = view.ptr::<Quoted>(transport).ok_or(Reason::BadIcmp)?;
     // SAFETY: `ptr` checked the bounds.
     let quoted = unsafe { &mut *quoted };
     key.ports = ports_swapped(quoted.ports);
-    let Some(flow) = flows::get(&key) else { return Ok(Reason::IcmpOther) };
+    let Some(flow) = flows::get(&key) else { return Verdict(Reason::IcmpOther) };
 
     // The quoted packet first; `sum` is what changes within the ICMP message.
     let ports = ports_swapped(flow.ports);
@@ -115,7 +116,7 @@ pub fn error(frame: &Frame, p: &Parsed) -> Result<Reason, Reason> {
         // SAFETY: `ptr` checked the bounds.
         let ip = unsafe { &mut *ip };
         if ip.ttl <= 1 {
-            return Err(Reason::TtlExpired);
+            return Verdict(Reason::TtlExpired);
         }
         ip.ttl -= 1;
         ip.check = update(ip.check, outer + !1_u16 as u64);
@@ -126,7 +127,7 @@ pub fn error(frame: &Frame, p: &Parsed) -> Result<Reason, Reason> {
         // SAFETY: `ptr` checked the bounds.
         let ip = unsafe { &mut *ip };
         if ip.hops <= 1 {
-            return Err(Reason::TtlExpired);
+            return Verdict(Reason::TtlExpired);
         }
         ip.hops -= 1;
         ip.src = src.words;
@@ -142,7 +143,7 @@ pub fn error(frame: &Frame, p: &Parsed) -> Result<Reason, Reason> {
         link = backend.link;
     }
     leave(frame, p, &link)?;
-    Ok(Reason::IcmpError)
+    Verdict(Reason::IcmpError)
 }
 
 /// Exchanges the quoted IPv4 addresses and repairs the quoted header's checksum.

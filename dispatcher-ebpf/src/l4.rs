@@ -14,17 +14,18 @@ use crate::{
     packet::{Frame, Tcp},
     parse::Parsed,
     services, stash,
+    verdict::Verdict,
 };
 
 /// Binds the flow of a packet and sends the packet on.
 #[inline(never)]
-pub fn bind(frame: &Frame, p: &Parsed, index: u32, frontend: &Frontend) -> Result<Reason, Reason> {
+pub fn bind(frame: &Frame, p: &Parsed, index: u32, frontend: &Frontend) -> Verdict {
     if p.is_tcp() {
         let tcp = frame.view().ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
         // SAFETY: `ptr` checked the bounds.
         let flags = unsafe { (*tcp).flags };
         if flags & (SYN | RST) == RST {
-            return Ok(Reason::ResetIgnored);
+            return Verdict(Reason::ResetIgnored);
         }
     }
     let hash = stash::mix(&p.key) as u32;
@@ -32,7 +33,8 @@ pub fn bind(frame: &Frame, p: &Parsed, index: u32, frontend: &Frontend) -> Resul
     let opening =
         Opening { frontend: index, backend, flags: FLAG_L4, slot: 0, isn: 0, cookie: 0, client: 0 };
     let client = stash::client_link(frame, p);
-    bind::open(&p.key, &client, frontend, &opening)?;
+    bind::open(&p.key, &client, &opening)?;
+    bind::install(&p.key, frontend)?;
     counters::backend(backend, |stats| {
         stats.connections += 1;
         stats.nonsecure += 1;

@@ -2,7 +2,7 @@
 //! is the only one where a reason becomes an XDP action.
 #![no_std]
 #![no_main]
-#![feature(core_intrinsics)]
+#![feature(core_intrinsics, try_trait_v2)]
 #![expect(internal_features, reason = "atomic operations, see atomic.rs")]
 #![expect(unreachable_pub, reason = "in a binary, pub says: for other stages")]
 
@@ -26,20 +26,40 @@ mod services;
 mod sessions;
 mod stash;
 mod syn;
+mod verdict;
 
 use aya_ebpf::{
     bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_REDIRECT},
-    macros::xdp,
+    macros::{map, xdp},
+    maps::ProgramArray,
     programs::XdpContext,
 };
-use dispatcher_common::reason::{Kind, Reason};
+use dispatcher_common::{
+    abi::STAGE_FIRST_DATA,
+    reason::{Kind, Reason},
+};
 
-use crate::packet::Frame;
+use crate::{packet::Frame, verdict::Verdict};
+
+#[map]
+static STAGES: ProgramArray = ProgramArray::with_max_entries(1, 0);
 
 /// Every frame that an attached interface receives.
 #[xdp]
 fn dispatcher(ctx: XdpContext) -> u32 {
-    finish(pipeline::run(&Frame::new(&ctx)))
+    let verdict = pipeline::run(&Frame::new(&ctx));
+    if verdict.is(Reason::NoStage) {
+        // Does not return, unless the array is empty.
+        // SAFETY: a program of the same type, by its context.
+        let _ = unsafe { STAGES.tail_call(&ctx, STAGE_FIRST_DATA) };
+    }
+    finish(verdict)
+}
+
+/// First data of a connection; called by `dispatcher`.
+#[xdp]
+fn first_data(ctx: XdpContext) -> u32 {
+    finish(pipeline::first_data(&Frame::new(&ctx)))
 }
 
 /// Frames that the daemon makes to release held hellos.
@@ -54,23 +74,18 @@ fn emit(ctx: XdpContext) -> u32 {
     match emit::at_exit(&Frame::new(&ctx)) {
         None => XDP_PASS,
         // At an exit XDP_PASS means: go on.
-        Some(Ok(reason)) => {
-            counters::count(reason);
-            XDP_PASS
-        }
-        Some(Err(reason)) => {
-            counters::count(reason);
-            XDP_DROP
+        Some(verdict) => {
+            counters::count(verdict.0);
+            if matches!(verdict.0.kind(), Kind::Forward) { XDP_PASS } else { XDP_DROP }
         }
     }
 }
 
 /// Counts the verdict and makes it an action.
 #[inline(always)]
-fn finish(result: Result<Reason, Reason>) -> u32 {
-    let (Ok(reason) | Err(reason)) = result;
-    counters::count(reason);
-    match reason.kind() {
+fn finish(verdict: Verdict) -> u32 {
+    counters::count(verdict.0);
+    match verdict.0.kind() {
         Kind::Forward => XDP_REDIRECT,
         Kind::Pass => XDP_PASS,
         Kind::Consume | Kind::Drop => XDP_DROP,

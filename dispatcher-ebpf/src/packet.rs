@@ -4,6 +4,8 @@
 //! are structs of words; BPF loads and stores need no alignment on the platforms that run XDP, and
 //! aligned types make LLVM emit one instruction a word instead of one a byte.
 
+use core::ptr::read_volatile;
+
 use aya_ebpf::{
     bindings::xdp_md,
     helpers::generated::{
@@ -134,8 +136,15 @@ impl Frame {
     /// Its bounds now.
     #[inline(always)]
     pub fn view(&self) -> View {
+        // The fields are 32 bits wide, but the registers then hold pointers. Volatile, so that no
+        // pass loads them in a caller and hands them on as 32-bit arguments.
         // SAFETY: the kernel keeps `ctx` valid while the program runs.
-        unsafe { View { data: (*self.ctx).data as usize, end: (*self.ctx).data_end as usize } }
+        unsafe {
+            View {
+                data: read_volatile(&raw const (*self.ctx).data) as usize,
+                end: read_volatile(&raw const (*self.ctx).data_end) as usize,
+            }
+        }
     }
 
     /// Index of the interface it came in on.

@@ -15,69 +15,64 @@ use dispatcher_common::{
 
 use crate::{
     control, flows,
-    globals::globals,
+    globals::{globals, scratch},
     icmp, l4,
     packet::{Frame, Ipv4, Ipv6, Tcp, View},
     parse::{self, ICMP, ICMP6, Parsed, TCP, UDP},
     reply, rewrite, services, stash, syn,
+    verdict::Verdict,
 };
 
 /// Takes a frame all the way.
 #[inline(always)]
-pub fn run(frame: &Frame) -> Result<Reason, Reason> {
+pub fn run(frame: &Frame) -> Verdict {
     let globals = globals()?;
     let view = frame.view();
     let mut p = Parsed::empty();
-    if let Err(reason) = parse::network(view, &mut p) {
-        return if reason as u32 == Reason::NotIp as u32 { Ok(reason) } else { Err(reason) };
-    }
+    parse::network(view, &mut p)?;
     let to_us = globals.filter_has(&p.key.dst);
     if !to_us && !globals.filter_has(&p.key.src) {
         if p.key.proto == ICMP || p.key.proto == ICMP6 {
             return icmp::error(frame, &p);
         }
-        return Ok(Reason::NotOurs);
+        return Verdict(Reason::NotOurs);
     }
+    let strangers = Verdict(if to_us { Reason::NoService } else { Reason::BackendOther });
     if p.key.proto != TCP && p.key.proto != UDP {
-        return other(frame, &mut p, to_us);
+        if !p.is_v4() && !parse::extensions(frame, &mut p) {
+            return Verdict(Reason::BadExtension);
+        }
+        match p.key.proto {
+            TCP | UDP => {}
+            ICMP | ICMP6 => return icmp::error(frame, &p),
+            _ => return strangers,
+        }
     }
-    transport(frame, view, &mut p, globals.generation, to_us)
-}
-
-/// A TCP or UDP packet to or from one of our addresses.
-#[inline(always)]
-fn transport(
-    frame: &Frame,
-    view: View,
-    p: &mut Parsed,
-    generation: u32,
-    to_us: bool,
-) -> Result<Reason, Reason> {
+    let p = &mut p;
     if p.fragment != 0 {
-        return if to_us { Err(Reason::Fragment) } else { Ok(Reason::BackendOther) };
+        return if to_us { Verdict(Reason::Fragment) } else { strangers };
     }
     parse::ports(view, p)?;
     let Some(flow) = flows::get(&p.key) else {
-        return if to_us { new_connection(frame, p) } else { Ok(Reason::BackendOther) };
+        return if to_us { new_connection(frame, p) } else { strangers };
     };
     if hops(view, p) <= 1 {
-        return Err(Reason::TtlExpired);
+        return Verdict(Reason::TtlExpired);
     }
     let mut slow = flow.flags & FLAGS_SLOW | p.tags;
     if flow.flags & FLAG_TO_BACKEND != 0 {
-        slow |= flow.generation ^ generation;
+        slow |= flow.generation ^ globals.generation;
     }
     if p.is_tcp() {
         let tcp = view.ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
         // SAFETY: `ptr` checked the bounds.
         slow |= unsafe { ((*tcp).flags & (SYN | FIN | RST | ACK)) ^ ACK } as u32;
     }
-    if slow != 0 {
+    if slow != 0 || !rewrite::translate::<false>(frame, view, p, flow)? {
         return control::handle(frame, p, flow);
     }
-    rewrite::translate(frame, view, p, flow)?;
-    rewrite::leave_plain(frame, frame.view(), &flow.link)?;
-    Ok(rewrite::direction(flow))
+    rewrite::leave_plain(frame, view, &flow.link)?;
+    Verdict(rewrite::direction(flow))
 }
 
 /// TTL or hop limit.
@@ -93,33 +88,14 @@ fn hops(view: View, p: &Parsed) -> u8 {
     }
 }
 
-/// Neither TCP nor UDP at first sight: ICMP, IPv6 extension headers, or not for us.
+/// A packet of no flow, to one of our addresses. [`Reason::NoStage`] asks for [`first_data`].
 #[inline(never)]
-fn other(frame: &Frame, p: &mut Parsed, to_us: bool) -> Result<Reason, Reason> {
-    if !p.is_v4() && matches!(p.key.proto, 0 | 43 | 44 | 60) && !parse::extensions(frame, p) {
-        return Err(Reason::BadExtension);
-    }
-    match p.key.proto {
-        TCP | UDP => after_extensions(frame, p, to_us),
-        ICMP | ICMP6 => icmp::error(frame, p),
-        _ => Ok(if to_us { Reason::NoService } else { Reason::BackendOther }),
-    }
-}
-
-#[inline(never)]
-fn after_extensions(frame: &Frame, p: &mut Parsed, to_us: bool) -> Result<Reason, Reason> {
-    let generation = globals()?.generation;
-    transport(frame, frame.view(), p, generation, to_us)
-}
-
-/// A packet of no flow, to one of our addresses.
-#[inline(never)]
-pub fn new_connection(frame: &Frame, p: &Parsed) -> Result<Reason, Reason> {
-    let Some(index) = services::frontend_of(&p.key) else { return Ok(Reason::NoService) };
+pub fn new_connection(frame: &Frame, p: &Parsed) -> Verdict {
+    let Some(index) = services::frontend_of(&p.key) else { return Verdict(Reason::NoService) };
     let frontend = services::frontend(index)?;
     let view = frame.view();
     if hops(view, p) <= 1 {
-        return Err(Reason::TtlExpired);
+        return Verdict(Reason::TtlExpired);
     }
     if frontend.mode == MODE_L4 {
         return l4::bind(frame, p, index, frontend);
@@ -129,16 +105,16 @@ pub fn new_connection(frame: &Frame, p: &Parsed) -> Result<Reason, Reason> {
     let tcp = unsafe { &*tcp };
     let flags = tcp.flags & (SYN | FIN | RST | ACK);
     if flags & RST != 0 {
-        return if flags & SYN != 0 { Err(Reason::BadFlags) } else { Ok(Reason::ResetIgnored) };
+        return Verdict(if flags & SYN != 0 { Reason::BadFlags } else { Reason::ResetIgnored });
     }
     if flags & SYN != 0 {
-        return if flags == SYN { syn::answer(frame, p, frontend) } else { Err(Reason::BadFlags) };
+        return if flags == SYN { syn::answer(frame, p, frontend) } else { Verdict(Reason::BadFlags) };
     }
     if flags & ACK == 0 {
-        return Err(Reason::BadFlags);
+        return Verdict(Reason::BadFlags);
     }
     if control::has_payload(frame, p) {
-        return stash::first_data(frame, p, index);
+        return Verdict(Reason::NoStage);
     }
     // A bare ACK completes a handshake, if its cookie is right. So does a bare FIN, whose sender
     // wants nothing any more.
@@ -147,9 +123,23 @@ pub fn new_connection(frame: &Frame, p: &Parsed) -> Result<Reason, Reason> {
         let cookie = u32::from_be(tcp.ack).wrapping_sub(1);
         let mut options = dispatcher_common::cookie::Options { mss: 0, wscale: 0, sack: false };
         if syn::check(globals()?, &p.key, isn, cookie, &mut options) != syn::INVALID {
-            return Ok(Reason::CookieAck);
+            return Verdict(Reason::CookieAck);
         }
     }
     reply::reset(frame, p)?;
-    Ok(Reason::ResetClient)
+    Verdict(Reason::ResetClient)
+}
+
+/// The program for first data: it has a stack of its own, so the frame is parsed once more.
+#[inline(always)]
+pub fn first_data(frame: &Frame) -> Verdict {
+    let p = &mut scratch()?.packet;
+    *p = Parsed::empty();
+    parse::network(frame.view(), p)?;
+    if p.key.proto != TCP && !parse::extensions(frame, p) {
+        return Verdict(Reason::BadExtension);
+    }
+    parse::ports(frame.view(), p)?;
+    let Some(index) = services::frontend_of(&p.key) else { return Verdict(Reason::NoService) };
+    stash::first_data(frame, p, index)
 }

@@ -8,7 +8,7 @@ use dispatcher_common::{
     stash::STAGE_HELD,
 };
 
-use crate::{atomic::Word, bind, packet::Frame, stash};
+use crate::{atomic::Word, bind, packet::Frame, stash, verdict::Verdict};
 
 /// Entry 0 holds the number of the next release in its `slot`.
 #[map]
@@ -16,7 +16,7 @@ static RELEASES: Array<Release> = Array::with_max_entries(RELEASES_MAX + 1, 0);
 
 /// Takes the next release and binds its slot to the daemon's pick.
 #[inline(always)]
-pub fn next(frame: &Frame) -> Result<Reason, Reason> {
+pub fn next(frame: &Frame) -> Verdict {
     let cursor = RELEASES.get_ptr_mut(0).ok_or(Reason::Internal)?;
     // SAFETY: array entries live as long as the map.
     let number = Word::new(unsafe { &mut (*cursor).slot }).next();
@@ -25,8 +25,8 @@ pub fn next(frame: &Frame) -> Result<Reason, Reason> {
     let slot = stash::slot(index)?;
     stash::locked(slot, |slot| {
         if slot.key != release.flow || slot.stage != STAGE_HELD {
-            return Err(Reason::StaleRelease);
+            return Verdict(Reason::StaleRelease);
         }
-        bind::to(frame, slot, index, release.backend)
+        bind::bind(frame, slot, index, release.backend)
     })
 }

@@ -5,8 +5,9 @@ use aya_ebpf::helpers::generated::bpf_csum_diff;
 use dispatcher_common::{
     checksum::{change, update},
     flow::{FLAG_L4, FLAG_NO_SACK, FLAG_NO_TS, FLAG_TO_BACKEND, Flow, Link},
+    opaque::opaque,
     reason::Reason,
-    tcp::{ACK, TIMESTAMP_WORD, Translation, scale_window, translate_options},
+    tcp::{ACK, TIMESTAMP_WORD, Translation, parse_options, scale_window, translate_options},
 };
 
 use crate::{
@@ -20,9 +21,15 @@ const TCP_MIN: usize = size_of::<Tcp>();
 /// The options cannot be translated in place.
 const OPTIONS_ODD: u64 = u64::MAX;
 
-/// Translates a packet in place: everything but the Ethernet header.
+/// Translates a packet in place: everything but the Ethernet header. False, with nothing changed,
+/// when its options are odd and `ODD` is not set.
 #[inline(always)]
-pub fn translate(frame: &Frame, view: View, p: &Parsed, flow: &Flow) -> Result<(), Reason> {
+pub fn translate<const ODD: bool>(
+    frame: &Frame,
+    view: View,
+    p: &Parsed,
+    flow: &Flow,
+) -> Result<bool, Reason> {
     let (l3, l4) = (p.l3(), p.l4());
     let to_backend = flow.flags & FLAG_TO_BACKEND != 0;
 
@@ -37,6 +44,9 @@ pub fn translate(frame: &Frame, view: View, p: &Parsed, flow: &Flow) -> Result<(
             if changes != OPTIONS_ODD {
                 sum += changes;
             } else {
+                if !ODD {
+                    return Ok(false);
+                }
                 let changes = odd_options(frame, p, flow);
                 if changes == OPTIONS_ODD {
                     return Err(Reason::BadTransport);
@@ -94,7 +104,7 @@ pub fn translate(frame: &Frame, view: View, p: &Parsed, flow: &Flow) -> Result<(
         ip.src = flow.src.words;
         ip.dst = flow.dst.words;
     }
-    Ok(())
+    Ok(true)
 }
 
 /// Translates options in the form that stacks send: NOP NOP timestamps, then, or instead, NOP NOP
@@ -163,15 +173,16 @@ fn odd_options(frame: &Frame, p: &Parsed, flow: &Flow) -> u64 {
     let Some(tcp) = frame.view().ptr::<Tcp>(at) else { return OPTIONS_ODD };
     // SAFETY: `ptr` checked the bounds.
     let len = unsafe { ((*tcp).offset >> 4) as usize * 4 };
-    if !(TCP_MIN + 4..=60).contains(&len) {
+    let len = opaque(len.wrapping_sub(TCP_MIN) as u64) as usize & 0x3f;
+    if len == 0 || len > 40 {
         return OPTIONS_ODD;
     }
-    let len = len - TCP_MIN;
     let to_backend = flow.flags & FLAG_TO_BACKEND != 0;
     if !frame.load(at + TCP_MIN, scratch.old.as_mut_ptr(), len) {
         return OPTIONS_ODD;
     }
     scratch.options = scratch.old;
+    parse_options(&scratch.old, len, &mut scratch.parsed);
     let how = Translation {
         to_backend,
         seq_add: flow.seq_add,
@@ -179,7 +190,7 @@ fn odd_options(frame: &Frame, p: &Parsed, flow: &Flow) -> u64 {
         strip_sack: flow.flags & FLAG_NO_SACK != 0 && to_backend,
         strip_ts: flow.flags & FLAG_NO_TS != 0 && to_backend,
     };
-    translate_options(&mut scratch.options, len, how);
+    translate_options(&mut scratch.options, &scratch.parsed, how);
     // SAFETY: both buffers hold 64 bytes, `len` is at most 40 and a multiple of 4.
     let sum = unsafe {
         bpf_csum_diff(
@@ -209,10 +220,10 @@ pub fn leave_plain(frame: &Frame, view: View, link: &Link) -> Result<(), Reason>
 /// The Ethernet header of a frame that came with any number of tags and leaves with those of `link`.
 #[inline(always)]
 pub fn leave(frame: &Frame, p: &Parsed, link: &Link) -> Result<(), Reason> {
-    let l3 = p.l3();
-    let ethertype: u16 = frame.view().read(l3 - 2).ok_or(Reason::ShortFrame)?;
+    let had = p.tags & 3;
+    let ethertype: u16 = frame.view().read(MACS + had as usize * 4).ok_or(Reason::ShortFrame)?;
     let tags = tags_of(link);
-    let shift = (p.tags as i32 - tags as i32) * 4;
+    let shift = (had as i32 - tags as i32) * 4;
     if !frame.shift(shift) {
         return Err(Reason::NoRoom);
     }

@@ -86,9 +86,9 @@ pub fn pick(frontend: &Frontend, hash: u32, v4: bool, not: u32) -> Result<u32, R
 
 /// A source address of a frontend's pool.
 #[inline(always)]
-pub fn source(frontend: &Frontend, hash: u32) -> Option<Addr> {
+pub fn source(frontend: &Frontend, hash: u32) -> Option<&'static Addr> {
     if frontend.source_len == 0 {
         return None;
     }
-    SOURCES.get(frontend.source_base.wrapping_add(hash % frontend.source_len)).copied()
+    SOURCES.get(frontend.source_base.wrapping_add(hash % frontend.source_len))
 }

@@ -24,6 +24,7 @@ use crate::{
     parse::{Parsed, packet_end},
     reply::{self, pseudo},
     services, syn,
+    verdict::Verdict,
 };
 
 #[map]
@@ -33,6 +34,9 @@ static STASH: Array<Slot> = Array::with_max_entries(abi::DEFAULT_STASH_SLOTS, 0)
 const SEGMENTS_MAX: u32 = 8;
 /// A held hello whose client retransmits after so long goes by the table, nanoseconds.
 const HELD_LIMIT_NS: u64 = 100_000_000;
+
+/// What [`take`] says when the slot's content is enough to choose a backend; never counted.
+const ENOUGH: Reason = Reason::NoStage;
 
 /// A slot by its number.
 #[inline(always)]
@@ -46,11 +50,11 @@ pub fn slot(index: u32) -> Result<&'static mut Slot, Reason> {
 #[inline(always)]
 pub fn locked(
     slot: &mut Slot,
-    work: impl FnOnce(&mut Slot) -> Result<Reason, Reason>,
-) -> Result<Reason, Reason> {
+    work: impl FnOnce(&mut Slot) -> Verdict,
+) -> Verdict {
     let lock = Word::new(&mut slot.lock);
     if !lock.try_lock() {
-        return Err(Reason::StashBusy);
+        return Verdict(Reason::StashBusy);
     }
     let result = work(slot);
     lock.unlock();
@@ -90,6 +94,12 @@ impl Bytes for Payload<'_> {
         Some(unsafe { *self.slot.buf.as_ptr().add(ROOM + at) })
     }
     #[inline(always)]
+    fn byte_or_any(&self, at: usize) -> u8 {
+        let at = opaque(at as u64) as usize & 0xfff;
+        // SAFETY: 4095 is below the length of the payload part of `buf`.
+        unsafe { *self.slot.buf.as_ptr().add(ROOM + at) }
+    }
+    #[inline(always)]
     fn salt(&self) -> u64 {
         self.slot.stamp
     }
@@ -105,8 +115,8 @@ struct Segment {
 }
 
 /// Takes a segment of a connection that is not established.
-#[inline(never)]
-pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Result<Reason, Reason> {
+#[inline(always)]
+pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
     let globals = globals()?;
     syn::read_options(frame, p)?;
     let parsed = &scratch()?.parsed;
@@ -117,7 +127,7 @@ pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Result<Reason, Re
     let at = p.l4() + (tcp.offset >> 4) as usize * 4;
     let end = packet_end(view, p).ok_or(Reason::BadIp)?;
     if end <= at {
-        return Err(Reason::BadTransport);
+        return Verdict(Reason::BadTransport);
     }
     let segment = Segment {
         seq: u32::from_be(tcp.seq),
@@ -138,7 +148,10 @@ pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Result<Reason, Re
             && slot.stage != STAGE_FREE
             && slot.stage != STAGE_REPLAYED
         {
-            return locked(slot, |slot| take(frame, p, slot, index, &segment));
+            return locked(slot, |slot| {
+                let verdict = take(frame, p, slot, &segment);
+                if verdict.is(ENOUGH) { bind::bind(frame, slot, index, bind::ANY) } else { verdict }
+            });
         }
     }
 
@@ -154,10 +167,10 @@ pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Result<Reason, Re
     }
     if worth == syn::INVALID {
         reply::reset(frame, p)?;
-        return Ok(Reason::ResetClient);
+        return Verdict(Reason::ResetClient);
     }
     if worth != syn::FULL {
-        return Err(Reason::BeforeFirst);
+        return Verdict(Reason::BeforeFirst);
     }
     for index in [first, second] {
         let slot = slot(index)?;
@@ -172,11 +185,12 @@ pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Result<Reason, Re
                 slot.mss = cookie::mss_of(options.mss);
                 slot.wscale = options.wscale;
                 slot.sack = options.sack as u8;
-                take(frame, p, slot, index, &segment)
+                let verdict = take(frame, p, slot, &segment);
+                if verdict.is(ENOUGH) { bind::bind(frame, slot, index, bind::ANY) } else { verdict }
             });
         }
     }
-    Err(Reason::StashFull)
+    Verdict(Reason::StashFull)
 }
 
 /// Makes a slot this flow's.
@@ -217,35 +231,29 @@ pub fn client_link(frame: &Frame, p: &Parsed) -> Link {
     link
 }
 
-/// Keeps a segment in a locked slot and goes on as far as the data allow.
+/// Keeps a segment in a locked slot. [`ENOUGH`] when the slot can be bound.
 #[inline(never)]
-fn take(
-    frame: &Frame,
-    p: &Parsed,
-    slot: &mut Slot,
-    index: u32,
-    segment: &Segment,
-) -> Result<Reason, Reason> {
+fn take(frame: &Frame, p: &Parsed, slot: &mut Slot, segment: &Segment) -> Verdict {
     let scratch = scratch()?;
     let stage = slot.stage;
-    let offset = segment.seq.wrapping_sub(slot.isn).wrapping_sub(1) as usize;
-    let len = segment.len;
+    let offset = opaque(segment.seq.wrapping_sub(slot.isn).wrapping_sub(1) as u64) as usize;
+    let len = opaque(segment.len as u64) as usize;
     if offset > OFFSET_MAX || len > SEGMENT_MAX || len == 0 || offset + len > PAYLOAD_MAX {
         if stage == STAGE_FILLING && slot.len > 0 && offset < 0x8000 {
             // Longer than the stash: bound by what was seen; the client sends the rest again.
             slot.flags = FLAG_SECURE;
-            return bind::first(frame, slot, index);
+            return Verdict(ENOUGH);
         }
-        return Err(Reason::StashBeyond);
+        return Verdict(Reason::StashBeyond);
     }
 
     // The checksum covers what will be sent with a checksum of ours: it must have been right.
-    let header = segment.at - p.l4();
-    if !(size_of::<Tcp>()..=60).contains(&header) || !frame.load(p.l4(), scratch.old.as_mut_ptr(), header) {
-        return Err(Reason::BadTransport);
+    let header = opaque((segment.at - p.l4()) as u64) as usize & 0x3f;
+    if header < size_of::<Tcp>() || !frame.load(p.l4(), scratch.old.as_mut_ptr(), header) {
+        return Verdict(Reason::BadTransport);
     }
     if !frame.load(segment.at, scratch.payload.as_mut_ptr(), len) {
-        return Err(Reason::BadTransport);
+        return Verdict(Reason::BadTransport);
     }
     for i in 0..3 {
         scratch.payload[(len + i) & 4095] = 0;
@@ -254,11 +262,11 @@ fn take(
         + sum_bytes(scratch.payload.as_ptr(), len)
         + pseudo(p, header + len);
     if dispatcher_common::checksum::fold(sum) != 0xffff {
-        return Err(Reason::BadChecksum);
+        return Verdict(Reason::BadChecksum);
     }
     // SAFETY: `offset` and `len` are bounded so that the segment lies in `buf`.
     if !frame.load(segment.at, unsafe { slot.buf.as_mut_ptr().add(ROOM + offset) }, len) {
-        return Err(Reason::BadTransport);
+        return Verdict(Reason::BadTransport);
     }
 
     let before = slot.len;
@@ -275,27 +283,25 @@ fn take(
     match stage {
         STAGE_BOUND => {
             // The client repeats itself: the SYN or its answer was lost.
-            if slot.len == before { bind::again(frame, slot, index) } else { Ok(Reason::Stashed) }
+            Verdict(if slot.len == before { ENOUGH } else { Reason::Stashed })
         }
-        STAGE_HELD => {
-            if age > HELD_LIMIT_NS { bind::by_table(frame, slot, index) } else { Ok(Reason::Stashed) }
-        }
+        STAGE_HELD => Verdict(if age > HELD_LIMIT_NS { ENOUGH } else { Reason::Stashed }),
         _ => match tls::scan_client_hello(&Payload { slot }) {
             Scan::NotTls => {
                 slot.flags = 0;
-                if slot.len == 0 { Ok(Reason::Stashed) } else { bind::first(frame, slot, index) }
+                Verdict(ENOUGH)
             }
             Scan::Complete => {
                 slot.flags = FLAG_SECURE;
-                bind::first(frame, slot, index)
+                Verdict(ENOUGH)
             }
             Scan::Partial => {
                 if slot.segments >= SEGMENTS_MAX {
                     slot.flags = FLAG_SECURE;
-                    return bind::first(frame, slot, index);
+                    return Verdict(ENOUGH);
                 }
                 if slot.len == before {
-                    return Ok(Reason::Stashed);
+                    return Verdict(Reason::Stashed);
                 }
                 // A client that waits for an acknowledgment (Nagle) would never send the rest.
                 acknowledge(frame, p, slot)
@@ -352,7 +358,7 @@ fn merge(slot: &mut Slot, from: u32, to: u32) -> Result<(), Reason> {
 
 /// Acknowledges what the slot holds so far.
 #[inline(always)]
-fn acknowledge(frame: &Frame, p: &Parsed, slot: &Slot) -> Result<Reason, Reason> {
+fn acknowledge(frame: &Frame, p: &Parsed, slot: &Slot) -> Verdict {
     let frontend = services::frontend(slot.frontend)?;
     let room = PAYLOAD_MAX as u32 - slot.len;
     let scale = if slot.wscale == cookie::NO_WSCALE { 0 } else { frontend.wscale as u32 & 15 };
@@ -366,7 +372,7 @@ fn acknowledge(frame: &Frame, p: &Parsed, slot: &Slot) -> Result<Reason, Reason>
         tsecr: slot.tsval,
     };
     reply::segment(frame, p, &answer)?;
-    Ok(Reason::AckedPart)
+    Verdict(Reason::AckedPart)
 }
 
 /// The session ID in the slot's hello, into `slot.session`.

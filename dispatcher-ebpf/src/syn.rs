@@ -5,6 +5,7 @@ use dispatcher_common::{
     cookie::{self, Check, MSS_TABLE, NO_WSCALE, WINDOW_SHIFT},
     flow::{FlowKey, ports_swapped},
     globals::Globals,
+    opaque::opaque,
     reason::Reason,
     service::{FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_NO_WSCALE, Frontend},
     tcp::{ACK, Options, SYN, TIMESTAMP_WORD, parse_options},
@@ -15,6 +16,7 @@ use crate::{
     packet::{Frame, Tcp, View},
     parse::{Parsed, packet_end},
     reply::{pseudo, sum_header, turn_around},
+    verdict::Verdict,
 };
 
 const TCP_MIN: usize = size_of::<Tcp>();
@@ -29,12 +31,12 @@ pub fn read_options(frame: &Frame, p: &Parsed) -> Result<(), Reason> {
     let at = p.l4();
     let tcp = frame.view().ptr::<Tcp>(at).ok_or(Reason::BadTransport)?;
     // SAFETY: `ptr` checked the bounds.
-    let len = unsafe { ((*tcp).offset >> 4) as usize * 4 };
-    if len < TCP_MIN {
+    let header = unsafe { ((*tcp).offset >> 4) as usize * 4 };
+    if header < TCP_MIN {
         return Err(Reason::BadTransport);
     }
     scratch.parsed = Options::NONE;
-    let len = len - TCP_MIN;
+    let len = opaque((header - TCP_MIN) as u64) as usize & 0x3f;
     if len > 0 {
         if len > 40 || !frame.load(at + TCP_MIN, scratch.options.as_mut_ptr(), len) {
             return Err(Reason::BadTransport);
@@ -72,7 +74,7 @@ fn usual_options(view: View, at: usize) -> Option<Options> {
 
 /// Answers a SYN. The answer never is longer than the SYN: it only carries options that came.
 #[inline(never)]
-pub fn answer(frame: &Frame, p: &Parsed, frontend: &Frontend) -> Result<Reason, Reason> {
+pub fn answer(frame: &Frame, p: &Parsed, frontend: &Frontend) -> Verdict {
     let globals = globals()?;
     let view = frame.view();
     let l4 = p.l4();
@@ -80,7 +82,7 @@ pub fn answer(frame: &Frame, p: &Parsed, frontend: &Frontend) -> Result<Reason, 
     // SAFETY: `ptr` checked the bounds.
     let len = unsafe { ((*tcp).offset >> 4) as usize * 4 };
     if packet_end(view, p).ok_or(Reason::BadIp)? < l4 + len || len < TCP_MIN {
-        return Err(Reason::BadTransport);
+        return Verdict(Reason::BadTransport);
     }
     let words = len / 4 - 5;
     let usual = if words == 5 { usual_options(view, l4 + TCP_MIN) } else { None };
@@ -157,13 +159,13 @@ pub fn answer(frame: &Frame, p: &Parsed, frontend: &Frontend) -> Result<Reason, 
         Some(())
     })();
     if wrote.is_none() {
-        return Err(Reason::BadTransport);
+        return Verdict(Reason::BadTransport);
     }
     tcp.check = !fold(sum);
     turn_around(frame, p, len)?;
     // A SYN with data (RFC 7413) gets no cookie for it: what is beyond the header is padding now.
     frame.redirect(frame.ingress());
-    Ok(Reason::SynAnswered)
+    Verdict(Reason::SynAnswered)
 }
 
 #[inline(never)]
