@@ -37,6 +37,12 @@ pub struct Tagger {
 impl Tagger {
     /// Connects the ports `plain` and `trunk` of a namespace.
     pub fn new(netns: &Netns, plain: &str, trunk: &str, count: u8) -> Result<Self> {
+        // With NAPI frames are merged beyond what can be sent on, unless they may not grow.
+        for port in [plain, trunk] {
+            netns.ip(&format!("link set {port} gro_max_size 1000"))?;
+        }
+        // Packet sockets allow for one tag beyond the MTU, and only for 802.1Q.
+        netns.ip(&format!("link set {trunk} mtu 1600"))?;
         let (plain, trunk) = netns.run(|| {
             let open =
                 |port: &str| Port::open(port).with_context(|| format!("opening a packet socket on {port}"));

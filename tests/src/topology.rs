@@ -252,10 +252,6 @@ impl Topology {
         let netns = Netns::new("tagger")?;
         cable(&self.clients, "eth0", &netns, "plain")?;
         cable(&self.dispatcher, "cl0", &netns, "trunk")?;
-        // With NAPI frames are merged beyond what can be sent on, unless they may not grow.
-        for port in ["plain", "trunk"] {
-            netns.ip(&format!("link set {port} gro_max_size 1000 gro_ipv4_max_size 1000"))?;
-        }
         let tagger = Tagger::new(&netns, "plain", "trunk", self.plan.tags)?;
         self.tagger = Some((tagger, netns));
         Ok(())
@@ -337,7 +333,7 @@ fn backend_addresses(plan: Plan, i: u8) -> [IpAddr; 2] {
 
 /// Connects two namespaces by a veth pair. The far end has GRO, hence NAPI: without it, or an XDP
 /// program, frames that are redirected to the near end vanish (6.18).
-fn cable(near: &Netns, device: &str, far: &Netns, end: &str) -> Result<()> {
+pub fn cable(near: &Netns, device: &str, far: &Netns, end: &str) -> Result<()> {
     near.ip(&format!("link add {device} type veth peer name {end} netns {}", far.name()))?;
     near.execute("ethtool", &[&["-K", device], PLAIN.as_slice(), &["gro", "off"]].concat())?;
     far.execute("ethtool", &[&["-K", end], PLAIN.as_slice(), &["gro", "on"]].concat())?;

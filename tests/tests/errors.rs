@@ -37,7 +37,7 @@ fn refused(netns: &Netns, text: &str) -> String {
 
 fn service(lines: &str) -> String {
     format!(
-        "interfaces = []\n\n[[service]]\nname = \"web\"\nvip = \"192.0.2.1:443\"\n{lines}\n\n\
+        "interfaces = [\"lo\"]\n\n[[service]]\nname = \"web\"\nvip = \"192.0.2.1:443\"\n{lines}\n\n\
          [[service.backend]]\nname = \"a\"\naddress = \"10.0.0.1:443\"\n"
     )
 }
@@ -54,7 +54,7 @@ fn bad_configurations_name_line_key_and_remedy() {
         ("a negative weight", service("") + "weight = -1\n", "weight"),
         ("PROXY without source", service("proxy_protocol = \"v2\""), "source"),
         ("a pool without addresses", service("source = \"dispatcher\""), "source_addresses"),
-        ("two services of one name", service("") + &service("").replace("interfaces = []", ""), "web"),
+        ("two services of one name", service("") + &service("").replace("interfaces = [\"lo\"]", ""), "web"),
     ];
     for (what, text, expected) in rows {
         let said = refused(&netns, &text);
@@ -66,7 +66,8 @@ fn bad_configurations_name_line_key_and_remedy() {
 #[test]
 fn a_missing_file_or_interface() {
     let netns = Netns::new("errors").expect("a namespace");
-    let said = refused(&netns, &service("").replace("interfaces = []", "interfaces = [\"no-such-if\"]"));
+    let said =
+        refused(&netns, &service("").replace("interfaces = [\"lo\"]", "interfaces = [\"no-such-if\"]"));
     assert!(said.contains("interface no-such-if does not exist"), "{said}");
     let mut command = Command::new(program("dispatcherd").expect("dispatcherd"));
     let error = execute(command.args(["--config", "/nonexistent/d.toml"]), None).expect_err("no such file");
@@ -77,7 +78,7 @@ fn a_missing_file_or_interface() {
 fn native_mode_where_it_is_not_supported() {
     let netns = Netns::new("errors").expect("a namespace");
     netns.ip("link add br0 type bridge\nlink set br0 up").expect("a device without native XDP");
-    let text = service("").replace("interfaces = []", "interfaces = [\"br0\"]");
+    let text = service("").replace("interfaces = [\"lo\"]", "interfaces = [\"br0\"]");
     let said = refused(&netns, &text.replace("\n\n[[service]]", "\nattach = \"native\"\n\n[[service]]"));
     assert!(said.contains("br0") && said.contains("generic"), "{said}");
     let daemon = Daemon::start_with(&netns, &text).expect("auto falls back to generic mode");
