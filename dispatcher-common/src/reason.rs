@@ -166,7 +166,7 @@ reasons! {
         Internal = 83 "internal",
         /// A release for a slot that belongs to another flow by now.
         StaleRelease = 84 "stale_release",
-        /// The program for first data could not be called: `STAGES` is empty.
+        /// The program for the packet's stage could not be called: `STAGES` lacks it.
         NoStage = 85 "no_stage",
     }
 }

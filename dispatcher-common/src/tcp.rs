@@ -21,6 +21,9 @@ pub const OPTIONS_ROOM: usize = 64;
 /// Options as copied from a header.
 pub type OptionBytes = [u8; OPTIONS_ROOM];
 
+/// Options and NOPs that are read in one header. Stacks send up to eight.
+const ITEMS_MAX: usize = 20;
+
 const MASK: usize = OPTIONS_ROOM - 1;
 
 /// What the options of a segment say.
@@ -110,7 +113,7 @@ fn option_at(bytes: &OptionBytes, len: usize, at: usize) -> Option<(u8, usize)> 
 pub fn parse_options(bytes: &OptionBytes, len: usize, out: &mut Options) {
     *out = Options::NONE;
     let mut at = 0;
-    for _ in 0..40 {
+    for _ in 0..ITEMS_MAX {
         at = forget(at, bytes[MASK] as u64) & MASK;
         let Some((kind, size)) = option_at(bytes, len, at) else { return };
         match (kind, size) {

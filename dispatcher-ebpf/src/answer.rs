@@ -3,7 +3,7 @@
 
 use dispatcher_common::{
     cookie::NO_WSCALE,
-    flow::{FLAG_LEARN, FLAG_NO_SACK, FLAG_NO_TS, FLAG_RST, FLAG_SECURE, FLAG_SYN_SENT, Flow, FlowKey},
+    flow::{FLAG_LEARN, FLAG_NO_SACK, FLAG_NO_TS, FLAG_RESYN, FLAG_RST, FLAG_SECURE, FLAG_SYN_SENT, Flow, FlowKey},
     globals::GLOBAL_NO_CLONES,
     proxy::ROOM,
     reason::Reason,
@@ -15,20 +15,47 @@ use dispatcher_common::{
 };
 
 use crate::{
-    counters, emit, flows,
+    control, counters, emit, flows,
     globals::{PAYLOAD, Scratch, globals, scratch},
+    options,
     packet::{Frame, Tcp},
     parse::{Parsed, packet_end},
-    reply, services, sessions, stash, syn,
+    reply, services, sessions, stash,
     verdict::Verdict,
 };
 
 /// Window of an ACK that we make, when the client's is not known.
 const SOME_WINDOW: u16 = 1024;
 
+/// A packet of a backend that `control` leaves to this stage.
+#[inline(always)]
+pub fn packet(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
+    if flow.flags & FLAG_SYN_SENT != 0 {
+        return to_syn(frame, p, flow);
+    }
+    let tcp = frame.view().ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
+    // SAFETY: `ptr` checked the bounds.
+    let flags = unsafe { (*tcp).flags };
+    if flags & (SYN | ACK) == SYN | ACK {
+        if flow.flags & FLAG_RESYN != 0 {
+            // It took the SYN on a living flow for a new connection, which our client does not know of.
+            end(flow, p.key.proto);
+            reply::reset(frame, p)?;
+            return Verdict(Reason::ResetBackend);
+        }
+        // Our ACK or the data were lost: once more.
+        options::read(frame, p)?;
+        return replay(frame, p, flow, &flows::peer_key(flow, p.key.proto));
+    }
+    if learn(frame, p, flow) {
+        flow.flags &= !FLAG_LEARN;
+    }
+    control::conclude(frame, p, flow, flags)
+}
+
 /// A packet of a backend on a flow whose SYN it was sent.
 #[inline(never)]
-pub fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
+fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
     let tcp = frame.view().ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
     // SAFETY: `ptr` checked the bounds.
     let (flags, seq, ack) = unsafe { ((*tcp).flags, u32::from_be((*tcp).seq), u32::from_be((*tcp).ack)) };
@@ -46,7 +73,7 @@ pub fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
         reply::reset(frame, p)?;
         return Verdict(Reason::ResetBackend);
     }
-    syn::read_options(frame, p)?;
+    options::read(frame, p)?;
     let parsed = &scratch()?.parsed;
     let frontend = services::frontend(flow.frontend as u32)?;
     let slot = stash::slot(forward.slot)?;
@@ -123,7 +150,7 @@ pub fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
 /// Sends the stashed data, or a bare ACK when they are gone: then the client's retransmission
 /// brings them.
 #[inline(never)]
-pub fn replay(frame: &Frame, p: &Parsed, flow: &Flow, key: &FlowKey) -> Verdict {
+fn replay(frame: &Frame, p: &Parsed, flow: &Flow, key: &FlowKey) -> Verdict {
     let slot = stash::slot(flow.slot)?;
     if slot.key == *key && slot.stage == STAGE_REPLAYED && globals()?.flags & GLOBAL_NO_CLONES == 0 {
         slot.emitted = 0;
@@ -204,7 +231,7 @@ impl Bytes for Copy<'_> {
 /// Reads the ServerHello in the first packet with payload and learns its session ID. True when the
 /// packet had payload.
 #[inline(never)]
-pub fn learn(frame: &Frame, p: &Parsed, flow: &Flow) -> bool {
+fn learn(frame: &Frame, p: &Parsed, flow: &Flow) -> bool {
     let Ok(scratch) = scratch() else { return false };
     let view = frame.view();
     let Some(tcp) = view.ptr::<Tcp>(p.l4()) else { return false };

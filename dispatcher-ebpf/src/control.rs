@@ -1,6 +1,7 @@
 //! Packets of known flows that are not plain data: handshake, SYN, FIN, RST, tags, a ServerHello.
 
 use dispatcher_common::{
+    abi::{STAGE_ANSWER, STAGE_FIRST_DATA},
     flow::{
         FLAG_FIN, FLAG_FIN_PEER, FLAG_L4, FLAG_LEARN, FLAG_RESYN, FLAG_SYN_SENT, FLAG_TO_BACKEND, Flow,
         is_closed,
@@ -14,11 +15,14 @@ use crate::{
     globals::globals,
     packet::{Frame, Tcp},
     parse::{Parsed, packet_end},
-    pipeline, reply,
+    pipeline,
     rewrite::{self, leave},
     services,
     verdict::Verdict,
 };
+
+/// What [`handle`] says of a packet that is to be treated as if it had no flow; never counted.
+pub const AS_NEW: Reason = Reason::NoService;
 
 /// Handles a packet that the fast path leaves.
 #[inline(never)]
@@ -33,37 +37,13 @@ pub fn handle(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
     let tcp = frame.view().ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
     // SAFETY: `ptr` checked the bounds.
     let flags = unsafe { (*tcp).flags };
-    let opens = flags & (SYN | ACK) == SYN;
-    if flow.flags & FLAG_SYN_SENT != 0 {
-        return if to_backend { waiting(frame, p, flow, flags) } else { answer::to_syn(frame, p, flow) };
-    }
-    if to_backend && opens && is_closed(flow.flags) {
-        // The same addresses and ports again, after the end of the old connection.
-        return pipeline::new_connection(frame, p);
-    }
-    if flow.flags & FLAG_L4 == 0 {
-        if to_backend && opens {
-            // On a living flow only the backend can say whether it lives: it answers with a
-            // challenge ACK (RFC 5961 section 4.2), or does not know the flow any more.
-            flow.flags |= FLAG_RESYN;
-            if let Some(peer) = flows::peer(flow, p.key.proto) {
-                peer.flags |= FLAG_RESYN;
-            }
-            return forward(frame, p, flow, Reason::Control);
+    if !to_backend {
+        // The handshake with a backend, and the ServerHello, have a program of their own.
+        let answers = flags & (SYN | ACK) == SYN | ACK && flow.flags & FLAG_L4 == 0;
+        if answers || flow.flags & (FLAG_SYN_SENT | FLAG_LEARN) != 0 {
+            return pipeline::stage(STAGE_ANSWER);
         }
-        if !to_backend && flags & (SYN | ACK) == SYN | ACK {
-            if flow.flags & FLAG_RESYN != 0 {
-                // It took the SYN for a new connection, which our client does not know of.
-                answer::end(flow, p.key.proto);
-                reply::reset(frame, p)?;
-                return Verdict(Reason::ResetBackend);
-            }
-            // Our ACK or the data were lost: once more.
-            let key = flows::peer_key(flow, p.key.proto);
-            crate::syn::read_options(frame, p)?;
-            return answer::replay(frame, p, flow, &key);
-        }
-        if !to_backend && flow.flags & FLAG_RESYN != 0 {
+        if flow.flags & FLAG_RESYN != 0 {
             if flags & RST != 0 {
                 answer::end(flow, p.key.proto);
                 return Verdict(Reason::StaleFlow);
@@ -73,10 +53,31 @@ pub fn handle(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
                 peer.flags &= !FLAG_RESYN;
             }
         }
+        return conclude(frame, p, flow, flags);
     }
-    if !to_backend && flow.flags & FLAG_LEARN != 0 && answer::learn(frame, p, flow) {
-        flow.flags &= !FLAG_LEARN;
+    if flow.flags & FLAG_SYN_SENT != 0 {
+        return waiting(frame, p, flow, flags);
     }
+    if flags & (SYN | ACK) == SYN {
+        if is_closed(flow.flags) {
+            // The same addresses and ports again, after the end of the old connection.
+            return Verdict(AS_NEW);
+        }
+        if flow.flags & FLAG_L4 == 0 {
+            // On a living flow only the backend can say whether it lives: it answers with a
+            // challenge ACK (RFC 5961 section 4.2), or does not know the flow any more.
+            flow.flags |= FLAG_RESYN;
+            if let Some(peer) = flows::peer(flow, p.key.proto) {
+                peer.flags |= FLAG_RESYN;
+            }
+        }
+    }
+    conclude(frame, p, flow, flags)
+}
+
+/// Notes the end of a flow, translates and sends on.
+#[inline(always)]
+pub fn conclude(frame: &Frame, p: &Parsed, flow: &mut Flow, flags: u8) -> Verdict {
     let mut reason = rewrite::direction(flow);
     if flags & (SYN | FIN | RST) != 0 {
         reason = Reason::Control;
@@ -117,10 +118,10 @@ fn waiting(frame: &Frame, p: &Parsed, flow: &mut Flow, flags: u8) -> Verdict {
         return Verdict(Reason::ResetIgnored);
     }
     if flags & SYN != 0 {
-        return pipeline::new_connection(frame, p);
+        return Verdict(AS_NEW);
     }
     if has_payload(frame, p) {
-        return Verdict(Reason::NoStage);
+        return pipeline::stage(STAGE_FIRST_DATA);
     }
     Verdict(Reason::WaitingBackend)
 }

@@ -28,6 +28,10 @@ pub const PAYLOAD: usize = 4096;
 pub struct Scratch {
     /// The packet, for the program that has it not on its stack.
     pub packet: Parsed,
+    /// Index in `STAGES` of the program that goes on with the packet.
+    pub stage: u32,
+    /// Where the first option word stands in `header`.
+    pub offset: u32,
     /// A segment's payload.
     pub payload: [u8; PAYLOAD],
     /// A TCP header with options, or options before their translation.

@@ -16,6 +16,7 @@ mod flows;
 mod globals;
 mod icmp;
 mod l4;
+mod options;
 mod packet;
 mod parse;
 mod pipeline;
@@ -35,31 +36,39 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use dispatcher_common::{
-    abi::STAGE_FIRST_DATA,
+    abi,
     reason::{Kind, Reason},
 };
 
 use crate::{packet::Frame, verdict::Verdict};
 
 #[map]
-static STAGES: ProgramArray = ProgramArray::with_max_entries(1, 0);
+static STAGES: ProgramArray = ProgramArray::with_max_entries(abi::STAGE_PROGRAMS.len() as u32, 0);
 
 /// Every frame that an attached interface receives.
 #[xdp]
 fn dispatcher(ctx: XdpContext) -> u32 {
     let verdict = pipeline::run(&Frame::new(&ctx));
-    if verdict.is(Reason::NoStage) {
-        // Does not return, unless the array is empty.
+    if verdict.is(Reason::NoStage)
+        && let Ok(scratch) = globals::scratch()
+    {
+        // Does not return, unless the array lacks the stage.
         // SAFETY: a program of the same type, by its context.
-        let _ = unsafe { STAGES.tail_call(&ctx, STAGE_FIRST_DATA) };
+        let _ = unsafe { STAGES.tail_call(&ctx, scratch.stage) };
     }
     finish(verdict)
 }
 
-/// First data of a connection; called by `dispatcher`.
+/// First data of a connection, or the first packet of an l4 flow; called by `dispatcher`.
 #[xdp]
 fn first_data(ctx: XdpContext) -> u32 {
     finish(pipeline::first_data(&Frame::new(&ctx)))
+}
+
+/// A backend's answer to our SYN, or its first data; called by `dispatcher`.
+#[xdp]
+fn answer(ctx: XdpContext) -> u32 {
+    finish(pipeline::answer(&Frame::new(&ctx)))
 }
 
 /// Frames that the daemon makes to release held hellos.

@@ -133,6 +133,18 @@ impl Frame {
         Self { ctx: ctx.ctx }
     }
 
+    /// The frame of a raw context.
+    #[inline(always)]
+    pub fn of(ctx: *mut xdp_md) -> Self {
+        Self { ctx }
+    }
+
+    /// The raw context, for functions that the verifier checks on their own.
+    #[inline(always)]
+    pub fn ctx(&self) -> *mut xdp_md {
+        self.ctx
+    }
+
     /// Its bounds now.
     #[inline(always)]
     pub fn view(&self) -> View {

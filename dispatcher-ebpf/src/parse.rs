@@ -1,6 +1,6 @@
 //! Frame -> addresses, ports and offsets.
 
-use dispatcher_common::{addr::Addr, flow::FlowKey, opaque::opaque, reason::Reason};
+use dispatcher_common::{addr::Addr, flow::FlowKey, opaque::{forget, opaque}, reason::Reason};
 
 use crate::packet::{Frame, Ipv4, Ipv6, MACS, Tcp, Udp, View};
 
@@ -132,6 +132,17 @@ pub fn network(view: View, p: &mut Parsed) -> Result<(), Reason> {
         return Ok(());
     }
     Err(Reason::NotIp)
+}
+
+/// Lets the verifier forget how the offsets came about: the ways through [`network`] (tags, families)
+/// become one. `salt` is anything out of a map.
+#[inline(always)]
+pub fn merge(p: &mut Parsed, salt: u32) {
+    p.l3 = forget(p.l3 as usize, salt as u64) as u32;
+    p.l4 = forget(p.l4 as usize, salt as u64) as u32;
+    p.tags = forget(p.tags as usize, salt as u64) as u32;
+    p.v4 = forget(p.v4 as usize, salt as u64) as u32;
+    p.fragment = forget(p.fragment as usize, salt as u64) as u32;
 }
 
 /// Skips IPv6 extension headers (RFC 8200 section 4) of a packet to or from one of our addresses.

@@ -7,14 +7,16 @@
 //! ```
 
 use dispatcher_common::{
-    flow::{FLAG_TO_BACKEND, FLAGS_SLOW},
+    abi::STAGE_FIRST_DATA,
+    flow::{FLAG_TO_BACKEND, FLAGS_SLOW, Flow},
     reason::Reason,
     service::MODE_L4,
     tcp::{ACK, FIN, RST, SYN},
 };
 
 use crate::{
-    control, flows,
+    control::{self, AS_NEW},
+    flows,
     globals::{globals, scratch},
     icmp, l4,
     packet::{Frame, Ipv4, Ipv6, Tcp, View},
@@ -30,6 +32,7 @@ pub fn run(frame: &Frame) -> Verdict {
     let view = frame.view();
     let mut p = Parsed::empty();
     parse::network(view, &mut p)?;
+    parse::merge(&mut p, globals.stash_mask);
     let to_us = globals.filter_has(&p.key.dst);
     if !to_us && !globals.filter_has(&p.key.src) {
         if p.key.proto == ICMP || p.key.proto == ICMP6 {
@@ -53,15 +56,26 @@ pub fn run(frame: &Frame) -> Verdict {
         return if to_us { Verdict(Reason::Fragment) } else { strangers };
     }
     parse::ports(view, p)?;
-    let Some(flow) = flows::get(&p.key) else {
-        return if to_us { new_connection(frame, p) } else { strangers };
-    };
+    if let Some(flow) = flows::get(&p.key) {
+        let verdict = known(frame, view, p, flow, globals.generation);
+        if !verdict.is(AS_NEW) {
+            return verdict;
+        }
+    } else if !to_us {
+        return strangers;
+    }
+    new_connection(frame, p)
+}
+
+/// A packet of a known flow.
+#[inline(always)]
+fn known(frame: &Frame, view: View, p: &Parsed, flow: &mut Flow, generation: u32) -> Verdict {
     if hops(view, p) <= 1 {
         return Verdict(Reason::TtlExpired);
     }
     let mut slow = flow.flags & FLAGS_SLOW | p.tags;
     if flow.flags & FLAG_TO_BACKEND != 0 {
-        slow |= flow.generation ^ globals.generation;
+        slow |= flow.generation ^ generation;
     }
     if p.is_tcp() {
         let tcp = view.ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
@@ -88,7 +102,7 @@ fn hops(view: View, p: &Parsed) -> u8 {
     }
 }
 
-/// A packet of no flow, to one of our addresses. [`Reason::NoStage`] asks for [`first_data`].
+/// A packet of no flow, to one of our addresses.
 #[inline(never)]
 pub fn new_connection(frame: &Frame, p: &Parsed) -> Verdict {
     let Some(index) = services::frontend_of(&p.key) else { return Verdict(Reason::NoService) };
@@ -98,7 +112,7 @@ pub fn new_connection(frame: &Frame, p: &Parsed) -> Verdict {
         return Verdict(Reason::TtlExpired);
     }
     if frontend.mode == MODE_L4 {
-        return l4::bind(frame, p, index, frontend);
+        return stage(STAGE_FIRST_DATA);
     }
     let tcp = view.ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
     // SAFETY: `ptr` checked the bounds.
@@ -114,7 +128,7 @@ pub fn new_connection(frame: &Frame, p: &Parsed) -> Verdict {
         return Verdict(Reason::BadFlags);
     }
     if control::has_payload(frame, p) {
-        return Verdict(Reason::NoStage);
+        return stage(STAGE_FIRST_DATA);
     }
     // A bare ACK completes a handshake, if its cookie is right. So does a bare FIN, whose sender
     // wants nothing any more.
@@ -130,16 +144,42 @@ pub fn new_connection(frame: &Frame, p: &Parsed) -> Verdict {
     Verdict(Reason::ResetClient)
 }
 
-/// The program for first data: it has a stack of its own, so the frame is parsed once more.
+/// Asks for another program, with a stack of its own, to go on with the packet.
 #[inline(always)]
-pub fn first_data(frame: &Frame) -> Verdict {
+pub fn stage(index: u32) -> Verdict {
+    scratch()?.stage = index;
+    Verdict(Reason::NoStage)
+}
+
+/// Parses a frame of a known kind once more, into scratch memory.
+#[inline(always)]
+fn parse_again(frame: &Frame) -> Result<&'static mut Parsed, Reason> {
     let p = &mut scratch()?.packet;
     *p = Parsed::empty();
     parse::network(frame.view(), p)?;
-    if p.key.proto != TCP && !parse::extensions(frame, p) {
-        return Verdict(Reason::BadExtension);
+    if p.key.proto != TCP && p.key.proto != UDP && !parse::extensions(frame, p) {
+        return Err(Reason::BadExtension);
     }
     parse::ports(frame.view(), p)?;
+    Ok(p)
+}
+
+/// The stage of new connections.
+#[inline(always)]
+pub fn first_data(frame: &Frame) -> Verdict {
+    let p = parse_again(frame)?;
     let Some(index) = services::frontend_of(&p.key) else { return Verdict(Reason::NoService) };
+    let frontend = services::frontend(index)?;
+    if frontend.mode == MODE_L4 {
+        return l4::bind(frame, p, index, frontend);
+    }
     stash::first_data(frame, p, index)
+}
+
+/// The stage of a backend's first packets.
+#[inline(always)]
+pub fn answer(frame: &Frame) -> Verdict {
+    let p = parse_again(frame)?;
+    let Some(flow) = flows::get(&p.key) else { return Verdict(Reason::BackendOther) };
+    crate::answer::packet(frame, p, flow)
 }

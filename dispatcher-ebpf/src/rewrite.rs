@@ -7,11 +7,12 @@ use dispatcher_common::{
     flow::{FLAG_L4, FLAG_NO_SACK, FLAG_NO_TS, FLAG_TO_BACKEND, Flow, Link},
     opaque::opaque,
     reason::Reason,
-    tcp::{ACK, TIMESTAMP_WORD, Translation, parse_options, scale_window, translate_options},
+    tcp::{ACK, TIMESTAMP_WORD, Translation, scale_window, translate_options},
 };
 
 use crate::{
     globals::scratch,
+    options::read,
     packet::{Frame, Ipv4, Ipv6, MACS, Tcp, Udp, View},
     parse::Parsed,
 };
@@ -21,8 +22,8 @@ const TCP_MIN: usize = size_of::<Tcp>();
 /// The options cannot be translated in place.
 const OPTIONS_ODD: u64 = u64::MAX;
 
-/// Translates a packet in place: everything but the Ethernet header. False, with nothing changed,
-/// when its options are odd and `ODD` is not set.
+/// Translates a packet in place: everything but the Ethernet header. With `ODD`, options may have
+/// any form; without, the result is false, and nothing changed, for a form that stacks do not send.
 #[inline(always)]
 pub fn translate<const ODD: bool>(
     frame: &Frame,
@@ -40,18 +41,17 @@ pub fn translate<const ODD: bool>(
         // SAFETY: `ptr` checked the bounds.
         let words = unsafe { (*tcp).offset >> 4 } as usize;
         if words > 5 && flow.flags & FLAG_L4 == 0 {
-            let changes = options(view, l4 + TCP_MIN, words - 5, flow);
-            if changes != OPTIONS_ODD {
-                sum += changes;
+            let changes = if ODD {
+                odd_options(frame, p, flow)
             } else {
-                if !ODD {
-                    return Ok(false);
-                }
-                let changes = odd_options(frame, p, flow);
-                if changes == OPTIONS_ODD {
-                    return Err(Reason::BadTransport);
-                }
-                sum += changes;
+                options(view, l4 + TCP_MIN, words - 5, flow)
+            };
+            if changes == OPTIONS_ODD {
+                return if ODD { Err(Reason::BadTransport) } else { Ok(false) };
+            }
+            sum += changes;
+            if ODD {
+                // The helpers that took the long way ended the life of packet pointers.
                 view = frame.view();
             }
         }
@@ -169,20 +169,14 @@ fn sack(view: View, at: usize, words: usize, seq_add: u32) -> u64 {
 #[inline(never)]
 fn odd_options(frame: &Frame, p: &Parsed, flow: &Flow) -> u64 {
     let Ok(scratch) = scratch() else { return OPTIONS_ODD };
-    let at = p.l4();
-    let Some(tcp) = frame.view().ptr::<Tcp>(at) else { return OPTIONS_ODD };
-    // SAFETY: `ptr` checked the bounds.
-    let len = unsafe { ((*tcp).offset >> 4) as usize * 4 };
-    let len = opaque(len.wrapping_sub(TCP_MIN) as u64) as usize & 0x3f;
+    let Ok(len) = read(frame, p) else { return OPTIONS_ODD };
+    let len = opaque(len as u64) as usize & 0x3f;
     if len == 0 || len > 40 {
         return OPTIONS_ODD;
     }
+    let at = p.l4();
     let to_backend = flow.flags & FLAG_TO_BACKEND != 0;
-    if !frame.load(at + TCP_MIN, scratch.old.as_mut_ptr(), len) {
-        return OPTIONS_ODD;
-    }
-    scratch.options = scratch.old;
-    parse_options(&scratch.old, len, &mut scratch.parsed);
+    scratch.old = scratch.options;
     let how = Translation {
         to_backend,
         seq_add: flow.seq_add,

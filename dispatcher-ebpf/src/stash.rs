@@ -20,6 +20,7 @@ use crate::{
     bind,
     emit::sum_bytes,
     globals::{globals, now_ns, scratch},
+    options,
     packet::{Frame, Ipv4, Ipv6, Tcp},
     parse::{Parsed, packet_end},
     reply::{self, pseudo},
@@ -118,7 +119,7 @@ struct Segment {
 #[inline(always)]
 pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
     let globals = globals()?;
-    syn::read_options(frame, p)?;
+    options::read(frame, p)?;
     let parsed = &scratch()?.parsed;
     let view = frame.view();
     let tcp = view.ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;

@@ -8,11 +8,12 @@ use dispatcher_common::{
     opaque::opaque,
     reason::Reason,
     service::{FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_NO_WSCALE, Frontend},
-    tcp::{ACK, Options, SYN, TIMESTAMP_WORD, parse_options},
+    tcp::{ACK, Options, SYN, TIMESTAMP_WORD},
 };
 
 use crate::{
     globals::{globals, now_ns, scratch},
+    options,
     packet::{Frame, Tcp, View},
     parse::{Parsed, packet_end},
     reply::{pseudo, sum_header, turn_around},
@@ -23,28 +24,6 @@ const TCP_MIN: usize = size_of::<Tcp>();
 
 /// Segments of the client that the SYN-ACK's window admits before a backend is bound.
 const WINDOW_SEGMENTS: u16 = 3;
-
-/// Reads the options of a packet into scratch memory.
-#[inline(never)]
-pub fn read_options(frame: &Frame, p: &Parsed) -> Result<(), Reason> {
-    let scratch = scratch()?;
-    let at = p.l4();
-    let tcp = frame.view().ptr::<Tcp>(at).ok_or(Reason::BadTransport)?;
-    // SAFETY: `ptr` checked the bounds.
-    let header = unsafe { ((*tcp).offset >> 4) as usize * 4 };
-    if header < TCP_MIN {
-        return Err(Reason::BadTransport);
-    }
-    scratch.parsed = Options::NONE;
-    let len = opaque((header - TCP_MIN) as u64) as usize & 0x3f;
-    if len > 0 {
-        if len > 40 || !frame.load(at + TCP_MIN, scratch.options.as_mut_ptr(), len) {
-            return Err(Reason::BadTransport);
-        }
-        parse_options(&scratch.options, len, &mut scratch.parsed);
-    }
-    Ok(())
-}
 
 /// The five option words of a SYN as Linux and others send it, without a walk.
 #[inline(always)]
@@ -72,6 +51,69 @@ fn usual_options(view: View, at: usize) -> Option<Options> {
     })
 }
 
+#[inline(always)]
+fn mss_word(frontend: &Frontend) -> u32 {
+    let [high, low] = frontend.mss.to_be_bytes();
+    u32::from_ne_bytes([2, 4, high, low])
+}
+
+#[inline(always)]
+fn wscale_word(frontend: &Frontend) -> u32 {
+    u32::from_ne_bytes([1, 3, 3, frontend.wscale])
+}
+
+/// Writes the options of a SYN-ACK over the `words` words of the SYN's, and returns their sum: MSS,
+/// SACK permitted and timestamps in words that they share, window scale, zeros.
+#[inline(always)]
+fn write_options(
+    view: View,
+    at: usize,
+    words: usize,
+    isn: u32,
+    options: &Options,
+    frontend: &Frontend,
+) -> Result<u64, Reason> {
+    let scratch = scratch()?;
+    let out = &mut scratch.header;
+    for word in out.iter_mut().take(16) {
+        *word = 0;
+    }
+    let mut from = 5;
+    if options.wscale != NO_WSCALE {
+        from -= 1;
+        out[from] = wscale_word(frontend);
+    }
+    if options.ts != 0 {
+        from -= 3;
+        out[from] = if options.sack != 0 { u32::from_ne_bytes([4, 2, 8, 10]) } else { TIMESTAMP_WORD };
+        // The client's own ISN as our timestamp: what echoes it tells a later segment's place.
+        out[from + 1] = isn.to_be();
+        out[from + 2] = options.tsval.to_be();
+    } else if options.sack != 0 {
+        from -= 1;
+        out[from] = u32::from_ne_bytes([1, 1, 4, 2]);
+    }
+    if options.has_mss != 0 {
+        from -= 1;
+        out[from] = mss_word(frontend);
+    }
+    // Through memory, so that the verifier follows one case and not each of them.
+    scratch.offset = from as u32;
+    let from = opaque(scratch.offset as u64) as usize;
+    let mut sum = 0;
+    for i in 0..10 {
+        if i >= words {
+            break;
+        }
+        let to = view.ptr::<u32>(at + i * 4).ok_or(Reason::BadTransport)?;
+        let word = scratch.header[(from + i) & 15];
+        // SAFETY: `ptr` checked the bounds.
+        unsafe { *to = word };
+        sum += word as u64;
+    }
+    Ok(sum)
+}
+
 /// Answers a SYN. The answer never is longer than the SYN: it only carries options that came.
 #[inline(never)]
 pub fn answer(frame: &Frame, p: &Parsed, frontend: &Frontend) -> Verdict {
@@ -85,23 +127,25 @@ pub fn answer(frame: &Frame, p: &Parsed, frontend: &Frontend) -> Verdict {
         return Verdict(Reason::BadTransport);
     }
     let words = len / 4 - 5;
-    let usual = if words == 5 { usual_options(view, l4 + TCP_MIN) } else { None };
-    let mut options = match usual {
+    let refused = frontend.flags & (FRONTEND_NO_SACK | FRONTEND_NO_TS | FRONTEND_NO_WSCALE) != 0;
+    let usual = if words == 5 && !refused { usual_options(view, l4 + TCP_MIN) } else { None };
+    let options = match usual {
         Some(options) => options,
         None => {
-            read_options(frame, p)?;
-            scratch()?.parsed
+            options::read(frame, p)?;
+            let mut options = scratch()?.parsed;
+            if frontend.flags & FRONTEND_NO_SACK != 0 {
+                options.sack = 0;
+            }
+            if frontend.flags & FRONTEND_NO_TS != 0 {
+                options.ts = 0;
+            }
+            if frontend.flags & FRONTEND_NO_WSCALE != 0 {
+                options.wscale = NO_WSCALE;
+            }
+            options
         }
     };
-    if frontend.flags & FRONTEND_NO_SACK != 0 {
-        options.sack = 0;
-    }
-    if frontend.flags & FRONTEND_NO_TS != 0 {
-        options.ts = 0;
-    }
-    if frontend.flags & FRONTEND_NO_WSCALE != 0 {
-        options.wscale = NO_WSCALE;
-    }
 
     let view = frame.view();
     let tcp = view.ptr::<Tcp>(l4).ok_or(Reason::BadTransport)?;
@@ -123,43 +167,20 @@ pub fn answer(frame: &Frame, p: &Parsed, frontend: &Frontend) -> Verdict {
     tcp.urgent = 0;
     let mut sum = sum_header(tcp) + pseudo(p, len);
 
-    // MSS, then SACK permitted and timestamps in a word that they share, then window scale.
-    let mut at = l4 + TCP_MIN;
-    let end = at + words * 4;
-    let mut push = |word: u32| -> Option<()> {
-        if at < end {
-            let to = view.ptr::<u32>(at)?;
-            // SAFETY: `ptr` checked the bounds.
-            unsafe { *to = word };
-            sum += word as u64;
-            at += 4;
+    if usual.is_some() {
+        let out = view.ptr::<[u32; 5]>(l4 + TCP_MIN).ok_or(Reason::BadTransport)?;
+        // SAFETY: `ptr` checked the bounds.
+        let out = unsafe { &mut *out };
+        // SACK permitted and the head of the timestamps in word 1 stay.
+        out[0] = mss_word(frontend);
+        out[2] = isn.to_be();
+        out[3] = options.tsval.to_be();
+        out[4] = wscale_word(frontend);
+        for word in out {
+            sum += *word as u64;
         }
-        Some(())
-    };
-    let bytes = u32::from_ne_bytes;
-    let wrote = (|| {
-        if options.has_mss != 0 {
-            let [high, low] = frontend.mss.to_be_bytes();
-            push(bytes([2, 4, high, low]))?;
-        }
-        if options.ts != 0 {
-            push(if options.sack != 0 { bytes([4, 2, 8, 10]) } else { TIMESTAMP_WORD })?;
-            // The client's own ISN as our timestamp: what echoes it tells a later segment's place.
-            push(isn.to_be())?;
-            push(options.tsval.to_be())?;
-        } else if options.sack != 0 {
-            push(bytes([1, 1, 4, 2]))?;
-        }
-        if options.wscale != NO_WSCALE {
-            push(bytes([1, 3, 3, frontend.wscale]))?;
-        }
-        for _ in 0..10 {
-            push(0)?;
-        }
-        Some(())
-    })();
-    if wrote.is_none() {
-        return Verdict(Reason::BadTransport);
+    } else {
+        sum += write_options(view, l4 + TCP_MIN, words, isn, &options, frontend)?;
     }
     tcp.check = !fold(sum);
     turn_around(frame, p, len)?;

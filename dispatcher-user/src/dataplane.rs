@@ -228,13 +228,18 @@ impl Dataplane {
         }
         capacities.check()?;
         let mut ebpf = load_maps(object, capacities)?;
-        for program in [abi::PROGRAM_EMIT, abi::PROGRAM_RELEASE, abi::PROGRAM_FIRST_DATA, abi::PROGRAM] {
+        for program in [abi::PROGRAM, abi::PROGRAM_EMIT, abi::PROGRAM_RELEASE]
+            .into_iter()
+            .chain(abi::STAGE_PROGRAMS)
+        {
             load_program(&mut ebpf, program)?;
         }
         let e = &mut ebpf;
         let mut stages: ProgramArray<MapData> = take_map(e, abi::MAP_STAGES)?;
-        let first_data = xdp(e, abi::PROGRAM_FIRST_DATA)?.fd().map_err(layout(abi::PROGRAM_FIRST_DATA))?;
-        stages.set(abi::STAGE_FIRST_DATA, first_data, 0).map_err(map_error(abi::MAP_STAGES, "writing"))?;
+        for (index, program) in (0..).zip(abi::STAGE_PROGRAMS) {
+            let fd = xdp(e, program)?.fd().map_err(layout(program))?;
+            stages.set(index, fd, 0).map_err(map_error(abi::MAP_STAGES, "writing"))?;
+        }
         let dataplane = Self {
             flows: Table::take(e, abi::MAP_FLOWS)?,
             sessions: Table::take(e, abi::MAP_SESSIONS)?,
