@@ -169,7 +169,7 @@ impl Machine {
             backends: 64,
             lb_table: 64,
             sources: 4,
-            stash_slots: 64,
+            stash_slots: 4096,
         };
         let dataplane = Dataplane::load(object(), &capacities)?;
         let loopback = dispatcher_user::dataplane::interface_index("lo").context("no loopback interface")?;
