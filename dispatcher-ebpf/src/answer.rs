@@ -152,7 +152,12 @@ fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
 #[inline(never)]
 fn replay(frame: &Frame, p: &Parsed, flow: &Flow, key: &FlowKey) -> Verdict {
     let slot = stash::slot(flow.slot)?;
-    if slot.key == *key && slot.stage == STAGE_REPLAYED && globals()?.flags & GLOBAL_NO_CLONES == 0 {
+    if slot.key == *key && slot.stage == STAGE_REPLAYED {
+        if globals()?.flags & GLOBAL_NO_CLONES != 0 {
+            let reason = emit::in_place(frame, slot)?;
+            frame.redirect(slot.link.ifindex);
+            return Verdict(reason);
+        }
         slot.emitted = 0;
         let backend =
             services::endpoint(flow.backend, key.src.is_v4()).ok_or(Reason::NoBackend)?;

@@ -148,8 +148,9 @@ fn choose(slot: &mut Slot, index: u32, frontend: &Frontend, avoid: u32) -> Verdi
     let hash = (stash::mix(&slot.key) >> 16) as u32 ^ slot.isn;
     let mut backend = services::pick(frontend, hash, v4, avoid)?;
     if slot.stage == STAGE_FILLING && frontend.flags & FRONTEND_MISS_DAEMON != 0 {
-        let age = now_ns().wrapping_sub(globals()?.heartbeat);
-        if age < HEARTBEAT_LIMIT_NS && tell(EVENT_HELD, backend, index, slot) {
+        // Signed: the coarse clock is up to a tick behind the daemon's.
+        let age = now_ns().wrapping_sub(globals()?.heartbeat) as i64;
+        if age < HEARTBEAT_LIMIT_NS as i64 && tell(EVENT_HELD, backend, index, slot) {
             slot.stage = STAGE_HELD;
             return Verdict(Reason::Held);
         }

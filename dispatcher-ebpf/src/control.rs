@@ -60,7 +60,9 @@ pub fn handle(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
     }
     if flags & (SYN | ACK) == SYN {
         if is_closed(flow.flags) {
-            // The same addresses and ports again, after the end of the old connection.
+            // The same addresses and ports again, after the end of the old connection: the ACK that
+            // will follow must find no flow.
+            flows::remove(&p.key);
             return Verdict(AS_NEW);
         }
         if flow.flags & FLAG_L4 == 0 {

@@ -229,6 +229,29 @@ fn build(frame: &Frame, slot: &Slot, piece: &Piece) -> Result<(), Reason> {
     Ok(())
 }
 
+/// Turns the frame into as much of the slot's stream as it has room for, where frames cannot be
+/// cloned: the first segment, or only the PROXY header, which no client can repeat, or a bare ACK.
+/// What is missing the client sends again.
+#[inline(never)]
+pub fn in_place(frame: &Frame, slot: &Slot) -> Result<Reason, Reason> {
+    let end = ROOM as u32 + slot.len;
+    let all = end.wrapping_sub(slot.start);
+    let mut piece = Piece {
+        seq: first_seq(slot).wrapping_add(1),
+        ack: slot.peer_isn.wrapping_add(1),
+        from: slot.start,
+        len: if all > slot.chunk { slot.chunk } else { all },
+        flags: ACK | PSH,
+        window: slot.window,
+    };
+    if build(frame, slot, &piece).is_ok() {
+        return Ok(Reason::Replayed);
+    }
+    piece.len = (ROOM as u32).wrapping_sub(slot.start);
+    build(frame, slot, &piece)?;
+    Ok(Reason::AckedBackend)
+}
+
 /// Marks the frame as belonging to a slot and broadcasts it to the replay map of its interface.
 #[inline(never)]
 pub fn broadcast(frame: &Frame, index: u32, replay: u32) -> Result<(), Reason> {

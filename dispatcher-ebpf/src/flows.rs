@@ -34,6 +34,12 @@ pub fn add(key: &FlowKey, flow: &Flow) -> bool {
     FLOWS.insert(key, flow, NOEXIST).is_ok()
 }
 
+/// Forgets an entry.
+#[inline(always)]
+pub fn remove(key: &FlowKey) {
+    let _ = FLOWS.remove(key);
+}
+
 /// Key of the other direction's entry: what comes back when `flow` has been applied.
 #[inline(always)]
 pub fn peer_key(flow: &Flow, proto: u32) -> FlowKey {
