@@ -316,12 +316,27 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let counters = self.ask::<serde_json::Value>(&["counters"]).map(|value| value.to_string());
-            let backends = self.ask::<serde_json::Value>(&["backends"]).map(|value| value.to_string());
-            eprintln!(
-                "dispatcherd said:\n{}\ncounters: {counters:?}\nbackends: {backends:?}",
-                self.process.log()
-            );
+            eprintln!("dispatcherd said:\n{}", self.process.log());
+            if let Ok(counters) = self.ask::<api::Counters>(&["counters"]) {
+                let counted = counters.reasons.iter().filter(|counter| counter.packets > 0);
+                let list: Vec<_> =
+                    counted.map(|counter| format!("{} {}", counter.name, counter.packets)).collect();
+                eprintln!("packets: {}", list.join(", "));
+            }
+            for b in self.backends().unwrap_or_default() {
+                eprintln!(
+                    "{} {}: {} bound, {} hits, {} misses, {} fresh, {} clear, {} established, {} refused",
+                    b.name,
+                    b.state,
+                    b.connections,
+                    b.hits,
+                    b.misses,
+                    b.fresh,
+                    b.nonsecure,
+                    b.established,
+                    b.refused
+                );
+            }
         }
     }
 }

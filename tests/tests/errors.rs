@@ -52,7 +52,11 @@ fn bad_configurations_name_line_key_and_remedy() {
         ("an unknown algorithm", service("balance = \"dice\""), "maglev"),
         ("an address without port", service("").replace("192.0.2.1:443", "192.0.2.1"), "vip"),
         ("a negative weight", service("") + "weight = -1\n", "weight"),
-        ("PROXY without source", service("proxy_protocol = \"v2\""), "source"),
+        (
+            "PROXY without delayed binding",
+            service("mode = \"l4\"\nproxy_protocol = \"v2\""),
+            "proxy_protocol",
+        ),
         ("a pool without addresses", service("source = \"dispatcher\""), "source_addresses"),
         ("two services of one name", service("") + &service("").replace("interfaces = [\"lo\"]", ""), "web"),
     ];

@@ -67,6 +67,19 @@ fn generic_mode_with_one_arm() {
     in_shape(Plan { shape: Shape::OneArm, ..Plan::default() }, "generic");
 }
 
+/// The header is also for those who want it beside the client's own address.
+#[test]
+fn proxy_protocol_with_the_clients_address_as_source() {
+    let service = web().with("proxy_protocol = \"v2\"");
+    let stage =
+        Stage::new(Plan::default(), "native", &service, Manners { proxy: true, ..Manners::default() });
+    everything_works(&stage);
+    for family in Family::BOTH {
+        let identity = stage.visit(&stage.user(Version::Tls12), family, 3);
+        assert_eq!(identity.proxied, identity.peer);
+    }
+}
+
 fn from_the_pool(plan: Plan, attach: &str, proxy: bool) {
     let mut service = web()
         .with("source = \"dispatcher\"")

@@ -19,13 +19,9 @@ use dispatcher_tests::{
 
 /// Drops packets at all backends by a rule that counts, so that the same ones are lost each time.
 fn lose_at_backends(stage: &Stage, hook: &str, which: &str) {
+    let chain = format!("chain c {{\ntype filter hook {hook} priority 0\n{which} drop\n}}");
     for place in &stage.topology.backends {
-        place
-            .netns
-            .nft(&format!(
-                "table inet trouble {{ chain c {{ type filter hook {hook} priority 0; {which} drop; }} }}"
-            ))
-            .expect("a rule");
+        place.netns.nft(&format!("table inet trouble {{\n{chain}\n}}")).expect("a rule");
     }
 }
 
