@@ -18,7 +18,7 @@ use dispatcher_common::{
     proxy::ROOM,
     reason::Reason,
     stash::{BUF, STAGE_BOUND, STAGE_REPLAYED, Slot},
-    tcp::{ACK, PSH, SYN, TIMESTAMP_WORD},
+    tcp::{ACK, PSH, SYN, TIMESTAMP_WORD, scale_window},
 };
 
 use crate::{atomic::Word, globals::scratch, packet::Frame, parse::TCP, rewrite::tags_of, stash, verdict::Verdict};
@@ -59,13 +59,15 @@ pub struct Piece {
 /// The SYN of a bound slot.
 #[inline(always)]
 pub fn syn(frame: &Frame, slot: &Slot) -> Result<(), Reason> {
+    // The window of a SYN is never scaled (RFC 7323 section 2.2), that of the client's data was.
+    let scale = if slot.wscale == NO_WSCALE { 0 } else { slot.wscale as i8 };
     let piece = Piece {
         seq: first_seq(slot),
         ack: 0,
         from: 0,
         len: 0,
         flags: SYN,
-        window: slot.window,
+        window: scale_window(slot.window, scale),
     };
     build(frame, slot, &piece)
 }

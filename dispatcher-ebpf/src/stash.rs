@@ -4,6 +4,7 @@ use aya_ebpf::{macros::map, maps::Array};
 use dispatcher_common::{
     abi, cookie,
     flow::{FLAG_SECURE, FlowKey, Link},
+    globals::GLOBAL_NO_CLONES,
     opaque::opaque,
     proxy::ROOM,
     reason::Reason,
@@ -301,10 +302,11 @@ fn take(frame: &Frame, p: &Parsed, slot: &mut Slot, segment: &Segment) -> Verdic
                     slot.flags = FLAG_SECURE;
                     return Verdict(ENOUGH);
                 }
-                if slot.len == before {
+                // A client that waits for an acknowledgment (Nagle) would never send the rest. Where
+                // frames cannot be cloned it must be able to send everything again.
+                if slot.len == before || globals()?.flags & GLOBAL_NO_CLONES != 0 {
                     return Verdict(Reason::Stashed);
                 }
-                // A client that waits for an acknowledgment (Nagle) would never send the rest.
                 acknowledge(frame, p, slot)
             }
         },
