@@ -4,6 +4,7 @@
 //! Namespaces, processes and files that are made here are removed when their owner is dropped, also
 //! on panic. Nothing touches the interfaces of the host.
 
+pub mod bench;
 pub mod daemon;
 pub mod demo;
 pub mod harness;

@@ -1,0 +1,796 @@
+//! `fastpath`: nanoseconds a packet by `BPF_PROG_RUN`, without any interface.
+//!
+//! A repeated run keeps what the program made of the frame. So a wrapper restores the frame for the
+//! next flow and calls the program under test. Its cost is taken off: a figure is
+//! wrapper and program, less wrapper and `floor_tx`, plus `floor_tx` alone.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use aya::{
+    Ebpf, Pod,
+    maps::{Array, HashMap, Map, MapData, RingBuf},
+    programs::Xdp,
+};
+use dispatcher_common::{
+    abi,
+    checksum::{change, fold},
+    cookie,
+    flow::{FLAG_SECURE, FLAG_TO_BACKEND, Flow, FlowKey, Link, ports_swapped, ports_word},
+    reason::Reason,
+    service::{BACKEND_UP, Backend, Frontend, MODE_PASSTHROUGH, VipKey, endpoint_index, stable_id},
+    session::{KIND_TLS_SESSION_ID, STATE_CONFIRMED, Session, SessionKey},
+    stash::Slot,
+};
+use dispatcher_user::dataplane::{
+    Capacities, Dataplane, interface_index, monotonic_ns, monotonic_seconds, object, test_run,
+};
+
+use crate::{
+    bench::report::{Goal, Report, Row, median},
+    hello,
+    packet::{Body, Packet, Tcp, TcpOption, flags},
+};
+
+/// The object with the floor programs and wrappers; empty in a build without `cargo xtask build`.
+fn bench_object() -> &'static [u8] {
+    // The ELF reader wants the alignment of a 64-bit header.
+    #[repr(C, align(8))]
+    struct Aligned<T: ?Sized>(T);
+    static OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/bench.bpf")));
+    &OBJECT.0
+}
+
+/// Numbers of flows that are measured.
+const COUNTS: [u32; 3] = [1, 1024, 65_536];
+/// Frames of one batch of first data; each binds a connection of its own.
+const HELLOS: usize = 2048;
+/// Longest frame of `restore_each`; four bytes of length go before it.
+const EACH_MAX: usize = 1020;
+/// Length of a ClientHello: what OpenSSL pads to.
+const HELLO_LEN: usize = 517;
+
+const PORT: u16 = 443;
+const SERVICE: &str = "bench";
+const BACKENDS: u32 = 3;
+const TABLE: u32 = 1021;
+const OUR_WSCALE: u8 = 9;
+const BACKEND_WSCALE: u8 = 7;
+/// A backend's sequence number less ours, and the same of timestamps.
+const SEQ_DELTA: u32 = 0x9abc_def0;
+const TS_DELTA: u32 = 0x1357_9bdf;
+
+const XDP_PASS: u32 = 2;
+const XDP_TX: u32 = 3;
+const XDP_REDIRECT: u32 = 4;
+
+/// How much is measured.
+#[derive(Clone, Copy)]
+struct Effort {
+    rounds: usize,
+    repeats: u32,
+    /// Batches of [`HELLOS`] frames a round.
+    batches: usize,
+}
+
+/// Measures.
+pub fn run(quick: bool) -> Result<Report> {
+    let effort = if quick {
+        Effort { rounds: 5, repeats: 200_000, batches: 4 }
+    } else {
+        // 15 * 34 * 2048 is 1.04 million first segments.
+        Effort { rounds: 15, repeats: 1_000_000, batches: 34 }
+    };
+    let mut bench = Bench::new()?;
+    let cases = bench.cases()?;
+    for case in &cases {
+        bench
+            .verify(case)
+            .with_context(|| format!("{}: nothing is measured of a wrong verdict", case.name))?;
+    }
+    let mut samples: Vec<Sample> = cases.iter().map(|_| Sample::default()).collect();
+    let mut floor = Vec::new();
+    for round in 0..effort.rounds {
+        floor.push(bench.floor(&cases, effort.repeats)?);
+        for step in 0..cases.len() {
+            let at = (round + step) % cases.len();
+            if let (Some(case), Some(sample)) = (cases.get(at), samples.get_mut(at)) {
+                bench.measure(case, sample, effort)?;
+            }
+        }
+    }
+    Ok(report(&cases, &samples, &floor))
+}
+
+/// What runs on the frames of a case.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Subject {
+    Dispatcher,
+    FloorLru,
+}
+
+impl Subject {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Dispatcher => "dispatcher",
+            Self::FloorLru => "floor-lru",
+        }
+    }
+}
+
+/// One line of the table.
+struct Case {
+    name: String,
+    subject: Subject,
+    load: Load,
+    verdict: u32,
+    reason: Option<Reason>,
+    /// Number of flows of the `floor-lru` that it is compared with.
+    floor: u32,
+}
+
+/// The frames of a case.
+enum Load {
+    /// One frame, with these differences between flows (none: it is always the same).
+    Template { frame: Vec<u8>, patches: Vec<[u32; 4]> },
+    /// Frames that each open a connection.
+    Hellos { first_client: u32, known: bool },
+}
+
+/// Figures of a case, one a round, in nanoseconds.
+#[derive(Default)]
+struct Sample {
+    with_program: Vec<f64>,
+    with_floor: Vec<f64>,
+}
+
+/// Both objects, loaded.
+struct Bench {
+    dataplane: Dataplane,
+    _ebpf: Ebpf,
+    control: Array<MapData, [u32; 4]>,
+    template: Array<MapData, [u8; 128]>,
+    patches: Array<MapData, [u32; 4]>,
+    frames: Array<MapData, [u8; EACH_MAX + 4]>,
+    callee: Array<MapData, u32>,
+    floor: HashMap<MapData, FlowKey, [u32; 4]>,
+    events: RingBuf<MapData>,
+    dispatcher: OwnedFd,
+    floor_tx: OwnedFd,
+    floor_lru: OwnedFd,
+    restore: OwnedFd,
+    restore_each: OwnedFd,
+    loopback: u32,
+    /// A stash slot that nobody has used.
+    empty: Box<Slot>,
+    /// Connections of [`Load::Hellos`] that do not meet in the stash: client number and slot.
+    hellos: Vec<(u32, u32)>,
+}
+
+impl Bench {
+    fn new() -> Result<Self> {
+        ensure!(!bench_object().is_empty(), "built without the BPF objects; build with `cargo xtask build`");
+        let dataplane = Dataplane::load(object(), &Capacities::default())?;
+        let loopback = interface_index("lo").context("no loopback interface")?;
+        let mut ebpf = Ebpf::load(bench_object()).context("loading the floor programs")?;
+        let [floor_tx, floor_lru, restore, restore_each] =
+            ["floor_tx", "floor_lru", "restore", "restore_each"].map(|name| load(&mut ebpf, name));
+        let Some(Map::ProgramArray(callee)) = ebpf.take_map("CALLEE") else { bail!("no map CALLEE") };
+        let mut bench = Self {
+            control: array(&mut ebpf, "CONTROL")?,
+            template: array(&mut ebpf, "TEMPLATE")?,
+            patches: array(&mut ebpf, "PATCHES")?,
+            frames: array(&mut ebpf, "FRAMES")?,
+            // A program array takes descriptors by number, also those of another object.
+            callee: Array::try_from(Map::Array(callee))?,
+            floor: HashMap::try_from(ebpf.take_map("FLOOR").context("no map FLOOR")?)?,
+            events: dataplane.take_events().context("the ring of events is taken")?,
+            dispatcher: dataplane.program_fd(abi::PROGRAM)?,
+            floor_tx: floor_tx?,
+            floor_lru: floor_lru?,
+            restore: restore?,
+            restore_each: restore_each?,
+            empty: Box::new(dataplane.stash().get(0)?),
+            hellos: Vec::new(),
+            loopback,
+            dataplane,
+            _ebpf: ebpf,
+        };
+        bench.fill()?;
+        Ok(bench)
+    }
+
+    /// A service with three backends, and the flows of all cases.
+    fn fill(&mut self) -> Result<()> {
+        let d = &self.dataplane;
+        for replay in 0..abi::REPLAY_MAPS {
+            d.set_replay(replay, self.loopback)?;
+        }
+        for backend in 0..BACKENDS {
+            d.backend_index().insert(backend_id(backend), backend)?;
+            for v4 in [true, false] {
+                let at = backend_at(v4, backend);
+                let endpoint = Backend {
+                    addr: at.ip().into(),
+                    port: at.port().to_be(),
+                    flags: BACKEND_UP,
+                    id: backend_id(backend),
+                    link: self.link(backend as u8),
+                    mtu: 1500,
+                    ..Backend::default()
+                };
+                d.backends().set(endpoint_index(backend, v4), endpoint)?;
+            }
+        }
+        for entry in 0..TABLE {
+            d.lb_table().set(entry, entry % BACKENDS)?;
+        }
+        for (index, v4) in [(0, true), (1, false)] {
+            let frontend = Frontend {
+                addr: vip(v4).ip().into(),
+                port: PORT.to_be(),
+                proto: 6,
+                mode: MODE_PASSTHROUGH,
+                service: stable_id(SERVICE),
+                table_len: TABLE,
+                wscale: OUR_WSCALE,
+                mss: 1440,
+                session_ttl: 300,
+                provisional_ttl: 10,
+                ..Frontend::default()
+            };
+            d.frontends().set(index, frontend)?;
+            d.vips().insert(VipKey::new(vip(v4).ip(), PORT, 6), index)?;
+        }
+        d.update_globals(|globals| {
+            for v4 in [true, false] {
+                globals.filter_add(vip(v4).ip());
+                (0..BACKENDS).for_each(|backend| globals.filter_add(backend_at(v4, backend).ip()));
+            }
+        })?;
+        let most = COUNTS.into_iter().max().unwrap_or(1);
+        for number in 0..most {
+            self.connect(true, number)?;
+            let key = key(client(true, number), vip(true));
+            self.floor.insert(key, [0x0100_0002, 0x0002_0000, 0x0200_0000, self.loopback], 0)?;
+        }
+        self.connect(false, 0)
+    }
+
+    /// The entries of an established connection, as the data path makes them.
+    fn connect(&self, v4: bool, number: u32) -> Result<()> {
+        let (client, vip, backend) = (client(v4, number), vip(v4), backend_at(v4, number % BACKENDS));
+        let generation = self.dataplane.globals().generation;
+        let base = Flow {
+            generation,
+            flags: FLAG_SECURE,
+            frontend: u16::from(!v4),
+            backend: number % BACKENDS,
+            created: monotonic_seconds(),
+            ..Flow::default()
+        };
+        let entries = [
+            // To the backend: the client's window scale is the backend's too.
+            (key(client, vip), key(client, backend), FLAG_TO_BACKEND, 0, (number % BACKENDS) as u8),
+            // To the client: what the backend scales by 7 we promised to scale by 9.
+            (key(backend, client), key(vip, client), 0, BACKEND_WSCALE as i8 - OUR_WSCALE as i8, 0xc0),
+        ];
+        for (old, new, flag, win_shift, host) in entries {
+            let sum = |from: &FlowKey, to: &FlowKey| {
+                let words = from.src.words.iter().chain(&from.dst.words);
+                words.zip(to.src.words.iter().chain(&to.dst.words)).map(|(old, new)| change(*old, *new)).sum()
+            };
+            let addresses: u64 = sum(&old, &new);
+            let (to_client, to_backend) = (flag == 0, flag != 0);
+            let flow = Flow {
+                link: self.link(host),
+                flags: base.flags | flag,
+                src: new.src,
+                dst: new.dst,
+                ports: new.ports,
+                seq_add: if to_client { SEQ_DELTA.wrapping_neg() } else { SEQ_DELTA },
+                ts_add: if to_backend { TS_DELTA } else { TS_DELTA.wrapping_neg() },
+                l4_delta: fold(addresses + change(old.ports, new.ports)),
+                ip_delta: if v4 { fold(addresses) } else { 0 },
+                win_shift,
+                ..base
+            };
+            self.dataplane.flows().insert(old, flow)?;
+        }
+        Ok(())
+    }
+
+    fn link(&self, host: u8) -> Link {
+        Link {
+            ifindex: self.loopback,
+            macs: [0x0000_0002, 0x0002_0000 | u32::from(host) << 8, 0x0100_0000],
+            vlans: [0; 2],
+        }
+    }
+
+    fn cases(&mut self) -> Result<Vec<Case>> {
+        let forwarded = |name: String, frame: Packet, patches, reason, floor| Case {
+            name,
+            subject: Subject::Dispatcher,
+            load: Load::Template { frame: frame.frame(), patches },
+            verdict: XDP_REDIRECT,
+            reason: Some(reason),
+            floor,
+        };
+        let mut cases = Vec::new();
+        for count in COUNTS {
+            let to_backend = || patches(count, |n| from_client(true, n, false));
+            let flows = flows(count);
+            cases.push(Case {
+                name: flows.clone(),
+                subject: Subject::FloorLru,
+                load: Load::Template { frame: from_client(true, 0, false).frame(), patches: to_backend() },
+                verdict: XDP_TX,
+                reason: None,
+                floor: count,
+            });
+            cases.push(forwarded(
+                format!("established, to backend, {flows}"),
+                from_client(true, 0, false),
+                to_backend(),
+                Reason::ToBackend,
+                count,
+            ));
+            cases.push(forwarded(
+                format!("established, to client, {flows}"),
+                from_backend(true, 0),
+                patches(count, |n| from_backend(true, n)),
+                Reason::ToClient,
+                count,
+            ));
+            cases.push(forwarded(
+                format!("established, to backend, SACK block, {flows}"),
+                from_client(true, 0, true),
+                patches(count, |n| from_client(true, n, true)),
+                Reason::ToBackend,
+                count,
+            ));
+        }
+        let v6 = |what: &str, frame, reason| {
+            forwarded(format!("established, {what}, IPv6, {}", flows(1)), frame, Vec::new(), reason, 1)
+        };
+        cases.push(v6("to backend", from_client(false, 0, false), Reason::ToBackend));
+        cases.push(v6("to client", from_backend(false, 0), Reason::ToClient));
+        cases.push(forwarded("SYN -> SYN-ACK".to_owned(), syn(), Vec::new(), Reason::SynAnswered, 1));
+        cases.push(Case {
+            verdict: XDP_PASS,
+            ..forwarded("neither VIP nor backend".to_owned(), stranger(), Vec::new(), Reason::NotOurs, 1)
+        });
+        for (name, known, first_client, reason) in [
+            ("ClientHello, session known", true, 0x2_0000, Reason::BoundHit),
+            ("ClientHello, session not known", false, 0x4_0000, Reason::BoundMiss),
+        ] {
+            cases.push(Case {
+                name: format!("{name} (each a new connection)"),
+                subject: Subject::Dispatcher,
+                load: Load::Hellos { first_client, known },
+                verdict: XDP_REDIRECT,
+                reason: Some(reason),
+                floor: 1,
+            });
+        }
+        Ok(cases)
+    }
+
+    /// Does a case do what it says? Once for each of its flows.
+    fn verify(&mut self, case: &Case) -> Result<()> {
+        let (frame, count) = match &case.load {
+            Load::Hellos { first_client, known } => return self.find_hellos(case, *first_client, *known),
+            Load::Template { frame, patches } => (frame, patches.len().max(1)),
+        };
+        self.load(case)?;
+        self.call(case.subject)?;
+        let before = self.dataplane.reasons()?;
+        for _ in 0..count {
+            let run = test_run(self.restore.as_fd(), frame, None, 1, 0)?;
+            ensure!(run.retval == case.verdict, "XDP action {}, not {}", run.retval, case.verdict);
+            if case.reason.is_none_or(|reason| reason != Reason::NotOurs) {
+                let out = Packet::parse(&run.data_out)?;
+                ensure!(out.frame() != *frame, "the frame is as it was: {out:?}");
+            }
+        }
+        let after = self.dataplane.reasons()?;
+        let counted = difference(&before, &after);
+        let expected: Vec<_> = case.reason.map(|reason| (reason, count as u64)).into_iter().collect();
+        ensure!(counted == expected, "counted {counted:?}, not {expected:?}");
+        Ok(())
+    }
+
+    /// Finds connections that do not meet in the stash, and checks each.
+    fn find_hellos(&mut self, case: &Case, first_client: u32, known: bool) -> Result<()> {
+        self.call(Subject::Dispatcher)?;
+        let reason = case.reason.context("first data has a reason")?;
+        let mut found = Vec::new();
+        for number in first_client..first_client + 2 * HELLOS as u32 {
+            if found.len() == HELLOS {
+                break;
+            }
+            if known {
+                let session = Session {
+                    backend: backend_id(number % BACKENDS),
+                    state: STATE_CONFIRMED,
+                    created: monotonic_seconds(),
+                    ..Session::default()
+                };
+                self.dataplane.sessions().insert(session_key(number)?, session)?;
+            }
+            self.set_frames(&[number])?;
+            let before = self.dataplane.reasons()?;
+            let run = test_run(self.restore_each.as_fd(), &[0; 64], None, 1, 0)?;
+            let counted = difference(&before, &self.dataplane.reasons()?);
+            match *counted {
+                [(got, 1)] if got == reason && run.retval == case.verdict => {}
+                [(Reason::StashFull, 1)] => continue,
+                _ => bail!("XDP action {}, counted {counted:?}, not {reason:?}", run.retval),
+            }
+            let tcp = Packet::parse(&run.data_out)?;
+            ensure!(tcp.tcp()?.flags == flags::SYN, "no SYN to the backend: {tcp:?}");
+            let key = key(client(true, number), vip(true));
+            let flow = self.dataplane.flows().get(&key)?.context("no flow was made")?;
+            found.push((number, flow.slot));
+        }
+        ensure!(found.len() == HELLOS, "only {} connections fit the stash", found.len());
+        self.hellos = found;
+        self.forget(known)
+    }
+
+    /// Undoes what a batch of first data has left.
+    fn forget(&mut self, known: bool) -> Result<()> {
+        let d = &self.dataplane;
+        for (number, slot) in &self.hellos {
+            let forward = key(client(true, *number), vip(true));
+            let flow = d.flows().get(&forward)?.context("a flow is missing")?;
+            ensure!(flow.slot == *slot, "client {number} took slot {}, not {slot}", flow.slot);
+            let back = FlowKey { src: flow.dst, dst: flow.src, ports: ports_swapped(flow.ports), proto: 6 };
+            ensure!(d.flows().remove(&forward)? && d.flows().remove(&back)?, "a flow is missing");
+            d.stash().set(*slot, *self.empty)?;
+            if !known {
+                ensure!(d.sessions().remove(&session_key(*number)?)?, "no session was made");
+            }
+        }
+        while self.events.next().is_some() {}
+        Ok(())
+    }
+
+    /// Writes the first data of connections, with cookies of now.
+    fn set_frames(&mut self, numbers: &[u32]) -> Result<()> {
+        let globals = self.dataplane.globals();
+        let key = globals.cookie_keys.get(globals.epoch as usize & 1).context("no cookie key")?;
+        for (index, number) in (0..).zip(numbers) {
+            let frame = first_data(*key, *number).frame();
+            let mut each = [0; EACH_MAX + 4];
+            let (len, bytes) = each.split_at_mut(4);
+            len.copy_from_slice(&(frame.len() as u32).to_ne_bytes());
+            bytes.get_mut(..frame.len()).context("a frame is too long")?.copy_from_slice(&frame);
+            self.frames.set(index, each, 0)?;
+        }
+        Ok(self.control.set(0, [0, numbers.len() as u32, 0, 0], 0)?)
+    }
+
+    /// Gives the wrapper the frames of a case with a template.
+    fn load(&mut self, case: &Case) -> Result<()> {
+        let Load::Template { frame, patches } = &case.load else { return Ok(()) };
+        let mut template = [0; 128];
+        template.get_mut(..frame.len()).context("a frame is too long")?.copy_from_slice(frame);
+        self.template.set(0, template, 0)?;
+        for (index, patch) in (0..).zip(patches) {
+            self.patches.set(index, *patch, 0)?;
+        }
+        let count = patches.len().max(1) as u32;
+        Ok(self.control.set(0, [0, count, frame.len() as u32, u32::from(!patches.is_empty())], 0)?)
+    }
+
+    fn call(&mut self, subject: Subject) -> Result<()> {
+        let fd = match subject {
+            Subject::Dispatcher => &self.dispatcher,
+            Subject::FloorLru => &self.floor_lru,
+        };
+        Ok(self.callee.set(0, fd.as_raw_fd().unsigned_abs(), 0)?)
+    }
+
+    /// `floor_tx` alone.
+    fn floor(&self, cases: &[Case], repeats: u32) -> Result<f64> {
+        let frame = cases.iter().find_map(|case| match &case.load {
+            Load::Template { frame, .. } => Some(frame),
+            Load::Hellos { .. } => None,
+        });
+        let run = test_run(self.floor_tx.as_fd(), frame.context("no frame")?, None, repeats, 0)?;
+        ensure!(run.retval == XDP_TX, "floor_tx: XDP action {}", run.retval);
+        Ok(f64::from(run.duration_ns))
+    }
+
+    /// One round of a case: the wrapper with `floor_tx`, then with the program.
+    fn measure(&mut self, case: &Case, sample: &mut Sample, effort: Effort) -> Result<()> {
+        match &case.load {
+            Load::Template { frame, .. } => {
+                self.load(case)?;
+                self.callee.set(0, self.floor_tx.as_raw_fd().unsigned_abs(), 0)?;
+                let floor = test_run(self.restore.as_fd(), frame, None, effort.repeats, 0)?;
+                ensure!(floor.retval == XDP_TX, "{}: the wrapper: XDP action {}", case.name, floor.retval);
+                self.call(case.subject)?;
+                let before = self.counted(case)?;
+                let run = test_run(self.restore.as_fd(), frame, None, effort.repeats, 0)?;
+                let counted = self.counted(case)?.wrapping_sub(before);
+                let expected = if case.reason.is_some() { u64::from(effort.repeats) } else { 0 };
+                ensure!(
+                    run.retval == case.verdict && counted == expected,
+                    "{}: XDP action {}, counted {counted} of {expected}",
+                    case.name,
+                    run.retval
+                );
+                sample.with_floor.push(f64::from(floor.duration_ns));
+                sample.with_program.push(f64::from(run.duration_ns));
+            }
+            Load::Hellos { first_client, known } => {
+                if self.hellos.first().is_none_or(|(number, _)| number != first_client) {
+                    self.find_hellos(case, *first_client, *known)?;
+                }
+                let numbers: Vec<u32> = self.hellos.iter().map(|(number, _)| *number).collect();
+                self.set_frames(&numbers)?;
+                self.callee.set(0, self.floor_tx.as_raw_fd().unsigned_abs(), 0)?;
+                let wrapper = test_run(self.restore_each.as_fd(), &[0; 64], None, effort.repeats, 0)?;
+                sample.with_floor.push(f64::from(wrapper.duration_ns));
+                self.call(case.subject)?;
+                let mut durations = Vec::new();
+                for _ in 0..effort.batches {
+                    self.control.set(0, [0, HELLOS as u32, 0, 0], 0)?;
+                    let before = self.counted(case)?;
+                    let run = test_run(self.restore_each.as_fd(), &[0; 64], None, HELLOS as u32, 0)?;
+                    let counted = self.counted(case)?.wrapping_sub(before);
+                    ensure!(counted == HELLOS as u64, "{}: counted {counted} of {HELLOS}", case.name);
+                    durations.push(f64::from(run.duration_ns));
+                    self.forget(*known)?;
+                }
+                sample.with_program.push(median(&durations).context("no batch")?);
+            }
+        }
+        Ok(())
+    }
+
+    fn counted(&self, case: &Case) -> Result<u64> {
+        Ok(case.reason.map(|reason| self.dataplane.reason(reason)).transpose()?.unwrap_or(0))
+    }
+}
+
+fn report(cases: &[Case], samples: &[Sample], floor: &[f64]) -> Report {
+    let own = |sample: &Sample| -> Vec<f64> {
+        let pairs = sample.with_program.iter().zip(&sample.with_floor);
+        pairs.zip(floor).map(|((with, without), floor)| with - without + floor).collect()
+    };
+    let floors = |count| {
+        let found =
+            cases.iter().zip(samples).find(|(c, _)| c.subject == Subject::FloorLru && c.floor == count);
+        found.map(|(_, sample)| own(sample)).unwrap_or_default()
+    };
+    let mut rows = vec![Row::new("immediate XDP_TX", "floor-tx", "time a packet", "ns", floor)];
+    let mut ratios = Vec::new();
+    let mut wrapper = Vec::new();
+    for (case, sample) in cases.iter().zip(samples) {
+        let values = own(sample);
+        let subject = case.subject.name();
+        rows.push(Row::new(&case.name, subject, "time a packet", "ns", &values));
+        wrapper.push(Row::new(&case.name, "restore", "wrapper, taken off", "ns", &sample.with_floor));
+        if case.subject == Subject::Dispatcher {
+            let floors = floors(case.floor);
+            let values: Vec<f64> = values.iter().zip(&floors).map(|(own, floor)| own / floor).collect();
+            let metric = format!("ratio to floor-lru, {}", flows(case.floor));
+            ratios.push(Row::new(&case.name, subject, &metric, "ratio", &values));
+        }
+    }
+    let ratio = |starts: &[String]| {
+        let rows = starts.iter().map(|start| ratios.iter().find(|row| row.case == *start)?.median);
+        rows.collect::<Option<Vec<f64>>>()?.into_iter().reduce(f64::max)
+    };
+    let established =
+        |count| ["to backend", "to client"].map(|way| format!("established, {way}, {}", flows(count)));
+    let goals = COUNTS
+        .iter()
+        .zip([1.5, 1.4, 1.1])
+        .map(|(&count, limit)| {
+            let goal = format!("established, worse direction, to floor-lru, {}", flows(count));
+            Goal::at_most(&goal, ratio(&established(count)), limit)
+        })
+        .chain([
+            Goal::at_most("SYN -> SYN-ACK to floor-lru", ratio(&["SYN -> SYN-ACK".to_owned()]), 2.6),
+            Goal::at_most("non-VIP to floor-lru", ratio(&["neither VIP nor backend".to_owned()]), 0.6),
+        ])
+        .collect();
+    rows.extend(ratios);
+    rows.extend(wrapper);
+    Report { bench: "fastpath", rows, goals }
+}
+
+fn flows(count: u32) -> String {
+    match count {
+        1 => "1 flow".to_owned(),
+        1024 => "1k flows".to_owned(),
+        _ => format!("{}k flows", count / 1024),
+    }
+}
+
+fn difference(before: &[(Reason, u64)], after: &[(Reason, u64)]) -> Vec<(Reason, u64)> {
+    let pairs = before.iter().zip(after).filter(|(before, after)| before.1 != after.1);
+    pairs.map(|(before, after)| (after.0, after.1.wrapping_sub(before.1))).collect()
+}
+
+fn load(ebpf: &mut Ebpf, name: &str) -> Result<OwnedFd> {
+    let program: &mut Xdp =
+        ebpf.program_mut(name).with_context(|| format!("no program {name}"))?.try_into()?;
+    program.load().with_context(|| format!("loading {name}"))?;
+    Ok(program.fd()?.as_fd().try_clone_to_owned()?)
+}
+
+fn array<V: Pod>(ebpf: &mut Ebpf, name: &str) -> Result<Array<MapData, V>> {
+    Ok(Array::try_from(ebpf.take_map(name).with_context(|| format!("no map {name}"))?)?)
+}
+
+fn vip(v4: bool) -> SocketAddr {
+    let ip = if v4 { IpAddr::from([198, 51, 100, 1]) } else { v6_address(0x100, 1) };
+    SocketAddr::new(ip, PORT)
+}
+
+fn backend_at(v4: bool, backend: u32) -> SocketAddr {
+    let host = 11 + backend as u16;
+    let ip = if v4 { IpAddr::from([10, 2, 0, host as u8]) } else { v6_address(2, host) };
+    SocketAddr::new(ip, 8443)
+}
+
+fn backend_id(backend: u32) -> u32 {
+    stable_id(&format!("{SERVICE}/b{backend}"))
+}
+
+/// A client of a number below 2^20: another address each, ports that differ too.
+fn client(v4: bool, number: u32) -> SocketAddr {
+    let ip = if v4 {
+        Ipv4Addr::from_bits(Ipv4Addr::new(10, 64, 0, 0).to_bits() | number).into()
+    } else {
+        v6_address(1, number as u16)
+    };
+    SocketAddr::new(ip, 32_768 + (number.wrapping_mul(7919) % 28_000) as u16)
+}
+
+fn v6_address(net: u16, host: u16) -> IpAddr {
+    IpAddr::from([0x2001, 0xdb8, net, 0, 0, 0, 0, host])
+}
+
+fn key(from: SocketAddr, to: SocketAddr) -> FlowKey {
+    FlowKey {
+        src: from.ip().into(),
+        dst: to.ip().into(),
+        ports: ports_word(from.port(), to.port()),
+        proto: 6,
+    }
+}
+
+fn session_key(number: u32) -> Result<SessionKey> {
+    SessionKey::new(stable_id(SERVICE), KIND_TLS_SESSION_ID, &session_id(number)).context("32 bytes")
+}
+
+fn session_id(number: u32) -> [u8; 32] {
+    let mut id = [0x5e; 32];
+    id[..4].copy_from_slice(&number.to_be_bytes());
+    id
+}
+
+fn segment(from: SocketAddr, to: SocketAddr, tcp: Tcp) -> Packet {
+    let tcp = Tcp { src: from.port(), dst: to.port(), ..tcp };
+    Packet::new(from.ip(), to.ip(), Body::Tcp(tcp))
+}
+
+fn stamps(val: u32, ecr: u32) -> Vec<TcpOption> {
+    vec![TcpOption::Nop, TcpOption::Nop, TcpOption::Timestamps(val, ecr)]
+}
+
+/// An acknowledgment, as Linux sends it.
+fn from_client(v4: bool, number: u32, sack: bool) -> Packet {
+    let mut options = stamps(1000, 2000);
+    if sack {
+        let block = TcpOption::Sack(vec![(0x2000_0000, 0x2000_05a8)]);
+        options.extend([TcpOption::Nop, TcpOption::Nop, block]);
+    }
+    let (seq, ack) = (0x1000_0000, 0x1fff_0000);
+    let tcp = Tcp { seq, ack, flags: flags::ACK, window: 501, options, ..Tcp::default() };
+    segment(client(v4, number), vip(v4), tcp)
+}
+
+fn from_backend(v4: bool, number: u32) -> Packet {
+    let tcp = Tcp {
+        seq: 0x1fff_0000,
+        ack: 0x1000_0000,
+        flags: flags::ACK,
+        window: 509,
+        options: stamps(2000, 1000),
+        ..Tcp::default()
+    };
+    segment(backend_at(v4, number % BACKENDS), client(v4, number), tcp)
+}
+
+fn syn() -> Packet {
+    let options = vec![
+        TcpOption::Mss(1460),
+        TcpOption::SackPermitted,
+        TcpOption::Timestamps(1000, 0),
+        TcpOption::Nop,
+        TcpOption::Wscale(7),
+    ];
+    let tcp = Tcp { seq: 7, flags: flags::SYN, window: 64_240, options, ..Tcp::default() };
+    segment(client(true, 0x8_0000), vip(true), tcp)
+}
+
+fn stranger() -> Packet {
+    let tcp = Tcp { flags: flags::ACK, options: stamps(1, 2), ..Tcp::default() };
+    segment(SocketAddr::from(([192, 0, 2, 7], 40_000)), SocketAddr::from(([192, 0, 2, 8], 443)), tcp)
+}
+
+/// A ClientHello with a valid cookie.
+fn first_data(cookie_key: [u64; 2], number: u32) -> Packet {
+    let (client, vip) = (client(true, number), vip(true));
+    let isn = 0x3000_0000_u32.wrapping_add(number);
+    let hash = cookie::hash(cookie_key, &key(client, vip), monotonic_ns() >> cookie::WINDOW_SHIFT);
+    let options = cookie::Options { mss: cookie::mss_index(1440), wscale: 7, sack: true };
+    let id = session_id(number);
+    let bare = hello::client_hello(&id, 0).len();
+    let tcp = Tcp {
+        seq: isn.wrapping_add(1),
+        ack: cookie::make(hash, isn, options).wrapping_add(1),
+        flags: flags::ACK | flags::PSH,
+        window: 502,
+        options: stamps(1001, isn),
+        // The header of the padding extension has four bytes.
+        payload: hello::client_hello(&id, HELLO_LEN - bare - 4),
+        ..Tcp::default()
+    };
+    segment(client, vip, tcp)
+}
+
+/// What differs between the frames of flows: addresses, ports, checksums. Flows do not follow one
+/// another as they were made: neighbours in the table would come with the prefetcher's help.
+fn patches(count: u32, packet: impl Fn(u32) -> Packet) -> Vec<[u32; 4]> {
+    let patch = |number| {
+        let frame = packet(number).frame();
+        let word = |at: usize| [frame[at], frame[at + 1], frame[at + 2], frame[at + 3]];
+        let checks = [frame[24], frame[25], frame[50], frame[51]];
+        [word(26), word(30), word(34), checks].map(u32::from_ne_bytes)
+    };
+    (0..count).map(|at| patch(shuffled(at, count))).collect()
+}
+
+/// A permutation of the numbers below `count`, a power of two: every step can be undone.
+fn shuffled(number: u32, count: u32) -> u32 {
+    let (bits, mask) = (count.trailing_zeros(), count - 1);
+    let mut mixed = number;
+    for factor in [0x9e37_79b1, 0x85eb_ca6b, 0xc2b2_ae35] {
+        mixed = mixed.wrapping_mul(factor) & mask;
+        mixed ^= mixed >> (bits / 2 + 1);
+    }
+    mixed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shuffling_loses_no_flow() {
+        for count in COUNTS {
+            let mut seen: Vec<u32> = (0..count).map(|number| shuffled(number, count)).collect();
+            seen.sort_unstable();
+            assert_eq!(seen, (0..count).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn hellos_have_the_length_that_the_table_names() {
+        let packet = first_data([1, 2], 3);
+        assert_eq!(packet.tcp().expect("TCP").payload.len(), HELLO_LEN);
+        assert!(packet.frame().len() <= EACH_MAX);
+    }
+}

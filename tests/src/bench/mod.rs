@@ -1,0 +1,4 @@
+//! The measurements of `cargo xtask bench`, one file each, and their common report.
+
+pub mod fastpath;
+pub mod report;

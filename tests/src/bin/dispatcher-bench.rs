@@ -1,0 +1,50 @@
+//! The measurements of `cargo xtask bench`.
+
+use std::{io::stdout, path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use dispatcher_tests::bench::fastpath;
+
+/// Measure the dispatcher
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Show the names of the measurements
+    List,
+    /// Nanoseconds a packet, by BPF_PROG_RUN
+    Fastpath(Common),
+}
+
+#[derive(clap::Args)]
+struct Common {
+    /// Fewer rounds: shows that it works, not how fast it is
+    #[arg(long)]
+    quick: bool,
+    /// Write the figures to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let result = match Args::parse().bench {
+        Bench::List => {
+            println!("fastpath     nanoseconds a packet, by BPF_PROG_RUN");
+            return ExitCode::SUCCESS;
+        }
+        Bench::Fastpath(common) => fastpath::run(common.quick)
+            .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("dispatcher-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
