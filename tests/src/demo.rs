@@ -92,7 +92,12 @@ pub fn run(plan: &Plan, out: &mut (impl Write + std::os::fd::AsFd)) -> Result<bo
     for signal in [SIGINT, SIGTERM, SIGHUP] {
         signal_hook::flag::register(signal, Arc::clone(&stop)).context("waiting for signals")?;
     }
-    let shape = topology::Plan { shape: Shape::Bridge, backends: plan.backends, clients: ADDRESSES, tags: 0 };
+    let shape = topology::Plan {
+        shape: Shape::Bridge,
+        backends: plan.backends,
+        clients: ADDRESSES,
+        ..topology::Plan::default()
+    };
     let authority = Authority::new()?;
     let topology = Topology::new(shape).context("making the namespaces")?;
     describe(plan, &topology, out)?;

@@ -56,20 +56,39 @@ fn lost_first_data_at_the_backend() {
     life_goes_on(&stage);
 }
 
-#[test]
-fn random_loss_on_both_sides() {
-    let stage = Stage::usual();
-    Topology::lose(&stage.topology.clients, 3).expect("loss");
-    for place in &stage.topology.backends {
-        Topology::lose(&place.netns, 3).expect("loss");
-    }
+/// Users by threads, until each has come back a few times.
+fn crowd(work: impl Fn(usize) + Sync) {
     std::thread::scope(|scope| {
-        for _ in 0..8 {
-            scope.spawn(|| {
-                for _ in 0..3 {
-                    let _ = stage.returns(4);
-                }
-            });
+        for thread in 0..8 {
+            let work = &work;
+            scope.spawn(move || work(thread));
+        }
+    });
+}
+
+#[test]
+fn claim_c2_sessions_return_under_loss_on_the_clients_side() {
+    let stage = Stage::usual();
+    Topology::lose(&stage.topology.clients, 5).expect("loss");
+    crowd(|_| {
+        for _ in 0..3 {
+            let _ = stage.returns(4);
+        }
+    });
+}
+
+/// When a backend seems dead, since all it sends is lost, another one gets the connection. So what
+/// is certain here is only that everybody is served.
+#[test]
+fn everybody_is_served_under_loss_on_the_backends_side() {
+    let stage = Stage::usual();
+    for place in &stage.topology.backends {
+        Topology::lose(&place.netns, 5).expect("loss");
+    }
+    crowd(|thread| {
+        let user = stage.user(Version::Tls12);
+        for turn in 0..12 {
+            let _ = stage.visit(&user, Family::BOTH[turn % 2], thread + turn);
         }
     });
 }
