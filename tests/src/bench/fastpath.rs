@@ -5,8 +5,10 @@
 //! wrapper and program, less wrapper and `floor_tx`, plus `floor_tx` alone.
 
 use std::{
+    fs,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    path::Path,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -76,15 +78,17 @@ struct Effort {
     batches: usize,
 }
 
-/// Measures.
-pub fn run(quick: bool) -> Result<Report> {
+/// Measures the data path of this build, or another object of the same layout.
+pub fn run(quick: bool, other: Option<&Path>) -> Result<Report> {
     let effort = if quick {
         Effort { rounds: 5, repeats: 200_000, batches: 4 }
     } else {
         // 15 * 34 * 2048 is 1.04 million first segments.
         Effort { rounds: 15, repeats: 1_000_000, batches: 34 }
     };
-    let mut bench = Bench::new()?;
+    let other = other.map(|path| fs::read(path).with_context(|| format!("reading {}", path.display())));
+    let other = other.transpose()?;
+    let mut bench = Bench::new(other.as_deref().unwrap_or(object()))?;
     let cases = bench.cases()?;
     for case in &cases {
         bench
@@ -171,9 +175,9 @@ struct Bench {
 }
 
 impl Bench {
-    fn new() -> Result<Self> {
+    fn new(object: &[u8]) -> Result<Self> {
         ensure!(!bench_object().is_empty(), "built without the BPF objects; build with `cargo xtask build`");
-        let dataplane = Dataplane::load(object(), &Capacities::default())?;
+        let dataplane = Dataplane::load(object, &Capacities::default())?;
         let loopback = interface_index("lo").context("no loopback interface")?;
         let mut ebpf = Ebpf::load(bench_object()).context("loading the floor programs")?;
         let [floor_tx, floor_lru, restore, restore_each] =

@@ -18,7 +18,13 @@ enum Bench {
     /// Show the names of the measurements
     List,
     /// Nanoseconds a packet, by BPF_PROG_RUN
-    Fastpath(Common),
+    Fastpath {
+        #[command(flatten)]
+        common: Common,
+        /// Measure this BPF object instead of the one that was built in
+        #[arg(long, value_name = "FILE")]
+        object: Option<PathBuf>,
+    },
 }
 
 #[derive(clap::Args)]
@@ -37,7 +43,7 @@ fn main() -> ExitCode {
             println!("fastpath     nanoseconds a packet, by BPF_PROG_RUN");
             return ExitCode::SUCCESS;
         }
-        Bench::Fastpath(common) => fastpath::run(common.quick)
+        Bench::Fastpath { common, object } => fastpath::run(common.quick, object.as_deref())
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
     };
     match result {
