@@ -12,6 +12,7 @@ use std::{
         atomic::{AtomicU32, Ordering},
         mpsc,
     },
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -141,6 +142,7 @@ impl Drop for Folder {
 pub struct Process {
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
+    readers: Vec<JoinHandle<()>>,
 }
 
 impl Process {
@@ -152,18 +154,19 @@ impl Process {
         let log = Arc::new(Mutex::new(Vec::new()));
         let pipes: [Option<Box<dyn Read + Send>>; 2] =
             [child.stdout.take().map(|o| Box::new(o) as _), child.stderr.take().map(|e| Box::new(e) as _)];
+        let mut readers = Vec::new();
         for pipe in pipes.into_iter().flatten() {
             let (log, lines) = (Arc::clone(&log), lines.clone());
-            std::thread::spawn(move || {
+            readers.push(std::thread::spawn(move || {
                 for line in BufReader::new(pipe).lines().map_while(Result::ok) {
                     log.lock().unwrap_or_else(PoisonError::into_inner).push(line.clone());
                     if let Some(lines) = &lines {
                         let _ = lines.send(line);
                     }
                 }
-            });
+            }));
         }
-        Ok(Self { child, log })
+        Ok(Self { child, log, readers })
     }
 
     /// What it has said so far.
@@ -183,11 +186,14 @@ impl Process {
         self.child.try_wait().ok().flatten()
     }
 
-    /// Waits for its end.
+    /// Waits for its end, and until all that it said has been read.
     pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
         let deadline = Instant::now() + limit;
         while Instant::now() < deadline {
             if let Some(status) = self.ended() {
+                for reader in self.readers.drain(..) {
+                    let _ = reader.join();
+                }
                 return Ok(status);
             }
             std::thread::sleep(Duration::from_millis(5));

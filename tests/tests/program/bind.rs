@@ -44,8 +44,11 @@ fn expected_syn(talk: &Talk, backend: u32) -> Packet {
     if talk.has_timestamps() {
         options.push(TcpOption::Timestamps(talk.clock + 1, 0));
     }
+    // The window of a SYN is never scaled (RFC 7323 section 2.2).
+    let mut window = CLIENT_WINDOW;
     if has(&TcpOption::Wscale(CLIENT_WSCALE)) {
         options.push(TcpOption::Wscale(CLIENT_WSCALE));
+        window <<= CLIENT_WSCALE;
     }
     let at = backend_at(if talk.vip.is_ipv4() { Family::V4 } else { Family::V6 }, backend);
     let mut packet = talk.packet(Tcp::default());
@@ -59,7 +62,7 @@ fn expected_syn(talk: &Talk, backend: u32) -> Packet {
         dst: at.port(),
         seq: talk.isn,
         flags: flags::SYN,
-        window: CLIENT_WINDOW,
+        window,
         options,
         ..Tcp::default()
     });
