@@ -70,6 +70,8 @@ struct Each {
 #[map]
 static FLOOR: LruHashMap<FlowKey, NextHop> = LruHashMap::with_max_entries(abi::DEFAULT_FLOWS, 0);
 #[map]
+static FLOOR_BOTH: LruHashMap<FlowKey, NextHop> = LruHashMap::with_max_entries(abi::DEFAULT_FLOWS, 0);
+#[map]
 static CONTROL: Array<Control> = Array::with_max_entries(1, 0);
 #[map]
 static TEMPLATE: Array<[u8; TEMPLATE_MAX]> = Array::with_max_entries(1, 0);
@@ -90,12 +92,18 @@ fn floor_tx(_ctx: XdpContext) -> u32 {
 /// The least that a flow-based forwarder of TCP over IPv4 can do.
 #[xdp]
 fn floor_lru(ctx: XdpContext) -> u32 {
-    forward(&Frame::new(&ctx)).unwrap_or(XDP_PASS)
+    forward(&Frame::new(&ctx), &FLOOR).unwrap_or(XDP_PASS)
+}
+
+/// The same with a table that also holds the other direction of every flow, as the data path's does.
+#[xdp]
+fn floor_lru_both(ctx: XdpContext) -> u32 {
+    forward(&Frame::new(&ctx), &FLOOR_BOTH).unwrap_or(XDP_PASS)
 }
 
 /// Parse, one lookup, TTL with its checksum, MAC addresses.
 #[inline(always)]
-fn forward(frame: &Frame) -> Option<u32> {
+fn forward(frame: &Frame, hops: &LruHashMap<FlowKey, NextHop>) -> Option<u32> {
     let view = frame.view();
     if view.read::<u16>(MACS)? != IPV4 {
         return None;
@@ -114,7 +122,7 @@ fn forward(frame: &Frame) -> Option<u32> {
         proto: 6,
     };
     // SAFETY: entries of a preallocated hash stay valid memory while the program runs.
-    let hop = unsafe { &*FLOOR.get_ptr(&key)? };
+    let hop = unsafe { &*hops.get_ptr(&key)? };
     ip.ttl = ip.ttl.wrapping_sub(1);
     // TTL is the first byte of its 16-bit word: less one is plus ~1 in one's complement.
     ip.check = update(ip.check, !1_u16 as u64);

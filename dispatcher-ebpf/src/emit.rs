@@ -38,6 +38,8 @@ const MARK: u32 = u32::from_ne_bytes([0x02, 0xd1, 0x5b, 0xa7]);
 /// Offset of the IP header in `Scratch::header`, and the same in words.
 const IP_AT: usize = 32;
 const IP_WORD: usize = IP_AT / 4;
+/// Longest piece for which a SYN-ACK has room before its start.
+const IN_PLACE_MAX: u32 = 160;
 /// Longest piece that is emitted.
 const PIECE_MAX: usize = 1500;
 /// Largest offset in a slot's buffer at which a piece begins.
@@ -215,7 +217,7 @@ fn build(frame: &Frame, slot: &Slot, piece: &Piece) -> Result<(), Reason> {
         *bytes.add(IP_AT - 2).cast::<u16>() = ethertype;
     }
     let head = l2 + ip_len + tcp_len;
-    if !frame.resize(head + len) {
+    if !frame.renew(head + len) {
         return Err(Reason::NoRoom);
     }
     // SAFETY: `head` is at most 22 + 40 + 40 bytes, from byte 10 at the least, of 192.
@@ -246,7 +248,7 @@ pub fn in_place(frame: &Frame, slot: &Slot) -> Result<Reason, Reason> {
         flags: ACK | PSH,
         window: slot.window,
     };
-    if build(frame, slot, &piece).is_ok() {
+    if piece.len <= IN_PLACE_MAX && build(frame, slot, &piece).is_ok() {
         return Ok(Reason::Replayed);
     }
     piece.len = (ROOM as u32).wrapping_sub(slot.start);

@@ -14,6 +14,9 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 
+/// Bytes by which the start of a frame can be moved back everywhere: of the 256 that XDP keeps,
+/// the kernel takes 40 for itself.
+pub const HEAD_ROOM: i32 = 192;
 /// Start of an Ethernet frame: destination and source MAC.
 pub const MACS: usize = 12;
 
@@ -188,6 +191,16 @@ impl Frame {
         let delta = len as i32 - self.view().len() as i32;
         // SAFETY: the helper checks the bounds of the buffer.
         delta == 0 || unsafe { bpf_xdp_adjust_tail(self.ctx, delta) == 0 }
+    }
+
+    /// Gives the frame a new length, whatever becomes of its content: at the start where that will
+    /// do, because drivers have room there, and because generic XDP leaves the end of a frame that
+    /// was resized 14 bytes off (kernel 6.18, `bpf_prog_run_generic_xdp`), so that a receiver on
+    /// this machine that merges segments would read garbage.
+    #[inline(always)]
+    pub fn renew(&self, len: usize) -> bool {
+        let grow = len as i32 - self.view().len() as i32;
+        (grow <= HEAD_ROOM && self.shift(0_i32.wrapping_sub(grow))) || self.resize(len)
     }
 
     /// Moves the start of the frame: forward for a positive number of bytes.
