@@ -114,6 +114,8 @@ pub fn run(quick: bool, other: Option<&Path>) -> Result<Report> {
 enum Subject {
     Dispatcher,
     FloorLru,
+    /// With a table that also holds the other direction, as the dispatcher's does.
+    FloorLruBoth,
 }
 
 impl Subject {
@@ -121,6 +123,7 @@ impl Subject {
         match self {
             Self::Dispatcher => "dispatcher",
             Self::FloorLru => "floor-lru",
+            Self::FloorLruBoth => "floor-lru-both",
         }
     }
 }
@@ -161,10 +164,12 @@ struct Bench {
     frames: Array<MapData, [u8; EACH_MAX + 4]>,
     callee: Array<MapData, u32>,
     floor: HashMap<MapData, FlowKey, [u32; 4]>,
+    floor_both: HashMap<MapData, FlowKey, [u32; 4]>,
     events: RingBuf<MapData>,
     dispatcher: OwnedFd,
     floor_tx: OwnedFd,
     floor_lru: OwnedFd,
+    floor_lru_both: OwnedFd,
     restore: OwnedFd,
     restore_each: OwnedFd,
     loopback: u32,
@@ -180,8 +185,9 @@ impl Bench {
         let dataplane = Dataplane::load(object, &Capacities::default())?;
         let loopback = interface_index("lo").context("no loopback interface")?;
         let mut ebpf = Ebpf::load(bench_object()).context("loading the floor programs")?;
-        let [floor_tx, floor_lru, restore, restore_each] =
-            ["floor_tx", "floor_lru", "restore", "restore_each"].map(|name| load(&mut ebpf, name));
+        let [floor_tx, floor_lru, floor_lru_both, restore, restore_each] =
+            ["floor_tx", "floor_lru", "floor_lru_both", "restore", "restore_each"]
+                .map(|name| load(&mut ebpf, name));
         let Some(Map::ProgramArray(callee)) = ebpf.take_map("CALLEE") else { bail!("no map CALLEE") };
         let mut bench = Self {
             control: array(&mut ebpf, "CONTROL")?,
@@ -191,10 +197,12 @@ impl Bench {
             // A program array takes descriptors by number, also those of another object.
             callee: Array::try_from(Map::Array(callee))?,
             floor: HashMap::try_from(ebpf.take_map("FLOOR").context("no map FLOOR")?)?,
+            floor_both: HashMap::try_from(ebpf.take_map("FLOOR_BOTH").context("no map FLOOR_BOTH")?)?,
             events: dataplane.take_events().context("the ring of events is taken")?,
             dispatcher: dataplane.program_fd(abi::PROGRAM)?,
             floor_tx: floor_tx?,
             floor_lru: floor_lru?,
+            floor_lru_both: floor_lru_both?,
             restore: restore?,
             restore_each: restore_each?,
             empty: Box::new(dataplane.stash().get(0)?),
@@ -258,8 +266,11 @@ impl Bench {
         let most = COUNTS.into_iter().max().unwrap_or(1);
         for number in 0..most {
             self.connect(true, number)?;
-            let key = key(client(true, number), vip(true));
-            self.floor.insert(key, [0x0100_0002, 0x0002_0000, 0x0200_0000, self.loopback], 0)?;
+            let hop = [0x0100_0002, 0x0002_0000, 0x0200_0000, self.loopback];
+            let (client, backend) = (client(true, number), backend_at(true, number % BACKENDS));
+            self.floor.insert(key(client, vip(true)), hop, 0)?;
+            self.floor_both.insert(key(client, vip(true)), hop, 0)?;
+            self.floor_both.insert(key(backend, client), hop, 0)?;
         }
         self.connect(false, 0)
     }
@@ -328,14 +339,20 @@ impl Bench {
         for count in COUNTS {
             let to_backend = || patches(count, |n| from_client(true, n, false));
             let flows = flows(count);
-            cases.push(Case {
-                name: flows.clone(),
-                subject: Subject::FloorLru,
-                load: Load::Template { frame: from_client(true, 0, false).frame(), patches: to_backend() },
-                verdict: XDP_TX,
-                reason: None,
-                floor: count,
-            });
+            for (name, subject) in [
+                (flows.clone(), Subject::FloorLru),
+                (format!("{flows}, table holds both directions"), Subject::FloorLruBoth),
+            ] {
+                let frame = from_client(true, 0, false).frame();
+                cases.push(Case {
+                    name,
+                    subject,
+                    load: Load::Template { frame, patches: to_backend() },
+                    verdict: XDP_TX,
+                    reason: None,
+                    floor: count,
+                });
+            }
             cases.push(forwarded(
                 format!("established, to backend, {flows}"),
                 from_client(true, 0, false),
@@ -496,6 +513,7 @@ impl Bench {
         let fd = match subject {
             Subject::Dispatcher => &self.dispatcher,
             Subject::FloorLru => &self.floor_lru,
+            Subject::FloorLruBoth => &self.floor_lru_both,
         };
         Ok(self.callee.set(0, fd.as_raw_fd().unsigned_abs(), 0)?)
     }
@@ -569,9 +587,8 @@ fn report(cases: &[Case], samples: &[Sample], floor: &[f64]) -> Report {
         let pairs = sample.with_program.iter().zip(&sample.with_floor);
         pairs.zip(floor).map(|((with, without), floor)| with - without + floor).collect()
     };
-    let floors = |count| {
-        let found =
-            cases.iter().zip(samples).find(|(c, _)| c.subject == Subject::FloorLru && c.floor == count);
+    let floors = |count, subject| {
+        let found = cases.iter().zip(samples).find(|(c, _)| c.subject == subject && c.floor == count);
         found.map(|(_, sample)| own(sample)).unwrap_or_default()
     };
     let mut rows = vec![Row::new("immediate XDP_TX", "floor-tx", "time a packet", "ns", floor)];
@@ -583,12 +600,15 @@ fn report(cases: &[Case], samples: &[Sample], floor: &[f64]) -> Report {
         rows.push(Row::new(&case.name, subject, "time a packet", "ns", &values));
         wrapper.push(Row::new(&case.name, "restore", "wrapper, taken off", "ns", &sample.with_floor));
         if case.subject == Subject::Dispatcher {
-            let floors = floors(case.floor);
-            let values: Vec<f64> = values.iter().zip(&floors).map(|(own, floor)| own / floor).collect();
-            let metric = format!("ratio to floor-lru, {}", flows(case.floor));
-            ratios.push(Row::new(&case.name, subject, &metric, "ratio", &values));
+            for floor in [Subject::FloorLru, Subject::FloorLruBoth] {
+                let floors = floors(case.floor, floor);
+                let values: Vec<f64> = values.iter().zip(&floors).map(|(own, floor)| own / floor).collect();
+                let metric = format!("ratio to {}, {}", floor.name(), flows(case.floor));
+                ratios.push(Row::new(&case.name, subject, &metric, "ratio", &values));
+            }
         }
     }
+    // The first ratio of a case is that to floor-lru.
     let ratio = |starts: &[String]| {
         let rows = starts.iter().map(|start| ratios.iter().find(|row| row.case == *start)?.median);
         rows.collect::<Option<Vec<f64>>>()?.into_iter().reduce(f64::max)
