@@ -5,17 +5,21 @@
 
 use dispatcher_common::{
     addr::Addr,
-    checksum::{change, update},
+    checksum::{change, fold, update},
     flow::{FLAG_TO_BACKEND, Flow, FlowKey, ports_swapped},
+    opaque::opaque,
     reason::Reason,
 };
 
 use crate::{
+    emit::sum_bytes,
     flows,
-    packet::{Frame, Ipv4, Ipv6, View},
-    parse::{ICMP, Parsed, TCP, UDP},
-    rewrite::leave,
-    services,
+    globals::{PAYLOAD, scratch},
+    packet::{Frame, Ipv4, Ipv6, MACS, View},
+    parse::{ICMP, ICMP6, Parsed, TCP, UDP},
+    reply::TTL,
+    rewrite::{leave, leave_plain},
+    services, stash,
     verdict::Verdict,
 };
 
@@ -27,6 +31,12 @@ struct Icmp {
     check: u16,
     rest: u32,
 }
+
+/// Type of ICMP "time exceeded" (RFC 792), and of ICMPv6 (RFC 4443 section 3.3).
+const TIME_EXCEEDED: u8 = 11;
+const TIME_EXCEEDED6: u8 = 3;
+/// Bytes of the transport header that an error quotes.
+const QUOTED: usize = size_of::<Quoted>();
 
 /// The part of the quoted transport header that is always there.
 #[repr(C)]
@@ -144,6 +154,84 @@ pub fn error(frame: &Frame, p: &Parsed) -> Verdict {
     }
     leave(frame, p, &link)?;
     Verdict(Reason::IcmpError)
+}
+
+/// Tells the sender of a packet whose TTL ran out so, as a router does (RFC 1812 section 5.3.1):
+/// the packet becomes the quotation of an ICMP error, sent back where it came from by `from`.
+#[inline(never)]
+pub fn time_exceeded(frame: &Frame, p: &Parsed, from: &Addr) -> Verdict {
+    let scratch = scratch()?;
+    let l3 = p.l3();
+    let v4 = p.is_v4();
+    let quote = opaque((p.l4().wrapping_sub(l3) + QUOTED) as u64) as usize & 0xff;
+    let ip_len = if v4 { size_of::<Ipv4>() } else { size_of::<Ipv6>() };
+    // The error, with room for the quotation behind the ICMP header, which begins at byte 48.
+    let header = scratch.header.as_mut_ptr();
+    for i in 0..3 {
+        scratch.payload[(quote + i) & (PAYLOAD - 1)] = 0;
+    }
+    if quote < 28 || !frame.load(l3, scratch.payload.as_mut_ptr(), quote) {
+        return Verdict(Reason::TtlExpired);
+    }
+    let mut sum = sum_bytes(scratch.payload.as_ptr(), quote);
+    let [high, low] = ((size_of::<Icmp>() + quote) as u16).to_be_bytes();
+    // SAFETY: words 2 to 13 of 48.
+    unsafe {
+        let icmp = header.add(12);
+        if v4 {
+            let [high, low] = ((ip_len + size_of::<Icmp>() + quote) as u16).to_be_bytes();
+            let ip = header.add(7);
+            *ip = u32::from_ne_bytes([0x45, 0xc0, high, low]);
+            *ip.add(1) = 0;
+            *ip.add(2) = u32::from_ne_bytes([TTL, ICMP as u8, 0, 0]);
+            *ip.add(3) = from.words[3];
+            *ip.add(4) = p.key.src.words[3];
+            let mut head = 0;
+            for i in 0..5 {
+                head += *ip.add(i) as u64;
+            }
+            let [a, b] = (!fold(head)).to_ne_bytes();
+            *ip.add(2) = u32::from_ne_bytes([TTL, ICMP as u8, a, b]);
+            *icmp = u32::from_ne_bytes([TIME_EXCEEDED, 0, 0, 0]);
+        } else {
+            let ip = header.add(2);
+            *ip = u32::from_ne_bytes([0x60, 0, 0, 0]);
+            *ip.add(1) = u32::from_ne_bytes([high, low, ICMP6 as u8, TTL]);
+            sum += u32::from_ne_bytes([0, ICMP6 as u8, high, low]) as u64;
+            for i in 0..4 {
+                *ip.add(2 + i) = from.words[i];
+                *ip.add(6 + i) = p.key.src.words[i];
+                sum += from.words[i] as u64 + p.key.src.words[i] as u64;
+            }
+            *icmp = u32::from_ne_bytes([TIME_EXCEEDED6, 0, 0, 0]);
+        }
+        *icmp.add(1) = 0;
+        let [a, b] = (!fold(sum + *icmp as u64)).to_ne_bytes();
+        *icmp = u32::from_ne_bytes([(*icmp).to_ne_bytes()[0], 0, a, b]);
+    }
+    // The Ethernet header, tags included, stays as it is but for the exchanged addresses.
+    let link = stash::client_link(frame, p);
+    let start = l3 + ip_len + size_of::<Icmp>();
+    if !frame.renew(start + quote)
+        || !frame.store(start, scratch.payload.as_ptr(), quote)
+        // SAFETY: the IP header ends at byte 48, where ICMP begins.
+        || !frame.store(l3, unsafe { header.cast::<u8>().add(48 - ip_len) }, ip_len + size_of::<Icmp>())
+    {
+        return Verdict(Reason::TtlExpired);
+    }
+    let view = frame.view();
+    let ethertype = view.ptr::<u16>(l3.wrapping_sub(2) & 0x1f).ok_or(Reason::ShortFrame)?;
+    // SAFETY: `ptr` checked the bounds.
+    unsafe { *ethertype = if v4 { 0x0800_u16 } else { 0x86dd }.to_be() };
+    for (i, tag) in link.vlans.iter().enumerate() {
+        if *tag != 0 {
+            let to = view.ptr::<u32>(MACS + i * 4).ok_or(Reason::ShortFrame)?;
+            // SAFETY: `ptr` checked the bounds.
+            unsafe { *to = *tag };
+        }
+    }
+    leave_plain(frame, view, &link)?;
+    Verdict(Reason::TimeExceeded)
 }
 
 /// Exchanges the quoted IPv4 addresses and repairs the quoted header's checksum.

@@ -71,7 +71,9 @@ pub fn run(frame: &Frame) -> Verdict {
 #[inline(always)]
 fn known(frame: &Frame, view: View, p: &Parsed, flow: &mut Flow, generation: u32) -> Verdict {
     if hops(view, p) <= 1 {
-        return Verdict(Reason::TtlExpired);
+        // In our own name: the VIP's, whichever side is told.
+        let vip = if flow.flags & FLAG_TO_BACKEND != 0 { &p.key.dst } else { &flow.src };
+        return icmp::time_exceeded(frame, p, vip);
     }
     let mut slow = flow.flags & FLAGS_SLOW | p.tags;
     if flow.flags & FLAG_TO_BACKEND != 0 {
@@ -109,7 +111,7 @@ pub fn new_connection(frame: &Frame, p: &Parsed) -> Verdict {
     let frontend = services::frontend(index)?;
     let view = frame.view();
     if hops(view, p) <= 1 {
-        return Verdict(Reason::TtlExpired);
+        return icmp::time_exceeded(frame, p, &p.key.dst);
     }
     if frontend.mode == MODE_L4 {
         return stage(STAGE_FIRST_DATA);

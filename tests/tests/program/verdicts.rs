@@ -237,14 +237,14 @@ fn no_packet_is_forwarded_beyond_its_ttl() {
                 talk.segment(flags::ACK | flags::FIN, 0, 0, &[]),
             ] {
                 packet.ttl = ttl;
-                let outcome = machine.run(&packet.frame()).expect("a verdict");
-                if outcome.reason == Reason::TtlExpired {
-                    continue;
-                }
-                assert_eq!(outcome.reason, Reason::TimeExceeded, "TTL {ttl}");
-                let answer = outcome.packet();
+                let what = format!("TTL {ttl}");
+                let answer = machine.expect(&what, &packet, Reason::TimeExceeded).packet();
                 assert_eq!(answer.dst, packet.src, "the sender is told");
-                assert!(matches!(answer.body, Body::Icmp(_)), "{answer:?}");
+                assert_eq!(answer.src, talk.vip.ip(), "in the name of the VIP");
+                let Body::Icmp(icmp) = answer.body else { panic!("{answer:?}") };
+                assert_eq!(icmp.kind, if family == Family::V4 { 11 } else { 3 });
+                assert_eq!(icmp.payload, packet.ip()[..icmp.payload.len()], "its own packet is quoted");
+                assert!(icmp.payload.len() >= 28);
             }
         }
         let mut packet = talk.ack();
