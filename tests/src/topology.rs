@@ -40,16 +40,11 @@ pub struct Plan {
     /// VLAN tags between clients and dispatcher, at most 2 and with two arms only. The dispatcher's
     /// kernel knows nothing of them, so it routes nothing from and to such clients.
     pub tags: u8,
-    /// Frames between dispatcher and switch are copied by a switch in userspace. Generic mode needs
-    /// that: a frame which the program has resized leaves it with a buffer whose tail is 14 bytes
-    /// too far (6.18), and a TCP receiver that gets the very buffer, as only veth makes possible,
-    /// hands out 14 bytes of rubbish when it appends the next segment.
-    pub copied: bool,
 }
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { shape: Shape::Bridge, backends: 3, clients: 4, tags: 0, copied: false }
+        Self { shape: Shape::Bridge, backends: 3, clients: 4, tags: 0 }
     }
 }
 
@@ -120,7 +115,7 @@ pub struct Topology {
     pub backends: Vec<Place>,
     /// The bridge, where the shape has one.
     pub switch: Option<Netns>,
-    taggers: Vec<(Tagger, Netns)>,
+    tagger: Option<(Tagger, Netns)>,
 }
 
 /// Offloads that a veth pair under XDP must not use: a packet's checksum must be in the packet, its
@@ -157,7 +152,7 @@ impl Topology {
                 })
             })
             .collect::<Result<Vec<_>>>()?;
-        let mut topology = Self { plan, clients, dispatcher, backends, switch, taggers: Vec::new() };
+        let mut topology = Self { plan, clients, dispatcher, backends, switch, tagger: None };
         topology.connect()?;
         Ok(topology)
     }
@@ -223,11 +218,11 @@ impl Topology {
         match self.plan.shape {
             Shape::Bridge => {
                 self.reach_clients()?;
-                self.reach_switch("be0")?;
+                self.plug(&self.dispatcher, "be0", "p0")?;
             }
             Shape::Links => self.reach_clients()?,
             Shape::OneArm => {
-                self.reach_switch("arm0")?;
+                self.plug(&self.dispatcher, "arm0", "p0")?;
                 self.plug(&self.clients, "eth0", "pc")?;
             }
         }
@@ -258,20 +253,7 @@ impl Topology {
         cable(&self.clients, "eth0", &netns, "plain")?;
         cable(&self.dispatcher, "cl0", &netns, "trunk")?;
         let tagger = Tagger::new(&netns, "plain", "trunk", self.plan.tags)?;
-        self.taggers.push((tagger, netns));
-        Ok(())
-    }
-
-    /// Connects the dispatcher to the switch.
-    fn reach_switch(&mut self, device: &str) -> Result<()> {
-        if !self.plan.copied {
-            return self.plug(&self.dispatcher, device, "p0");
-        }
-        let netns = Netns::new("copier")?;
-        cable(&self.dispatcher, device, &netns, "trunk")?;
-        self.plug(&netns, "plain", "p0")?;
-        let tagger = Tagger::new(&netns, "plain", "trunk", 0)?;
-        self.taggers.push((tagger, netns));
+        self.tagger = Some((tagger, netns));
         Ok(())
     }
 
@@ -292,7 +274,7 @@ impl Topology {
             commands += &format!("address add {v4}/24 dev eth0\naddress add {v6}/64 dev eth0 nodad\n");
         }
         commands += "route add default via 10.1.0.1\nroute add default via 2001:db8:1::1\n";
-        if self.plan.tags > 0 {
+        if self.tagger.is_some() {
             let mac = mac(&self.dispatcher, arm)?;
             commands += &format!("neighbour replace 10.1.0.1 lladdr {mac} dev eth0\n");
             commands += &format!("neighbour replace 2001:db8:1::1 lladdr {mac} dev eth0\n");

@@ -9,7 +9,7 @@ use dispatcher_tests::{
     topology::{Family, Plan, Shape, Topology},
 };
 
-const SMALL: Plan = Plan { shape: Shape::Links, backends: 2, clients: 2, tags: 0, copied: false };
+const SMALL: Plan = Plan { shape: Shape::Links, backends: 2, clients: 2, tags: 0 };
 
 #[test]
 fn sessions_resume_on_their_own_server_only() {

@@ -59,12 +59,12 @@ fn two_tags_on_the_clients_side() {
 
 #[test]
 fn generic_mode() {
-    in_shape(Plan { copied: true, ..Plan::default() }, "generic");
+    in_shape(Plan::default(), "generic");
 }
 
 #[test]
 fn generic_mode_with_one_arm() {
-    in_shape(Plan { shape: Shape::OneArm, copied: true, ..Plan::default() }, "generic");
+    in_shape(Plan { shape: Shape::OneArm, ..Plan::default() }, "generic");
 }
 
 /// The header is also for those who want it beside the client's own address.
@@ -122,5 +122,5 @@ fn proxy_protocol() {
 
 #[test]
 fn proxy_protocol_in_generic_mode() {
-    from_the_pool(Plan { copied: true, ..Plan::default() }, "generic", true);
+    from_the_pool(Plan::default(), "generic", true);
 }

@@ -42,12 +42,6 @@ fn one_arm() {
 }
 
 #[test]
-fn with_a_copying_switch() {
-    reaches_everything(Plan { copied: true, ..Plan::default() });
-    reaches_everything(Plan { shape: Shape::OneArm, copied: true, ..Plan::default() });
-}
-
-#[test]
 fn nothing_is_left_after_a_panic() {
     let names = std::sync::Mutex::new(Vec::new());
     let result = std::panic::catch_unwind(|| {
