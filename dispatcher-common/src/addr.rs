@@ -29,6 +29,22 @@ impl Addr {
         self.words[0] == 0 && self.words[1] == 0 && self.words[2] == V4_MAPPED
     }
 
+    /// A copy of four words, word by word: LLVM calls its byte-wise `memmove` for a whole array.
+    #[inline(always)]
+    #[must_use]
+    pub const fn load(words: &[u32; 4]) -> Self {
+        Self { words: [words[0], words[1], words[2], words[3]] }
+    }
+
+    /// Writes the four words, word by word.
+    #[inline(always)]
+    pub const fn store(&self, to: &mut [u32; 4]) {
+        to[0] = self.words[0];
+        to[1] = self.words[1];
+        to[2] = self.words[2];
+        to[3] = self.words[3];
+    }
+
     /// From sixteen bytes in network order.
     #[must_use]
     pub const fn from_octets(o: [u8; 16]) -> Self {

@@ -140,8 +140,8 @@ pub fn error(frame: &Frame, p: &Parsed) -> Verdict {
             return Verdict(Reason::TtlExpired);
         }
         ip.hops -= 1;
-        ip.src = src.words;
-        ip.dst = flow.dst.words;
+        src.store(&mut ip.src);
+        flow.dst.store(&mut ip.dst);
         // ICMPv6 has a pseudo header (RFC 4443 section 2.3).
         sum += outer;
     }
@@ -259,7 +259,7 @@ fn quoted_v6(view: View, at: usize, flow: &Flow) -> Result<u64, Reason> {
     for i in 0..4 {
         sum += change(ip.src[i], flow.dst.words[i]) + change(ip.dst[i], flow.src.words[i]);
     }
-    ip.src = flow.dst.words;
-    ip.dst = flow.src.words;
+    flow.dst.store(&mut ip.src);
+    flow.src.store(&mut ip.dst);
     Ok(sum)
 }

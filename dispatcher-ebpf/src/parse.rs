@@ -38,24 +38,6 @@ pub struct Parsed {
 }
 
 impl Parsed {
-    /// Nothing known yet.
-    #[inline(always)]
-    pub fn empty() -> Self {
-        Self {
-            key: FlowKey {
-                src: Addr { words: [0; 4] },
-                dst: Addr { words: [0; 4] },
-                ports: 0,
-                proto: 0,
-            },
-            l3: 0,
-            l4: 0,
-            tags: 0,
-            v4: 0,
-            fragment: 0,
-        }
-    }
-
     /// Offset of the IP header. The mask tells the verifier what it cannot know of a stored value.
     #[inline(always)]
     pub fn l3(&self) -> usize {
@@ -84,16 +66,17 @@ impl Parsed {
 /// Reads Ethernet and IP headers. Transport ports come later, see [`ports`], because packets that
 /// are not ours are passed whatever they hold.
 #[inline(always)]
-pub fn network(view: View, p: &mut Parsed) -> Result<(), Reason> {
+pub fn network(view: View) -> Result<Parsed, Reason> {
     let mut at = MACS;
+    let mut tags = 0;
     let mut ethertype: u16 = view.read(at).ok_or(Reason::ShortFrame)?;
     at += 2;
     if ethertype == VLAN || ethertype == QINQ {
-        p.tags = 1;
+        tags = 1;
         ethertype = view.read(at + 2).ok_or(Reason::ShortFrame)?;
         at += 4;
         if ethertype == VLAN || ethertype == QINQ {
-            p.tags = TAGS_MAX;
+            tags = TAGS_MAX;
             ethertype = view.read(at + 2).ok_or(Reason::ShortFrame)?;
             at += 4;
             if ethertype == VLAN || ethertype == QINQ {
@@ -101,7 +84,7 @@ pub fn network(view: View, p: &mut Parsed) -> Result<(), Reason> {
             }
         }
     }
-    p.l3 = at as u32;
+    let l3 = at as u32;
     if ethertype == IPV4 {
         let ip = view.ptr::<Ipv4>(at).ok_or(Reason::BadIp)?;
         // SAFETY: `ptr` checked the bounds.
@@ -110,13 +93,15 @@ pub fn network(view: View, p: &mut Parsed) -> Result<(), Reason> {
         if ip.version >> 4 != 4 || words < 5 {
             return Err(Reason::BadIp);
         }
-        p.l4 = (at + words * 4) as u32;
-        p.v4 = 1;
-        p.fragment = (ip.fragment & FRAGMENT != 0) as u32;
-        p.key.src = Addr::from_v4_word(ip.src);
-        p.key.dst = Addr::from_v4_word(ip.dst);
-        p.key.proto = ip.proto as u32;
-        return Ok(());
+        let (src, dst) = (Addr::from_v4_word(ip.src), Addr::from_v4_word(ip.dst));
+        return Ok(Parsed {
+            key: FlowKey { src, dst, ports: 0, proto: ip.proto as u32 },
+            l3,
+            l4: (at + words * 4) as u32,
+            tags,
+            v4: 1,
+            fragment: (ip.fragment & FRAGMENT != 0) as u32,
+        });
     }
     if ethertype == IPV6 {
         let ip = view.ptr::<Ipv6>(at).ok_or(Reason::BadIp)?;
@@ -125,11 +110,15 @@ pub fn network(view: View, p: &mut Parsed) -> Result<(), Reason> {
         if ip.head & 0xf0_u32 != 0x60 {
             return Err(Reason::BadIp);
         }
-        p.l4 = (at + size_of::<Ipv6>()) as u32;
-        p.key.src = Addr { words: ip.src };
-        p.key.dst = Addr { words: ip.dst };
-        p.key.proto = ip.next as u32;
-        return Ok(());
+        let (src, dst) = (Addr::load(&ip.src), Addr::load(&ip.dst));
+        return Ok(Parsed {
+            key: FlowKey { src, dst, ports: 0, proto: ip.next as u32 },
+            l3,
+            l4: (at + size_of::<Ipv6>()) as u32,
+            tags,
+            v4: 0,
+            fragment: 0,
+        });
     }
     Err(Reason::NotIp)
 }

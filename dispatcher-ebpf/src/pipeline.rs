@@ -30,8 +30,7 @@ use crate::{
 pub fn run(frame: &Frame) -> Verdict {
     let globals = globals()?;
     let view = frame.view();
-    let mut p = Parsed::empty();
-    parse::network(view, &mut p)?;
+    let mut p = parse::network(view)?;
     parse::merge(&mut p, globals.stash_mask);
     let to_us = globals.filter_has(&p.key.dst);
     if !to_us && !globals.filter_has(&p.key.src) {
@@ -157,8 +156,7 @@ pub fn stage(index: u32) -> Verdict {
 #[inline(always)]
 fn parse_again(frame: &Frame) -> Result<&'static mut Parsed, Reason> {
     let p = &mut scratch()?.packet;
-    *p = Parsed::empty();
-    parse::network(frame.view(), p)?;
+    *p = parse::network(frame.view())?;
     if p.key.proto != TCP && p.key.proto != UDP && !parse::extensions(frame, p) {
         return Err(Reason::BadExtension);
     }

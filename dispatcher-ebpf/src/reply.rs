@@ -120,8 +120,8 @@ pub fn turn_around(frame: &Frame, p: &Parsed, len: usize) -> Result<(), Reason> 
         let ip = unsafe { &mut *ip };
         ip.len = ((l4 - l3 - size_of::<Ipv6>() + len) as u16).to_be();
         ip.hops = TTL;
-        ip.src = p.key.dst.words;
-        ip.dst = p.key.src.words;
+        p.key.dst.store(&mut ip.src);
+        p.key.src.store(&mut ip.dst);
     }
     Ok(())
 }

@@ -101,8 +101,8 @@ pub fn translate<const ODD: bool>(
         // SAFETY: `ptr` checked the bounds.
         let ip = unsafe { &mut *ip };
         ip.hops = ip.hops.wrapping_sub(1);
-        ip.src = flow.src.words;
-        ip.dst = flow.dst.words;
+        flow.src.store(&mut ip.src);
+        flow.dst.store(&mut ip.dst);
     }
     Ok(true)
 }
@@ -206,7 +206,10 @@ fn odd_options(frame: &Frame, p: &Parsed, flow: &Flow) -> u64 {
 pub fn leave_plain(frame: &Frame, view: View, link: &Link) -> Result<(), Reason> {
     let macs = view.ptr::<[u32; 3]>(0).ok_or(Reason::ShortFrame)?;
     // SAFETY: `ptr` checked the bounds.
-    unsafe { *macs = link.macs };
+    let macs = unsafe { &mut *macs };
+    macs[0] = link.macs[0];
+    macs[1] = link.macs[1];
+    macs[2] = link.macs[2];
     frame.redirect(link.ifindex);
     Ok(())
 }
