@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio, id},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, Once, PoisonError,
         atomic::{AtomicU32, Ordering},
         mpsc,
     },
@@ -21,7 +21,7 @@ use dispatcher_user::api;
 use serde::de::DeserializeOwned;
 
 use crate::{
-    netns::{Netns, execute},
+    netns::{Netns, PREFIX, execute, leftovers},
     topology::{Place, Topology, VIP},
 };
 
@@ -111,8 +111,15 @@ impl Folder {
     /// Makes one.
     pub fn new() -> Result<Self> {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
+        static SWEEP: Once = Once::new();
+        let all = env::temp_dir();
+        SWEEP.call_once(|| {
+            for name in leftovers(&all) {
+                let _ = std::fs::remove_dir_all(all.join(name));
+            }
+        });
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let path = env::temp_dir().join(format!("dispatcher-{}-{number}", id()));
+        let path = all.join(format!("{PREFIX}-{}-{number}", id()));
         std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
         Ok(Self(path))
     }

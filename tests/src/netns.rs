@@ -19,8 +19,8 @@ use anyhow::{Context as _, Result, bail};
 
 /// Where `ip netns` keeps its names.
 const FOLDER: &str = "/run/netns";
-/// What the names begin with; the owner's process id and a counter follow.
-const PREFIX: &str = "dispatcher";
+/// What our names begin with; the owner's process id and a counter follow.
+pub(crate) const PREFIX: &str = "dispatcher";
 
 /// A network namespace.
 #[derive(Debug)]
@@ -174,12 +174,18 @@ fn remove(name: &str) {
 
 /// Removes what killed processes have left.
 fn sweep() {
-    let Ok(entries) = std::fs::read_dir(FOLDER) else { return };
-    for entry in entries.flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.strip_prefix('-')?.split('-').next());
-        if owner.is_some_and(|id| id.parse::<u32>().is_ok() && !Path::new("/proc").join(id).exists()) {
-            remove(&name);
-        }
-    }
+    leftovers(Path::new(FOLDER)).iter().for_each(|name| remove(name));
+}
+
+/// Names in a folder that begin with our prefix and the id of a process that is no more.
+pub(crate) fn leftovers(folder: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names
+        .filter(|name| {
+            let rest = name.strip_prefix(PREFIX).and_then(|rest| rest.strip_prefix('-'));
+            let owner = rest.and_then(|rest| rest.split('-').next());
+            owner.is_some_and(|id| id.parse::<u32>().is_ok() && !Path::new("/proc").join(id).exists())
+        })
+        .collect()
 }
