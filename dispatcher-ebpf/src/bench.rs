@@ -190,11 +190,16 @@ fn advance(control: &mut Control) -> u32 {
     index
 }
 
-/// Gives the frame its length and content.
+/// Gives the frame its length and content. A program may have moved its start or its end: back at the
+/// start as long as there is room, else at the end.
 #[inline(always)]
 fn put(frame: &Frame, from: *const u8, len: u32, max: u32) -> Option<()> {
     let len = opaque(len as u64) as u32;
-    if len < TCP_AT as u32 || len > max || !frame.resize(len as usize) {
+    if len < TCP_AT as u32 || len > max {
+        return None;
+    }
+    let by = opaque(frame.view().len() as u64) as i32 - len as i32;
+    if !frame.shift(by) && !frame.resize(len as usize) {
         return None;
     }
     frame.store(0, from, len as usize).then_some(())

@@ -1,4 +1,6 @@
 //! The measurements of `cargo xtask bench`, one file each, and their common report.
 
+pub mod connections;
 pub mod fastpath;
 pub mod report;
+pub mod sniff;

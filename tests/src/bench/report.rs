@@ -104,7 +104,12 @@ impl Report {
     }
 
     fn table(&self, out: &mut impl Write) -> Result<()> {
-        let show = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
+        let show = |value: Option<f64>| match value {
+            None => "-".to_owned(),
+            Some(value) if value.abs() < 1.0 => format!("{value:.3}"),
+            Some(value) if value.abs() < 100.0 => format!("{value:.2}"),
+            Some(value) => format!("{value:.0}"),
+        };
         let header = ["case", "subject", "metric", "unit", "median", "min", "max", "n"].map(str::to_owned);
         let rows = self.rows.iter().map(|row| {
             let (unit, n) = (row.unit.to_owned(), row.n.to_string());
