@@ -1,6 +1,6 @@
 //! Names and default capacities of the maps, and the version of their layout.
 
-/// Version of every layout in this crate. The daemon refuses maps of another version.
+/// Version of every layout in this crate, written to `Globals::abi` by whoever makes the maps.
 pub const ABI_VERSION: u32 = 1;
 
 /// Name of the XDP program attached to interfaces.

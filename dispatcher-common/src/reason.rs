@@ -104,8 +104,7 @@ reasons! {
         BackendOther = 35 "backend_other",
         /// ICMP that is no error about a flow of ours.
         IcmpOther = 36 "icmp_other",
-        /// Held packets' fallback: the program met a state that it leaves to the kernel.
-        Neighbour = 37 "neighbour",
+        // 37: unused
     }
     Consume {
         /// Bare ACK that completes a handshake with a valid cookie.

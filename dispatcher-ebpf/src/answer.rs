@@ -3,6 +3,7 @@
 
 use dispatcher_common::{
     cookie::NO_WSCALE,
+    event::EVENT_LEARNED,
     flow::{FLAG_LEARN, FLAG_NO_SACK, FLAG_NO_TS, FLAG_RESYN, FLAG_RST, FLAG_SECURE, FLAG_SYN_SENT, Flow, FlowKey},
     globals::GLOBAL_NO_CLONES,
     proxy::ROOM,
@@ -15,7 +16,7 @@ use dispatcher_common::{
 };
 
 use crate::{
-    control, counters, emit, flows,
+    control, counters, emit, events, flows,
     globals::{PAYLOAD, Scratch, globals, scratch},
     options,
     packet::{Frame, Tcp},
@@ -45,12 +46,20 @@ pub fn packet(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
         }
         // Our ACK or the data were lost: once more.
         options::read(frame, p)?;
-        return replay(frame, p, flow, &flows::peer_key(flow, p.key.proto));
+        return replay(frame, p, flow);
     }
     if learn(frame, p, flow) {
         flow.flags &= !FLAG_LEARN;
     }
     control::conclude(frame, p, flow, flags)
+}
+
+/// The client's flow, in scratch memory.
+#[inline(always)]
+fn client_key(flow: &Flow, p: &Parsed) -> Result<&'static FlowKey, Reason> {
+    let key = &mut scratch()?.backward_key;
+    flows::set_peer_key(flow, p.key.proto, key);
+    Ok(key)
 }
 
 /// A packet of a backend on a flow whose SYN it was sent.
@@ -77,8 +86,8 @@ fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
     let parsed = &scratch()?.parsed;
     let frontend = services::frontend(flow.frontend as u32)?;
     let slot = stash::slot(forward.slot)?;
-    let key = flows::peer_key(flow, p.key.proto);
-    let ours = slot.key == key && slot.stage == STAGE_BOUND;
+    let key = client_key(flow, p)?;
+    let ours = slot.key == *key && slot.stage == STAGE_BOUND;
 
     let isn = forward.seq_add;
     let header = if ours { (ROOM as u32).wrapping_sub(slot.start) } else { isn.wrapping_sub(ack).wrapping_add(1) };
@@ -144,14 +153,15 @@ fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
         }
         slot.stage = STAGE_REPLAYED;
     }
-    replay(frame, p, flow, &key)
+    replay(frame, p, flow)
 }
 
 /// Sends the stashed data, or a bare ACK when they are gone: then the client's retransmission
 /// brings them.
 #[inline(never)]
-fn replay(frame: &Frame, p: &Parsed, flow: &Flow, key: &FlowKey) -> Verdict {
+fn replay(frame: &Frame, p: &Parsed, flow: &Flow) -> Verdict {
     let slot = stash::slot(flow.slot)?;
+    let key = client_key(flow, p)?;
     if slot.key == *key && slot.stage == STAGE_REPLAYED {
         if globals()?.flags & GLOBAL_NO_CLONES != 0 {
             let reason = emit::in_place(frame, slot)?;
@@ -271,6 +281,14 @@ fn learn(frame: &Frame, p: &Parsed, flow: &Flow) -> bool {
             let Some(backend) = services::endpoint(flow.backend, p.is_v4()) else { return true };
             if sessions::confirm(&scratch.session_key, &mut scratch.session, backend.id, frontend) {
                 counters::backend(flow.backend, |stats| stats.learned += 1);
+                events::tell(
+                    EVENT_LEARNED,
+                    flow.frontend as u32,
+                    flow.backend,
+                    flow.slot,
+                    &p.key,
+                    &scratch.session_key,
+                );
             }
         }
         // The client made the ID up for middleboxes (RFC 8446 appendix D.4): it will never return.

@@ -1,10 +1,8 @@
 //! First data -> backend: session lookup, balancing, flow entries, and the SYN.
 
-use aya_ebpf::{macros::map, maps::RingBuf};
 use dispatcher_common::{
-    abi,
     addr::Addr,
-    event::{EVENT_HELD, EVENT_MISS, EVENT_REFUSED, Event},
+    event::{EVENT_HELD, EVENT_MISS, EVENT_REFUSED},
     flow::{
         FLAG_HIT, FLAG_SECURE, FLAG_SYN_SENT, FLAG_TO_BACKEND, FLAG_VLAN, Flow, FlowKey, Link, is_closed,
         ports_of, ports_swapped,
@@ -17,15 +15,12 @@ use dispatcher_common::{
 };
 
 use crate::{
-    counters, emit, flows,
+    counters, emit, events, flows,
     globals::{globals, now, now_ns, scratch},
     packet::Frame,
     services, sessions, stash,
     verdict::Verdict,
 };
-
-#[map]
-static EVENTS: RingBuf = RingBuf::with_byte_size(abi::EVENTS_BYTES, 0);
 
 /// SYNs to a backend that does not answer before another one is tried.
 const TRIES_MAX: u8 = 3;
@@ -182,22 +177,10 @@ fn choose(slot: &mut Slot, index: u32, frontend: &Frontend, avoid: u32) -> Verdi
     Verdict(reason)
 }
 
-/// Writes an event; false when the ring is full.
+/// Tells the daemon of a slot; false when the ring is full.
 #[inline(never)]
 fn tell(kind: u32, backend: u32, index: u32, slot: &Slot) -> bool {
-    let Some(mut entry) = EVENTS.reserve::<Event>(0) else { return false };
-    let event = entry.as_mut_ptr();
-    // SAFETY: the ring reserved the bytes of one event; every field is written.
-    unsafe {
-        (*event).kind = kind;
-        (*event).frontend = slot.frontend;
-        (*event).backend = backend;
-        (*event).slot = index;
-        (*event).flow = slot.key;
-        (*event).session = slot.session;
-    }
-    entry.submit(0);
-    true
+    events::tell(kind, slot.frontend, backend, index, &slot.key, &slot.session)
 }
 
 /// Prepares the slot's flow entries.

@@ -217,7 +217,9 @@ fn build(frame: &Frame, slot: &Slot, piece: &Piece) -> Result<(), Reason> {
         *bytes.add(IP_AT - 2).cast::<u16>() = ethertype;
     }
     let head = l2 + ip_len + tcp_len;
-    if !frame.renew(head + len) {
+    // Without payload nothing can be merged with it, see `renew`: the end may move.
+    let cut = len == 0 && head <= frame.view().len();
+    if !(if cut { frame.resize(head) } else { frame.renew(head + len) }) {
         return Err(Reason::NoRoom);
     }
     // SAFETY: `head` is at most 22 + 40 + 40 bytes, from byte 10 at the least, of 192.

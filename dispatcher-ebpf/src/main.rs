@@ -12,6 +12,7 @@ mod bind;
 mod control;
 mod counters;
 mod emit;
+mod events;
 mod flows;
 mod globals;
 mod icmp;
@@ -35,8 +36,10 @@ use aya_ebpf::{
     maps::ProgramArray,
     programs::XdpContext,
 };
+use aya_log_ebpf::debug;
 use dispatcher_common::{
     abi,
+    globals::GLOBAL_LOG,
     reason::{Kind, Reason},
 };
 
@@ -62,7 +65,9 @@ fn dispatcher(ctx: XdpContext) -> u32 {
 /// First data of a connection, or the first packet of an l4 flow; called by `dispatcher`.
 #[xdp]
 fn first_data(ctx: XdpContext) -> u32 {
-    finish(pipeline::first_data(&Frame::new(&ctx)))
+    let verdict = pipeline::first_data(&Frame::new(&ctx));
+    log_drop(&ctx, verdict);
+    finish(verdict)
 }
 
 /// A backend's answer to our SYN, or its first data; called by `dispatcher`.
@@ -87,6 +92,18 @@ fn emit(ctx: XdpContext) -> u32 {
             counters::count(verdict.0);
             if matches!(verdict.0.kind(), Kind::Forward) { XDP_PASS } else { XDP_DROP }
         }
+    }
+}
+
+/// Logs a dropped first packet, if the daemon asked for it (`--log-level debug`). The fast path
+/// never logs.
+#[inline(always)]
+fn log_drop(ctx: &XdpContext, verdict: Verdict) {
+    if verdict.is_drop()
+        && let Ok(globals) = globals::globals()
+        && globals.flags & GLOBAL_LOG != 0
+    {
+        debug!(ctx, "first data dropped, reason {}", verdict.0 as u32);
     }
 }
 
