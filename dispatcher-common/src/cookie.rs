@@ -12,7 +12,7 @@
 //! initial sequence number. A first segment must satisfy both, 24 bits. A later segment that comes
 //! before the first satisfies only the address MAC: it is no stranger, and gets no RST.
 
-use crate::{flow::FlowKey, siphash::siphash24};
+use crate::{flow::FlowKey, siphash::siphash13};
 
 /// MSS values that a cookie can carry: the largest that does not exceed the client's is taken.
 pub const MSS_TABLE: [u16; 8] = [536, 1200, 1300, 1360, 1400, 1440, 1452, 1460];
@@ -87,17 +87,14 @@ pub enum Check {
 #[inline(always)]
 #[must_use]
 pub const fn hash(key: [u64; 2], flow: &FlowKey, window: u64) -> u64 {
-    let (s, d) = (flow.src.words, flow.dst.words);
-    siphash24(
-        key,
-        [
-            pair(s[0], s[1]),
-            pair(s[2], s[3]),
-            pair(d[0], d[1]),
-            pair(d[2], d[3]),
-            pair(flow.ports, window as u32),
-        ],
-    )
+    let (s, d) = (&flow.src.words, &flow.dst.words);
+    let rest = pair(flow.ports, window as u32);
+    // The other words of an IPv4-mapped address are the same for all.
+    if flow.src.is_v4() {
+        siphash13(key, [pair(s[3], d[3]), rest])
+    } else {
+        siphash13(key, [pair(s[0], s[1]), pair(s[2], s[3]), pair(d[0], d[1]), pair(d[2], d[3]), rest])
+    }
 }
 
 #[inline(always)]

@@ -1,4 +1,4 @@
-//! SipHash-2-4 (Aumasson and Bernstein, 2012) over whole 64-bit words.
+//! SipHash (Aumasson and Bernstein, 2012) over whole 64-bit words, with any numbers of rounds.
 
 #[inline(always)]
 const fn round(v: [u64; 4]) -> [u64; 4] {
@@ -16,10 +16,26 @@ const fn round(v: [u64; 4]) -> [u64; 4] {
     [v0, v1, v2, v3]
 }
 
-/// The hash of `words`, each taken as eight little-endian bytes.
+/// SipHash-1-3 of `words`, each taken as eight little-endian bytes. Fewer rounds than 2-4, and the
+/// usual choice where an attacker only sees truncated output (Rust's and Linux's hash tables).
 #[inline(always)]
 #[must_use]
-pub const fn siphash24<const N: usize>(key: [u64; 2], words: [u64; N]) -> u64 {
+pub const fn siphash13<const N: usize>(key: [u64; 2], words: [u64; N]) -> u64 {
+    siphash::<1, 3, N>(key, words)
+}
+
+#[inline(always)]
+const fn rounds(mut v: [u64; 4], count: usize) -> [u64; 4] {
+    let mut i = 0;
+    while i < count {
+        v = round(v);
+        i += 1;
+    }
+    v
+}
+
+#[inline(always)]
+const fn siphash<const C: usize, const D: usize, const N: usize>(key: [u64; 2], words: [u64; N]) -> u64 {
     let mut v = [
         key[0] ^ 0x736f_6d65_7073_6575,
         key[1] ^ 0x646f_7261_6e64_6f6d,
@@ -30,12 +46,12 @@ pub const fn siphash24<const N: usize>(key: [u64; 2], words: [u64; N]) -> u64 {
     while i <= N {
         let word = if i < N { words[i] } else { (N as u64 * 8) << 56 };
         v[3] ^= word;
-        v = round(round(v));
+        v = rounds(v, C);
         v[0] ^= word;
         i += 1;
     }
     v[2] ^= 0xff;
-    v = round(round(round(round(v))));
+    v = rounds(v, D);
     v[0] ^ v[1] ^ v[2] ^ v[3]
 }
 
@@ -48,8 +64,21 @@ mod tests {
         // vectors_sip64 of the reference implementation, lengths 0, 8 and 16:
         // key 00..0f, message 00 01 02 ...
         let key = [0x0706_0504_0302_0100, 0x0f0e_0d0c_0b0a_0908];
-        assert_eq!(siphash24(key, []), 0x726f_db47_dd0e_0e31);
-        assert_eq!(siphash24(key, [0x0706_0504_0302_0100]), 0x93f5_f579_9a93_2462);
-        assert_eq!(siphash24(key, key), 0x3f2a_cc7f_57c2_9bdb);
+        assert_eq!(siphash::<2, 4, 0>(key, []), 0x726f_db47_dd0e_0e31);
+        assert_eq!(siphash::<2, 4, 1>(key, [0x0706_0504_0302_0100]), 0x93f5_f579_9a93_2462);
+        assert_eq!(siphash::<2, 4, 2>(key, key), 0x3f2a_cc7f_57c2_9bdb);
+    }
+
+    #[test]
+    fn one_three_is_what_std_computes() {
+        // `DefaultHasher::new()` is SipHash-1-3 with a key of zeros.
+        extern crate std;
+        use core::hash::Hasher as _;
+        for seed in 0..1000_u64 {
+            let words = [seed, seed.wrapping_mul(0x9e37_79b9_7f4a_7c15), !seed];
+            let mut std = std::hash::DefaultHasher::new();
+            words.iter().for_each(|word| std.write(&word.to_le_bytes()));
+            assert_eq!(siphash13([0, 0], words), std.finish());
+        }
     }
 }
