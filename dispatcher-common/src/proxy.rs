@@ -75,7 +75,10 @@ mod tests {
         assert_eq!(out[start..].len(), 28);
         let (out, _) = bytes(room, 28);
         assert_eq!(&out[start..start + 12], b"\r\n\r\n\0\r\nQUIT\n");
-        assert_eq!(&out[start + 12..], [0x21, 0x11, 0, 12, 192, 0, 2, 1, 198, 51, 100, 2, 0x12, 0x34, 1, 187]);
+        assert_eq!(
+            &out[start + 12..],
+            [0x21, 0x11, 0, 12, 192, 0, 2, 1, 198, 51, 100, 2, 0x12, 0x34, 1, 187]
+        );
     }
 
     #[test]

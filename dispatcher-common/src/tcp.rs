@@ -56,20 +56,19 @@ pub struct Options {
 
 impl Options {
     /// No options at all.
-    pub const NONE: Self =
-        Self {
-            tsval: 0,
-            tsecr: 0,
-            mss: 536,
-            wscale: NO_WSCALE,
-            sack: 0,
-            ts: 0,
-            has_mss: 0,
-            ts_at: 0,
-            sack_at: 0,
-            sack_len: 0,
-            pad: [0; 3],
-        };
+    pub const NONE: Self = Self {
+        tsval: 0,
+        tsecr: 0,
+        mss: 536,
+        wscale: NO_WSCALE,
+        sack: 0,
+        ts: 0,
+        has_mss: 0,
+        ts_at: 0,
+        sack_at: 0,
+        sack_len: 0,
+        pad: [0; 3],
+    };
 }
 
 #[inline(always)]
@@ -253,8 +252,7 @@ mod tests {
         // kind 8 at an odd offset, then SACK with one block.
         let bytes = [1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2, 5, 10, 0, 0, 0, 10, 0, 0, 0, 20, 0, 0, 0];
         room[..bytes.len()].copy_from_slice(&bytes);
-        let how =
-            Translation { to_backend: true, seq_add: 5, ts_add: 7, strip_sack: false, strip_ts: false };
+        let how = Translation { to_backend: true, seq_add: 5, ts_add: 7, strip_sack: false, strip_ts: false };
         let mut found = Options::NONE;
         parse_options(&room, bytes.len(), &mut found);
         translate_options(&mut room, &found, how);

@@ -137,11 +137,9 @@ pub fn scan_client_hello<B: Bytes + ?Sized>(bytes: &B) -> Scan {
         if kind != CLIENT_HELLO {
             return Scan::NotTls;
         }
-        let (Some(a), Some(b), Some(c)) = (
-            bytes.byte(RECORD_HEADER + 1),
-            bytes.byte(RECORD_HEADER + 2),
-            bytes.byte(RECORD_HEADER + 3),
-        ) else {
+        let (Some(a), Some(b), Some(c)) =
+            (bytes.byte(RECORD_HEADER + 1), bytes.byte(RECORD_HEADER + 2), bytes.byte(RECORD_HEADER + 3))
+        else {
             return Scan::Partial;
         };
         header = [kind, a, b, c];

@@ -4,7 +4,9 @@
 use dispatcher_common::{
     cookie::NO_WSCALE,
     event::EVENT_LEARNED,
-    flow::{FLAG_LEARN, FLAG_NO_SACK, FLAG_NO_TS, FLAG_RESYN, FLAG_RST, FLAG_SECURE, FLAG_SYN_SENT, Flow, FlowKey},
+    flow::{
+        FLAG_LEARN, FLAG_NO_SACK, FLAG_NO_TS, FLAG_RESYN, FLAG_RST, FLAG_SECURE, FLAG_SYN_SENT, Flow, FlowKey,
+    },
     globals::GLOBAL_NO_CLONES,
     proxy::ROOM,
     reason::Reason,
@@ -90,7 +92,8 @@ fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
     let ours = slot.key == *key && slot.stage == STAGE_BOUND;
 
     let isn = forward.seq_add;
-    let header = if ours { (ROOM as u32).wrapping_sub(slot.start) } else { isn.wrapping_sub(ack).wrapping_add(1) };
+    let header =
+        if ours { (ROOM as u32).wrapping_sub(slot.start) } else { isn.wrapping_sub(ack).wrapping_add(1) };
     if header > ROOM as u32 || ack.wrapping_add(header) != isn.wrapping_add(1) {
         reply::reset(frame, p)?;
         return Verdict(Reason::ResetBackend);
@@ -169,8 +172,7 @@ fn replay(frame: &Frame, p: &Parsed, flow: &Flow) -> Verdict {
             return Verdict(reason);
         }
         slot.emitted = 0;
-        let backend =
-            services::endpoint(flow.backend, key.src.is_v4()).ok_or(Reason::NoBackend)?;
+        let backend = services::endpoint(flow.backend, key.src.is_v4()).ok_or(Reason::NoBackend)?;
         emit::broadcast(frame, flow.slot, backend.replay as u32)?;
         return Verdict(Reason::Replayed);
     }

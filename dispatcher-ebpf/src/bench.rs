@@ -115,14 +115,14 @@ fn forward(frame: &Frame, hops: &LruHashMap<FlowKey, NextHop>) -> Option<u32> {
     }
     // SAFETY: `ptr` checked the bounds.
     let tcp = unsafe { &*view.ptr::<Tcp>(TCP_AT)? };
-    let key = FlowKey {
+    let key = &FlowKey {
         src: Addr::from_v4_word(ip.src),
         dst: Addr::from_v4_word(ip.dst),
         ports: tcp.ports,
         proto: 6,
     };
     // SAFETY: entries of a preallocated hash stay valid memory while the program runs.
-    let hop = unsafe { &*hops.get_ptr(&key)? };
+    let hop = unsafe { &*hops.get_ptr(key)? };
     ip.ttl = ip.ttl.wrapping_sub(1);
     // TTL is the first byte of its 16-bit word: less one is plus ~1 in one's complement.
     ip.check = update(ip.check, !1_u16 as u64);

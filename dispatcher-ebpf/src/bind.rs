@@ -91,8 +91,7 @@ fn send_syn(frame: &Frame, slot: &mut Slot, index: u32) -> Result<(), Reason> {
             if globals()?.flags & GLOBAL_NO_CLONES != 0 {
                 return Err(reason);
             }
-            let endpoint =
-                services::endpoint(slot.backend, slot.key.src.is_v4()).ok_or(Reason::NoBackend)?;
+            let endpoint = services::endpoint(slot.backend, slot.key.src.is_v4()).ok_or(Reason::NoBackend)?;
             emit::broadcast(frame, index, endpoint.replay as u32)
         }
     }

@@ -21,7 +21,9 @@ use dispatcher_common::{
     tcp::{ACK, PSH, SYN, TIMESTAMP_WORD, scale_window},
 };
 
-use crate::{atomic::Word, globals::scratch, packet::Frame, parse::TCP, rewrite::tags_of, stash, verdict::Verdict};
+use crate::{
+    atomic::Word, globals::scratch, packet::Frame, parse::TCP, rewrite::tags_of, stash, verdict::Verdict,
+};
 
 macro_rules! replay_maps {
     ($($name:ident)*) => {$(

@@ -68,12 +68,7 @@ pub fn error(frame: &Frame, p: &Parsed) -> Verdict {
         return Verdict(Reason::IcmpOther);
     }
     let inner = at + size_of::<Icmp>();
-    let mut key = FlowKey {
-        src: Addr { words: [0; 4] },
-        dst: Addr { words: [0; 4] },
-        ports: 0,
-        proto: 0,
-    };
+    let mut key = FlowKey { src: Addr { words: [0; 4] }, dst: Addr { words: [0; 4] }, ports: 0, proto: 0 };
     let transport;
     if is_v4 {
         let ip = view.ptr::<Ipv4>(inner).ok_or(Reason::BadIcmp)?;

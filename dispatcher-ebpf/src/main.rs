@@ -57,7 +57,7 @@ fn dispatcher(ctx: XdpContext) -> u32 {
     {
         // Does not return, unless the array lacks the stage.
         // SAFETY: a program of the same type, by its context.
-        let _ = unsafe { STAGES.tail_call(&ctx, scratch.stage) };
+        unsafe { STAGES.tail_call(&ctx, scratch.stage) };
     }
     finish(verdict)
 }

@@ -1,6 +1,11 @@
 //! Frame -> addresses, ports and offsets.
 
-use dispatcher_common::{addr::Addr, flow::FlowKey, opaque::{forget, opaque}, reason::Reason};
+use dispatcher_common::{
+    addr::Addr,
+    flow::FlowKey,
+    opaque::{forget, opaque},
+    reason::Reason,
+};
 
 use crate::packet::{Frame, Ipv4, Ipv6, MACS, Tcp, Udp, View};
 

@@ -1,12 +1,7 @@
 //! Held hellos that the daemon releases: it runs the `release` program, whose frames become SYNs.
 
 use aya_ebpf::{macros::map, maps::Array};
-use dispatcher_common::{
-    abi::RELEASES_MAX,
-    event::Release,
-    reason::Reason,
-    stash::STAGE_HELD,
-};
+use dispatcher_common::{abi::RELEASES_MAX, event::Release, reason::Reason, stash::STAGE_HELD};
 
 use crate::{atomic::Word, bind, packet::Frame, stash, verdict::Verdict};
 

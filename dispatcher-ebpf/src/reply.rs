@@ -72,12 +72,7 @@ pub fn segment(frame: &Frame, p: &Parsed, segment: &Segment) -> Result<(), Reaso
 #[inline(always)]
 pub fn sum_header(tcp: &Tcp) -> u64 {
     let word = u32::from_ne_bytes([tcp.offset, tcp.flags, 0, 0]);
-    tcp.ports as u64
-        + tcp.seq as u64
-        + tcp.ack as u64
-        + word as u64
-        + tcp.window as u64
-        + tcp.urgent as u64
+    tcp.ports as u64 + tcp.seq as u64 + tcp.ack as u64 + word as u64 + tcp.window as u64 + tcp.urgent as u64
 }
 
 /// Sum over the pseudo header (RFC 9293 section 3.1, RFC 8200 section 8.1) of a packet of the same

@@ -41,11 +41,8 @@ pub fn translate<const ODD: bool>(
         // SAFETY: `ptr` checked the bounds.
         let words = unsafe { (*tcp).offset >> 4 } as usize;
         if words > 5 && flow.flags & FLAG_L4 == 0 {
-            let changes = if ODD {
-                odd_options(frame, p, flow)
-            } else {
-                options(view, l4 + TCP_MIN, words - 5, flow)
-            };
+            let changes =
+                if ODD { odd_options(frame, p, flow) } else { options(view, l4 + TCP_MIN, words - 5, flow) };
             if changes == OPTIONS_ODD {
                 return if ODD { Err(Reason::BadTransport) } else { Ok(false) };
             }

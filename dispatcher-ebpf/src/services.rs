@@ -28,8 +28,7 @@ static SOURCES: Array<Addr> = Array::with_max_entries(abi::DEFAULT_SOURCES, 0);
 /// Index of the frontend that a packet is addressed to.
 #[inline(always)]
 pub fn frontend_of(key: &FlowKey) -> Option<u32> {
-    let vip =
-        VipKey { addr: key.dst, port: ports_of(key.ports).1.to_be(), proto: key.proto as u16 };
+    let vip = VipKey { addr: key.dst, port: ports_of(key.ports).1.to_be(), proto: key.proto as u16 };
     // SAFETY: the value is copied; a concurrent change shows the old or the new word.
     unsafe { VIPS.get(vip).copied() }
 }

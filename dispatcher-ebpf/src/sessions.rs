@@ -52,14 +52,15 @@ pub fn add_provisional(
         hits: 1,
         ..Session::default()
     };
-    if SESSIONS.insert(key, &*session, NOEXIST).is_ok() {
+    let session: &Session = session;
+    if SESSIONS.insert(key, session, NOEXIST).is_ok() {
         return None;
     }
     match get(key, now) {
         Some(winner) => Some(winner.backend),
         None => {
             // Expired: take its place. A full table evicts; a failure costs only stickiness.
-            let _ = SESSIONS.insert(key, &*session, 0);
+            let _ = SESSIONS.insert(key, session, 0);
             None
         }
     }
@@ -82,15 +83,10 @@ pub fn confirm(key: &SessionKey, session: &mut Session, backend: u32, frontend: 
         entry.expires = expires;
         return news;
     }
-    *session = Session {
-        backend,
-        state: STATE_CONFIRMED,
-        created: now,
-        used: now,
-        expires,
-        ..Session::default()
-    };
-    SESSIONS.insert(key, &*session, 0).is_ok()
+    *session =
+        Session { backend, state: STATE_CONFIRMED, created: now, used: now, expires, ..Session::default() };
+    let session: &Session = session;
+    SESSIONS.insert(key, session, 0).is_ok()
 }
 
 /// Forgets a provisional entry whose identifier turned out to mean nothing.

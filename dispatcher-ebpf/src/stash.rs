@@ -50,10 +50,7 @@ pub fn slot(index: u32) -> Result<&'static mut Slot, Reason> {
 
 /// Runs `work` with the slot locked, or not at all when another CPU has it.
 #[inline(always)]
-pub fn locked(
-    slot: &mut Slot,
-    work: impl FnOnce(&mut Slot) -> Verdict,
-) -> Verdict {
+pub fn locked(slot: &mut Slot, work: impl FnOnce(&mut Slot) -> Verdict) -> Verdict {
     let lock = Word::new(&mut slot.lock);
     if !lock.try_lock() {
         return Verdict(Reason::StashBusy);
@@ -131,13 +128,8 @@ pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
     if end <= at {
         return Verdict(Reason::BadTransport);
     }
-    let segment = Segment {
-        seq: u32::from_be(tcp.seq),
-        ack: u32::from_be(tcp.ack),
-        at,
-        len: end - at,
-        now: now_ns(),
-    };
+    let segment =
+        Segment { seq: u32::from_be(tcp.seq), ack: u32::from_be(tcp.ack), at, len: end - at, now: now_ns() };
     let our_isn = segment.ack.wrapping_sub(1);
 
     let hash = mix(&p.key);

@@ -228,9 +228,8 @@ impl Dataplane {
         }
         capacities.check()?;
         let mut ebpf = load_maps(object, capacities)?;
-        for program in [abi::PROGRAM, abi::PROGRAM_EMIT, abi::PROGRAM_RELEASE]
-            .into_iter()
-            .chain(abi::STAGE_PROGRAMS)
+        for program in
+            [abi::PROGRAM, abi::PROGRAM_EMIT, abi::PROGRAM_RELEASE].into_iter().chain(abi::STAGE_PROGRAMS)
         {
             load_program(&mut ebpf, program)?;
         }
