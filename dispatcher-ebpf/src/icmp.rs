@@ -48,7 +48,7 @@ struct Quoted {
 /// Sends an ICMP error about a packet of ours to its sender; passes everything else.
 #[inline(never)]
 pub fn error(frame: &Frame, p: &Parsed) -> Verdict {
-    if p.fragment != 0 {
+    if p.is_fragment() {
         return Verdict(Reason::IcmpOther);
     }
     let view = frame.view();

@@ -32,33 +32,44 @@ const TAGS_MAX: u32 = 2;
 pub struct Parsed {
     /// Addresses, ports, protocol.
     pub key: FlowKey,
-    l3: u32,
-    l4: u32,
-    /// VLAN tags, 0-2.
-    pub tags: u32,
-    /// 1: IPv4, 0: IPv6.
-    pub v4: u32,
-    /// 1: a fragment.
-    pub fragment: u32,
+    /// Offsets and facts in one word, which is one register and one thing to forget: from bit 0 the
+    /// offset of the IP header (5 bits), from 8 that of the transport header (8 bits), from 16 the
+    /// number of VLAN tags (2 bits), bit 18 IPv4, bit 19 fragment.
+    layout: u32,
 }
+
+const V4: u32 = 1 << 18;
+const FRAGMENTED: u32 = 1 << 19;
 
 impl Parsed {
     /// Offset of the IP header. The mask tells the verifier what it cannot know of a stored value.
     #[inline(always)]
     pub fn l3(&self) -> usize {
-        opaque(self.l3 as u64) as usize & 0x1f
+        opaque(self.layout as u64) as usize & 0x1f
     }
 
     /// Offset of the transport header.
     #[inline(always)]
     pub fn l4(&self) -> usize {
-        opaque(self.l4 as u64) as usize & 0xff
+        opaque(self.layout as u64) as usize >> 8 & 0xff
+    }
+
+    /// Number of VLAN tags, 0-2.
+    #[inline(always)]
+    pub fn tags(&self) -> u32 {
+        self.layout >> 16 & 3
     }
 
     /// True for IPv4.
     #[inline(always)]
     pub fn is_v4(&self) -> bool {
-        self.v4 != 0
+        self.layout & V4 != 0
+    }
+
+    /// True for a fragment.
+    #[inline(always)]
+    pub fn is_fragment(&self) -> bool {
+        self.layout & FRAGMENTED != 0
     }
 
     /// True for TCP.
@@ -101,11 +112,11 @@ pub fn network(view: View) -> Result<Parsed, Reason> {
         let (src, dst) = (Addr::from_v4_word(ip.src), Addr::from_v4_word(ip.dst));
         return Ok(Parsed {
             key: FlowKey { src, dst, ports: 0, proto: ip.proto as u32 },
-            l3,
-            l4: (at + words * 4) as u32,
-            tags,
-            v4: 1,
-            fragment: (ip.fragment & FRAGMENT != 0) as u32,
+            layout: l3
+                | ((at + words * 4) as u32) << 8
+                | tags << 16
+                | V4
+                | if ip.fragment & FRAGMENT != 0 { FRAGMENTED } else { 0 },
         });
     }
     if ethertype == IPV6 {
@@ -118,11 +129,7 @@ pub fn network(view: View) -> Result<Parsed, Reason> {
         let (src, dst) = (Addr::load(&ip.src), Addr::load(&ip.dst));
         return Ok(Parsed {
             key: FlowKey { src, dst, ports: 0, proto: ip.next as u32 },
-            l3,
-            l4: (at + size_of::<Ipv6>()) as u32,
-            tags,
-            v4: 0,
-            fragment: 0,
+            layout: l3 | ((at + size_of::<Ipv6>()) as u32) << 8 | tags << 16,
         });
     }
     Err(Reason::NotIp)
@@ -132,11 +139,7 @@ pub fn network(view: View) -> Result<Parsed, Reason> {
 /// become one. `salt` is anything out of a map.
 #[inline(always)]
 pub fn merge(p: &mut Parsed, salt: u32) {
-    p.l3 = forget(p.l3 as usize, salt as u64) as u32;
-    p.l4 = forget(p.l4 as usize, salt as u64) as u32;
-    p.tags = forget(p.tags as usize, salt as u64) as u32;
-    p.v4 = forget(p.v4 as usize, salt as u64) as u32;
-    p.fragment = forget(p.fragment as usize, salt as u64) as u32;
+    p.layout = forget(p.layout as usize, salt as u64) as u32;
 }
 
 /// Skips IPv6 extension headers (RFC 8200 section 4) of a packet to or from one of our addresses.
@@ -151,7 +154,7 @@ pub fn extensions(frame: &Frame, p: &mut Parsed) -> bool {
             // hop-by-hop options, routing, destination options
             0 | 43 | 60 => (len as usize + 1) * 8,
             44 => {
-                p.fragment = 1;
+                p.layout |= FRAGMENTED;
                 8
             }
             _ => return true,
@@ -160,7 +163,7 @@ pub fn extensions(frame: &Frame, p: &mut Parsed) -> bool {
             return false;
         }
         p.key.proto = next as u32;
-        p.l4 = (at + size) as u32;
+        p.layout = p.layout & !0xff00 | ((at + size) as u32) << 8;
     }
     false
 }

@@ -51,7 +51,7 @@ pub fn run(frame: &Frame) -> Verdict {
         }
     }
     let p = &mut p;
-    if p.fragment != 0 {
+    if p.is_fragment() {
         return if to_us { Verdict(Reason::Fragment) } else { strangers };
     }
     parse::ports(view, p)?;
@@ -74,7 +74,7 @@ fn known(frame: &Frame, view: View, p: &Parsed, flow: &mut Flow, generation: u32
         let vip = if flow.flags & FLAG_TO_BACKEND != 0 { &p.key.dst } else { &flow.src };
         return icmp::time_exceeded(frame, p, vip);
     }
-    let mut slow = flow.flags & FLAGS_SLOW | p.tags;
+    let mut slow = flow.flags & FLAGS_SLOW | p.tags();
     if flow.flags & FLAG_TO_BACKEND != 0 {
         slow |= flow.generation ^ generation;
     }

@@ -214,7 +214,7 @@ pub fn leave_plain(frame: &Frame, view: View, link: &Link) -> Result<(), Reason>
 /// The Ethernet header of a frame that came with any number of tags and leaves with those of `link`.
 #[inline(always)]
 pub fn leave(frame: &Frame, p: &Parsed, link: &Link) -> Result<(), Reason> {
-    let had = p.tags & 3;
+    let had = p.tags();
     let ethertype: u16 = frame.view().read(MACS + had as usize * 4).ok_or(Reason::ShortFrame)?;
     let tags = tags_of(link);
     let shift = (had as i32 - tags as i32) * 4;

@@ -212,12 +212,12 @@ pub fn client_link(frame: &Frame, p: &Parsed) -> Link {
         let word = |a: u16, b: u16| a as u32 | (b as u32) << 16;
         link.macs = [word(m[3], m[4]), word(m[5], m[0]), word(m[1], m[2])];
     }
-    if p.tags > 0
+    if p.tags() > 0
         && let Some(tag) = view.read::<u32>(12)
     {
         link.vlans[0] = tag;
     }
-    if p.tags > 1
+    if p.tags() > 1
         && let Some(tag) = view.read::<u32>(16)
     {
         link.vlans[1] = tag;

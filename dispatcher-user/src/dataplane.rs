@@ -76,7 +76,9 @@ pub enum Error {
         reason: String,
     },
     /// The verifier refuses a program.
-    #[error("the kernel's verifier refused program {program}; Linux 6.1 or later is needed\n{log}")]
+    #[error(
+        "the kernel's verifier refused program {program}; Dispatcher is tested on Linux 6.18, try that or a later one\n{log}"
+    )]
     Verifier {
         /// Name of the program.
         program: &'static str,
