@@ -71,16 +71,18 @@ fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
     // SAFETY: `ptr` checked the bounds.
     let (flags, seq, ack) = unsafe { ((*tcp).flags, u32::from_be((*tcp).seq), u32::from_be((*tcp).ack)) };
     let forward = flows::peer(flow, p.key.proto).ok_or(Reason::BadAnswer)?;
-    if forward.flags & FLAG_SYN_SENT == 0 {
-        return Verdict(Reason::BadAnswer);
-    }
+    // Of several backends that were tried for one client, only the last one's answer counts.
+    let awaited = forward.flags & FLAG_SYN_SENT != 0 && forward.backend == flow.backend;
     if flags & RST != 0 {
-        // Refused. The client's retransmission of its first data goes to another backend.
-        forward.tries = u8::MAX;
+        if awaited {
+            // Refused. The client's retransmission of its first data goes to another backend.
+            forward.tries = u8::MAX;
+        }
         return Verdict(Reason::WaitingBackend);
     }
-    if flags & (SYN | ACK) != SYN | ACK {
-        // Left over from an earlier connection of these ports: RST ends it (RFC 9293 section 3.5.2).
+    if !awaited || flags & (SYN | ACK) != SYN | ACK {
+        // Given up, or left over from an earlier connection of these ports: RST ends it
+        // (RFC 9293 section 3.5.2).
         reply::reset(frame, p)?;
         return Verdict(Reason::ResetBackend);
     }

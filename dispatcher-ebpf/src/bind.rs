@@ -22,8 +22,11 @@ use crate::{
     verdict::Verdict,
 };
 
-/// SYNs to a backend that does not answer before another one is tried.
+/// SYNs to a backend that does not answer before another one is tried; clients repeat themselves
+/// after 0.2, 0.6, 1.4, 3 and 6 seconds.
 const TRIES_MAX: u8 = 3;
+/// The same for a session's own backend, which no other can replace.
+const TRIES_HIT_MAX: u8 = 5;
 /// Ports tried in the source pool for one connection.
 const PORT_TRIES: u32 = 8;
 /// Any backend will do.
@@ -39,7 +42,8 @@ pub fn bind(frame: &Frame, slot: &mut Slot, index: u32, pick: u32) -> Verdict {
     if let Some(flow) = flows::get(&slot.key)
         && flow.flags & FLAG_SYN_SENT != 0
     {
-        if flow.tries < TRIES_MAX && services::endpoint_up(flow.backend, slot.key.src.is_v4()).is_some() {
+        let limit = if flow.flags & FLAG_HIT != 0 { TRIES_HIT_MAX } else { TRIES_MAX };
+        if flow.tries < limit && services::endpoint_up(flow.backend, slot.key.src.is_v4()).is_some() {
             return repeat(frame, slot, index, flow);
         }
         avoid = flow.backend;
