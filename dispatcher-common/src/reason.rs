@@ -155,7 +155,7 @@ reasons! {
         NoRoom = 78 "no_room",
         /// IP options or extension headers that are too long or unknown.
         BadExtension = 79 "bad_extension",
-        /// The answer of a backend to a SYN is neither SYN-ACK nor RST.
+        /// The answer of a backend to a SYN whose client's flow entry is gone.
         BadAnswer = 80 "bad_answer",
         /// Three or more VLAN tags.
         TooManyTags = 81 "too_many_tags",
