@@ -2,7 +2,7 @@
 //! checksums, sequence numbers and cookies.
 //!
 //! This crate performs no I/O, allocates nothing and never panics on input: every parser is tested
-//! on every prefix of real messages and fuzzed on the host.
+//! on the host on every prefix of messages and on random changes of them.
 //!
 //! Byte order: whatever is copied from or to a packet (addresses, ports, MAC addresses, VLAN tags)
 //! keeps network byte order in memory; everything else (sequence numbers, counters, times) is in
