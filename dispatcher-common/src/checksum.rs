@@ -3,11 +3,10 @@
 //! One's complement sums do not depend on byte order as long as every word is read the same way
 //! (RFC 1071 section 2), so words are taken from memory as they are.
 
-/// Folds a sum to 16 bits.
+/// Folds a sum below 2^47 (32,767 words of 32 bits) to 16 bits.
 #[inline(always)]
 #[must_use]
 pub const fn fold(sum: u64) -> u16 {
-    let sum = (sum >> 32) + (sum & 0xffff_ffff);
     let sum = (sum >> 16) + (sum & 0xffff);
     let sum = (sum >> 16) + (sum & 0xffff);
     ((sum >> 16) + (sum & 0xffff)) as u16
@@ -58,6 +57,15 @@ mod tests {
         let field = u16::from_ne_bytes(0xdd2f_u16.to_be_bytes());
         let updated = update(field, u64::from(!word(0x5555) as u16) + u64::from(word(0x3285)));
         assert_eq!(updated, 0);
+    }
+
+    #[test]
+    fn the_largest_sums_fold() {
+        for sum in (0..1000).map(|i| (1_u64 << 47) - 1 - i).chain((0..1000).map(|i| 0xffff_0000 + i * 7)) {
+            // 2^16 is 1 modulo 65535, so folding keeps the remainder; only 0 folds to 0.
+            assert_eq!(u64::from(fold(sum)) % 0xffff, sum % 0xffff);
+            assert_ne!(fold(sum), 0);
+        }
     }
 
     #[test]

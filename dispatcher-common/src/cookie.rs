@@ -88,12 +88,13 @@ pub enum Check {
 #[must_use]
 pub const fn hash(key: [u64; 2], flow: &FlowKey, window: u64) -> u64 {
     let (s, d) = (&flow.src.words, &flow.dst.words);
+    // 24 bits of windows are 36 years.
     let rest = pair(flow.ports, window as u32);
     // The other words of an IPv4-mapped address are the same for all.
     if flow.src.is_v4() {
-        siphash13(key, [pair(s[3], d[3]), rest])
+        siphash13(key, [pair(s[3], d[3])], rest)
     } else {
-        siphash13(key, [pair(s[0], s[1]), pair(s[2], s[3]), pair(d[0], d[1]), pair(d[2], d[3]), rest])
+        siphash13(key, [pair(s[0], s[1]), pair(s[2], s[3]), pair(d[0], d[1]), pair(d[2], d[3])], rest)
     }
 }
 

@@ -3,6 +3,9 @@
 /// Bits of the address filter.
 pub const FILTER_BITS: u32 = 65_536;
 
+/// Places for hints, see [`Globals::vips`].
+pub const VIP_HINTS: usize = 4096;
+
 /// Frames cannot be cloned (generic mode): the client's retransmission repairs what a replay would.
 pub const GLOBAL_NO_CLONES: u32 = 1 << 0;
 /// Log rare events through aya-log.
@@ -32,6 +35,9 @@ pub struct Globals {
     /// Bit [`Addr::filter_bit`](crate::addr::Addr::filter_bit) is set for each VIP (seen as a
     /// destination) and each backend (seen as a source): other packets are passed after two tests.
     pub filter: [u32; (FILTER_BITS / 32) as usize],
+    /// What `VIPS` says, for one VIP of each [`VipKey::hint`](crate::service::VipKey::hint): the index
+    /// of its frontend plus one, 0 for none. Saves a lookup that costs a tenth of a SYN.
+    pub vips: [u16; VIP_HINTS],
 }
 
 /// Age of the heartbeat at which the daemon counts as away.
@@ -49,6 +55,7 @@ impl Default for Globals {
             abi: 0,
             reserved: 0,
             filter: [0; (FILTER_BITS / 32) as usize],
+            vips: [0; VIP_HINTS],
         }
     }
 }

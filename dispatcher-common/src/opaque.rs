@@ -24,3 +24,12 @@ pub fn opaque(x: u64) -> u64 {
 pub fn forget(x: usize, salt: u64) -> usize {
     (opaque(x as u64 ^ salt) ^ salt) as usize
 }
+
+/// Zeros that LLVM does not write by a call of a byte-wise `memset`.
+#[inline(always)]
+#[must_use]
+pub fn zeros() -> [u8; 32] {
+    let word = opaque(0);
+    // SAFETY: 32 bytes of integers, of which any value is valid.
+    unsafe { core::mem::transmute::<[u64; 4], [u8; 32]>([word, word, word, word]) }
+}

@@ -20,6 +20,15 @@ impl VipKey {
     pub fn new(addr: impl Into<Addr>, port: u16, proto: u8) -> Self {
         Self { addr: addr.into(), port: port.to_be(), proto: proto as u16 }
     }
+
+    /// Where [`Globals::vips`](crate::globals::Globals::vips) may know this VIP.
+    #[inline(always)]
+    #[must_use]
+    pub const fn hint(&self) -> usize {
+        let w = &self.addr.words;
+        let w = w[0] ^ w[1] ^ w[2] ^ w[3] ^ (self.port as u32 | (self.proto as u32) << 16);
+        (w.wrapping_mul(0x9e37_79b1) >> 20) as usize
+    }
 }
 
 /// Delayed binding: the first data decides.

@@ -90,8 +90,8 @@ pub struct Slot {
     pub dst: Addr,
     /// Ports of packets to the backend, as on the wire.
     pub ports: u32,
-    /// Result of the scan, `flow::FLAG_SECURE` or 0.
-    pub flags: u32,
+    /// Result of the scan, `flow::MARK_SECURE` or 0.
+    pub marks: u32,
     /// TOS or traffic class of the client's packet.
     pub tos: u32,
     /// The identifier found, `len` 0 for none.

@@ -5,7 +5,7 @@ use dispatcher_common::{
     cookie::NO_WSCALE,
     event::EVENT_LEARNED,
     flow::{
-        FLAG_LEARN, FLAG_NO_SACK, FLAG_NO_TS, FLAG_RESYN, FLAG_RST, FLAG_SECURE, FLAG_SYN_SENT, Flow, FlowKey,
+        FLAG_LEARN, FLAG_NO_SACK, FLAG_NO_TS, FLAG_RESYN, FLAG_RST, FLAG_SYN_SENT, Flow, FlowKey, MARK_SECURE,
     },
     globals::GLOBAL_NO_CLONES,
     proxy::ROOM,
@@ -70,7 +70,8 @@ fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
     let tcp = frame.view().ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
     // SAFETY: `ptr` checked the bounds.
     let (flags, seq, ack) = unsafe { ((*tcp).flags, u32::from_be((*tcp).seq), u32::from_be((*tcp).ack)) };
-    let forward = flows::peer(flow, p.key.proto).ok_or(Reason::BadAnswer)?;
+    let key = client_key(flow, p)?;
+    let forward = flows::get(key).ok_or(Reason::BadAnswer)?;
     // Of several backends that were tried for one client, only the last one's answer counts.
     let awaited = forward.flags & FLAG_SYN_SENT != 0 && forward.backend == flow.backend;
     if flags & RST != 0 {
@@ -90,7 +91,6 @@ fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
     let parsed = &scratch()?.parsed;
     let frontend = services::frontend(flow.frontend as u32)?;
     let slot = stash::slot(forward.slot)?;
-    let key = client_key(flow, p)?;
     let ours = slot.key == *key && slot.stage == STAGE_BOUND;
 
     let isn = forward.seq_add;
@@ -126,24 +126,24 @@ fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
         let told = frontend.wscale as i8;
         if parsed.wscale == NO_WSCALE {
             refuses |= FRONTEND_NO_WSCALE;
-            forward.win_shift = client_wscale as i8;
-            flow.win_shift = 0_i8.wrapping_sub(told);
+            forward.set_win_shift(client_wscale as i8);
+            flow.set_win_shift(0_i8.wrapping_sub(told));
         } else {
-            forward.win_shift = 0;
-            flow.win_shift = (parsed.wscale as i8).wrapping_sub(told);
+            forward.set_win_shift(0);
+            flow.set_win_shift((parsed.wscale as i8).wrapping_sub(told));
         }
     }
     if frontend.flags & refuses != refuses {
         // From now on clients are not offered what this service's backends do not have.
         frontend.flags |= refuses;
     }
-    let learn = if flow.flags & FLAG_SECURE != 0 { FLAG_LEARN } else { 0 };
+    let learn = if flow.marks & MARK_SECURE != 0 { FLAG_LEARN } else { 0 };
     forward.flags = (forward.flags | flags) & !FLAG_SYN_SENT;
     flow.flags = (flow.flags | learn) & !FLAG_SYN_SENT;
     counters::backend(flow.backend, |stats| stats.established += 1);
 
     if ours {
-        slot.window = scale_window(slot.window, forward.win_shift);
+        slot.window = scale_window(slot.window, forward.win_shift());
         slot.peer_isn = seq;
         slot.peer_ts = parsed.tsval;
         slot.ts = client_ts & parsed.ts;
@@ -269,7 +269,7 @@ fn learn(frame: &Frame, p: &Parsed, flow: &Flow) -> bool {
         return true;
     }
     let Ok(frontend) = services::frontend(flow.frontend as u32) else { return true };
-    let mut id = [0_u8; 32];
+    let mut id = dispatcher_common::opaque::zeros();
     let mut id_len = 0_u8;
     let hello = tls::server_hello(&Copy { scratch, len }, &mut id, &mut id_len);
     if id_len == 0 {

@@ -4,7 +4,7 @@ use dispatcher_common::{
     addr::Addr,
     event::{EVENT_HELD, EVENT_MISS, EVENT_REFUSED},
     flow::{
-        FLAG_HIT, FLAG_SECURE, FLAG_SYN_SENT, FLAG_TO_BACKEND, FLAG_VLAN, Flow, FlowKey, Link, is_closed,
+        FLAG_SYN_SENT, FLAG_TO_BACKEND, FLAG_VLAN, Flow, FlowKey, Link, MARK_HIT, MARK_SECURE, is_closed,
         ports_of, ports_swapped,
     },
     globals::{GLOBAL_NO_CLONES, HEARTBEAT_LIMIT_NS},
@@ -42,7 +42,7 @@ pub fn bind(frame: &Frame, slot: &mut Slot, index: u32, pick: u32) -> Verdict {
     if let Some(flow) = flows::get(&slot.key)
         && flow.flags & FLAG_SYN_SENT != 0
     {
-        let limit = if flow.flags & FLAG_HIT != 0 { TRIES_HIT_MAX } else { TRIES_MAX };
+        let limit = if flow.marks & MARK_HIT != 0 { TRIES_HIT_MAX } else { TRIES_MAX };
         if flow.tries < limit && services::endpoint_up(flow.backend, slot.key.src.is_v4()).is_some() {
             return repeat(frame, slot, index, flow);
         }
@@ -63,7 +63,7 @@ pub fn bind(frame: &Frame, slot: &mut Slot, index: u32, pick: u32) -> Verdict {
     open_slot(slot, index, hit)?;
     install(&slot.key, frontend)?;
     take_over(slot, frontend)?;
-    let secure = slot.flags & FLAG_SECURE != 0;
+    let secure = slot.marks & MARK_SECURE as u32 != 0;
     let known = slot.session.len != 0;
     counters::backend(slot.backend, |stats| {
         stats.connections += 1;
@@ -108,10 +108,10 @@ fn repeat(frame: &Frame, slot: &mut Slot, index: u32, flow: &mut Flow) -> Verdic
     flow.tries = flow.tries.wrapping_add(1);
     flow.slot = index;
     slot.backend = flow.backend;
-    slot.src = flow.src;
-    slot.dst = flow.dst;
+    flow.src().store(&mut slot.src.words);
+    flow.dst().store(&mut slot.dst.words);
     slot.ports = flow.ports;
-    slot.link = flow.link;
+    slot.link = flow.link();
     if let Some(peer) = flows::peer(flow, slot.key.proto) {
         peer.slot = index;
         peer.seq_add = slot.cookie;
@@ -127,7 +127,7 @@ fn repeat(frame: &Frame, slot: &mut Slot, index: u32, flow: &mut Flow) -> Verdic
 fn choose(slot: &mut Slot, index: u32, frontend: &Frontend, avoid: u32) -> Verdict {
     let v4 = slot.key.src.is_v4();
     slot.session.len = 0;
-    if slot.flags & FLAG_SECURE != 0 {
+    if slot.marks & MARK_SECURE as u32 != 0 {
         stash::read_session_id(slot, frontend.service);
     }
     let known = slot.session.len != 0;
@@ -153,7 +153,7 @@ fn choose(slot: &mut Slot, index: u32, frontend: &Frontend, avoid: u32) -> Verdi
             return Verdict(Reason::Held);
         }
     }
-    let mut reason = if slot.flags & FLAG_SECURE == 0 {
+    let mut reason = if slot.marks & MARK_SECURE as u32 == 0 {
         Reason::BoundNonsecure
     } else if known {
         Reason::BoundMiss
@@ -189,11 +189,12 @@ fn tell(kind: u32, backend: u32, index: u32, slot: &Slot) -> bool {
 /// Prepares the slot's flow entries.
 #[inline(always)]
 fn open_slot(slot: &Slot, index: u32, hit: bool) -> Result<(), Reason> {
-    let hit = if hit { FLAG_HIT } else { 0 };
+    let hit = if hit { MARK_HIT } else { 0 };
     let opening = Opening {
         frontend: slot.frontend,
         backend: slot.backend,
-        flags: FLAG_SYN_SENT | (slot.flags & FLAG_SECURE) | hit,
+        flags: FLAG_SYN_SENT,
+        marks: slot.marks as u8 & MARK_SECURE | hit,
         slot: index,
         isn: slot.isn,
         cookie: slot.cookie,
@@ -206,10 +207,11 @@ fn open_slot(slot: &Slot, index: u32, hit: bool) -> Result<(), Reason> {
 #[inline(always)]
 fn take_over(slot: &mut Slot, frontend: &Frontend) -> Result<(), Reason> {
     let scratch = scratch()?;
-    slot.src = scratch.forward.src;
-    slot.dst = scratch.forward.dst;
-    slot.ports = scratch.forward.ports;
-    slot.link = scratch.forward.link;
+    let flow = &scratch.forward;
+    flow.src().store(&mut slot.src.words);
+    flow.dst().store(&mut slot.dst.words);
+    slot.ports = flow.ports;
+    slot.link = flow.link();
     proxy_header(slot, frontend);
     Ok(())
 }
@@ -231,7 +233,9 @@ pub struct Opening {
     /// Backend index.
     pub backend: u32,
     /// `FLAG_*` of both entries.
-    pub flags: u32,
+    pub flags: u16,
+    /// `MARK_*` of both entries.
+    pub marks: u8,
     /// Stash slot.
     pub slot: u32,
     /// The client's initial sequence number; waits in the forward entry's `seq_add` for the SYN-ACK.
@@ -251,31 +255,31 @@ pub fn open(key: &FlowKey, client: &Link, opening: &Opening) -> Result<(), Reaso
     let tags = client.vlans[0] | backend.link.vlans[0];
     let flags = opening.flags | if tags != 0 { FLAG_VLAN } else { 0 };
     let now = now();
+    let generation = globals()?.generation as u16;
     let (client_port, _) = ports_of(key.ports);
 
     for flow in [&mut scratch.forward, &mut scratch.backward] {
-        flow.generation = globals()?.generation;
+        flow.generation = generation;
         flow.flags = flags;
-        flow.win_shift = 0;
         flow.tries = 1;
+        flow.marks = opening.marks;
         flow.frontend = opening.frontend as u16;
         flow.backend = opening.backend;
         flow.slot = opening.slot;
         flow.created = now;
-        flow.reserved = [0; 2];
     }
     let forward = &mut scratch.forward;
     forward.flags |= FLAG_TO_BACKEND;
-    forward.link = backend.link;
-    forward.src = key.src;
-    forward.dst = backend.addr;
+    forward.set_link(&backend.link);
+    forward.set_src(&key.src);
+    forward.set_dst(&backend.addr);
     forward.ports = join(client_port.to_be(), backend.port);
     forward.seq_add = opening.isn;
     forward.ts_add = opening.client;
     let backward = &mut scratch.backward;
-    backward.link = *client;
-    backward.src = key.dst;
-    backward.dst = key.src;
+    backward.set_link(client);
+    backward.set_src(&key.dst);
+    backward.set_dst(&key.src);
     backward.ports = ports_swapped(key.ports);
     backward.seq_add = opening.cookie;
     backward.ts_add = 0;
@@ -290,10 +294,8 @@ pub fn install(key: &FlowKey, frontend: &Frontend) -> Result<(), Reason> {
         from_pool(key, frontend, scratch.backward.backend)?;
     } else {
         flows::set_peer_key(&scratch.forward, key.proto, &mut scratch.backward_key);
-        flows::set_deltas(&scratch.backward_key, &mut scratch.backward);
         flows::put(&scratch.backward_key, &scratch.backward)?;
     }
-    flows::set_deltas(key, &mut scratch.forward);
     flows::put(key, &scratch.forward)
 }
 
@@ -313,7 +315,6 @@ fn from_pool(key: &FlowKey, frontend: &Frontend, backend: u32) -> Result<(), Rea
         let port = frontend.port_min.wrapping_add(((hash >> 8) % range) as u16);
         set_source(&mut scratch.forward, addr, port, backend.port);
         flows::set_peer_key(&scratch.forward, key.proto, &mut scratch.backward_key);
-        flows::set_deltas(&scratch.backward_key, &mut scratch.backward);
         if flows::add(&scratch.backward_key, &scratch.backward) {
             return Ok(());
         }
@@ -329,7 +330,7 @@ fn from_pool(key: &FlowKey, frontend: &Frontend, backend: u32) -> Result<(), Rea
 
 #[inline(always)]
 fn set_source(forward: &mut Flow, addr: &Addr, port: u16, backend_port: u16) {
-    forward.src = *addr;
+    forward.set_src(addr);
     forward.ports = join(port.to_be(), backend_port);
 }
 

@@ -13,6 +13,7 @@ use dispatcher_common::{
 use crate::{
     answer, flows,
     globals::globals,
+    icmp,
     packet::{Frame, Tcp},
     parse::{Parsed, packet_end},
     pipeline,
@@ -28,6 +29,11 @@ pub const AS_NEW: Reason = Reason::NoService;
 #[inline(never)]
 pub fn handle(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
     let to_backend = flow.flags & FLAG_TO_BACKEND != 0;
+    if pipeline::hops(frame.view(), p) <= 1 {
+        // In our own name: the VIP's, whichever side is told.
+        let vip = if to_backend { p.key.dst } else { flow.src() };
+        return icmp::time_exceeded(frame, p, &vip);
+    }
     if to_backend {
         refresh(p, flow)?;
     }
@@ -99,14 +105,14 @@ pub fn conclude(frame: &Frame, p: &Parsed, flow: &mut Flow, flags: u8) -> Verdic
 #[inline(always)]
 fn refresh(p: &Parsed, flow: &mut Flow) -> Result<(), Reason> {
     let generation = globals()?.generation;
-    if flow.generation != generation {
+    if flow.generation != generation as u16 {
         if let Some(backend) = services::endpoint(flow.backend, p.is_v4())
-            && backend.addr == flow.dst
+            && backend.addr == flow.dst()
             && backend.link.ifindex != 0
         {
-            flow.link = backend.link;
+            flow.set_link(&backend.link);
         }
-        flow.generation = generation;
+        flow.generation = generation as u16;
     }
     Ok(())
 }
@@ -144,7 +150,7 @@ pub fn has_payload(frame: &Frame, p: &Parsed) -> bool {
 /// Translates and sends on, with whatever tags.
 #[inline(never)]
 pub fn forward(frame: &Frame, p: &Parsed, flow: &Flow, reason: Reason) -> Verdict {
-    rewrite::translate::<true>(frame, frame.view(), p, flow)?;
-    leave(frame, p, &flow.link)?;
+    rewrite::translate::<true>(frame, frame.view(), p, p, flow)?;
+    leave(frame, p, &flow.link())?;
     Verdict(reason)
 }

@@ -3,7 +3,6 @@
 use aya_ebpf::{macros::map, maps::LruHashMap};
 use dispatcher_common::{
     abi,
-    checksum::{change, fold},
     flow::{Flow, FlowKey, ports_swapped},
     reason::Reason,
 };
@@ -43,14 +42,14 @@ pub fn remove(key: &FlowKey) {
 /// Key of the other direction's entry: what comes back when `flow` has been applied.
 #[inline(always)]
 pub fn peer_key(flow: &Flow, proto: u32) -> FlowKey {
-    FlowKey { src: flow.dst, dst: flow.src, ports: ports_swapped(flow.ports), proto }
+    FlowKey { src: flow.dst(), dst: flow.src(), ports: ports_swapped(flow.ports), proto }
 }
 
 /// The same, into memory that is there.
 #[inline(always)]
 pub fn set_peer_key(flow: &Flow, proto: u32, key: &mut FlowKey) {
-    key.src = flow.dst;
-    key.dst = flow.src;
+    flow.dst().store(&mut key.src.words);
+    flow.src().store(&mut key.dst.words);
     key.ports = ports_swapped(flow.ports);
     key.proto = proto;
 }
@@ -59,16 +58,4 @@ pub fn set_peer_key(flow: &Flow, proto: u32, key: &mut FlowKey) {
 #[inline(always)]
 pub fn peer(flow: &Flow, proto: u32) -> Option<&'static mut Flow> {
     get(&peer_key(flow, proto))
-}
-
-/// Fills in the checksum differences between a packet of `key` and what `flow` makes of it.
-#[inline(never)]
-pub fn set_deltas(key: &FlowKey, flow: &mut Flow) {
-    let v4 = change(key.src.words[3], flow.src.words[3]) + change(key.dst.words[3], flow.dst.words[3]);
-    flow.ip_delta = fold(v4);
-    let mut sum = v4 + change(key.ports, flow.ports);
-    for i in 0..3 {
-        sum += change(key.src.words[i], flow.src.words[i]) + change(key.dst.words[i], flow.dst.words[i]);
-    }
-    flow.l4_delta = fold(sum);
 }

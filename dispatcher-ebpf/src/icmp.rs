@@ -86,8 +86,8 @@ pub fn error(frame: &Frame, p: &Parsed) -> Verdict {
         // SAFETY: `ptr` checked the bounds.
         let ip = unsafe { &*ip };
         transport = inner + size_of::<Ipv6>();
-        key.src = Addr { words: ip.dst };
-        key.dst = Addr { words: ip.src };
+        key.src = Addr::load(&ip.dst);
+        key.dst = Addr::load(&ip.src);
         key.proto = ip.next as u32;
     }
     if key.proto != TCP && key.proto != UDP {
@@ -111,10 +111,11 @@ pub fn error(frame: &Frame, p: &Parsed) -> Verdict {
     sum += if is_v4 { quoted_v4(view, inner, flow)? } else { quoted_v6(view, inner, flow)? };
 
     // A host that reports about itself is called by the name that the receiver knows.
-    let src = if p.key.src == key.src { flow.src } else { p.key.src };
+    let src = if p.key.src == key.src { flow.src() } else { p.key.src };
+    let dst = flow.dst();
     let mut outer = 0;
     for i in 0..4 {
-        outer += change(p.key.src.words[i], src.words[i]) + change(p.key.dst.words[i], flow.dst.words[i]);
+        outer += change(p.key.src.words[i], src.words[i]) + change(p.key.dst.words[i], dst.words[i]);
     }
     if is_v4 {
         let ip = view.ptr::<Ipv4>(p.l3()).ok_or(Reason::BadIp)?;
@@ -126,7 +127,7 @@ pub fn error(frame: &Frame, p: &Parsed) -> Verdict {
         ip.ttl -= 1;
         ip.check = update(ip.check, outer + !1_u16 as u64);
         ip.src = src.words[3];
-        ip.dst = flow.dst.words[3];
+        ip.dst = flow.dst_low;
     } else {
         let ip = view.ptr::<Ipv6>(p.l3()).ok_or(Reason::BadIp)?;
         // SAFETY: `ptr` checked the bounds.
@@ -136,12 +137,12 @@ pub fn error(frame: &Frame, p: &Parsed) -> Verdict {
         }
         ip.hops -= 1;
         src.store(&mut ip.src);
-        flow.dst.store(&mut ip.dst);
+        dst.store(&mut ip.dst);
         // ICMPv6 has a pseudo header (RFC 4443 section 2.3).
         sum += outer;
     }
     icmp.check = update(icmp.check, sum);
-    let mut link = flow.link;
+    let mut link = flow.link();
     if flow.flags & FLAG_TO_BACKEND != 0
         && let Some(backend) = services::endpoint(flow.backend, is_v4)
     {
@@ -225,7 +226,7 @@ pub fn time_exceeded(frame: &Frame, p: &Parsed, from: &Addr) -> Verdict {
             unsafe { *to = *tag };
         }
     }
-    leave_plain(frame, view, &link)?;
+    leave_plain(frame, view, link.ifindex, &link.macs)?;
     Verdict(Reason::TimeExceeded)
 }
 
@@ -235,12 +236,12 @@ fn quoted_v4(view: View, at: usize, flow: &Flow) -> Result<u64, Reason> {
     let ip = view.ptr::<Ipv4>(at).ok_or(Reason::BadIcmp)?;
     // SAFETY: `ptr` checked the bounds.
     let ip = unsafe { &mut *ip };
-    let addresses = change(ip.src, flow.dst.words[3]) + change(ip.dst, flow.src.words[3]);
+    let addresses = change(ip.src, flow.dst_low) + change(ip.dst, flow.src_low);
     let check = update(ip.check, addresses);
     let sum = addresses + !ip.check as u64 + check as u64;
     ip.check = check;
-    ip.src = flow.dst.words[3];
-    ip.dst = flow.src.words[3];
+    ip.src = flow.dst_low;
+    ip.dst = flow.src_low;
     Ok(sum)
 }
 
@@ -250,11 +251,12 @@ fn quoted_v6(view: View, at: usize, flow: &Flow) -> Result<u64, Reason> {
     let ip = view.ptr::<Ipv6>(at).ok_or(Reason::BadIcmp)?;
     // SAFETY: `ptr` checked the bounds.
     let ip = unsafe { &mut *ip };
+    let (src, dst) = (flow.src(), flow.dst());
     let mut sum = 0;
     for i in 0..4 {
-        sum += change(ip.src[i], flow.dst.words[i]) + change(ip.dst[i], flow.src.words[i]);
+        sum += change(ip.src[i], dst.words[i]) + change(ip.dst[i], src.words[i]);
     }
-    flow.dst.store(&mut ip.src);
-    flow.src.store(&mut ip.dst);
+    dst.store(&mut ip.src);
+    src.store(&mut ip.dst);
     Ok(sum)
 }

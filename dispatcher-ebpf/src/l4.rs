@@ -30,7 +30,8 @@ pub fn bind(frame: &Frame, p: &Parsed, index: u32, frontend: &Frontend) -> Verdi
     }
     let hash = stash::mix(&p.key) as u32;
     let backend = services::pick(frontend, hash, p.is_v4(), u32::MAX)?;
-    let opening = Opening { frontend: index, backend, flags: FLAG_L4, slot: 0, isn: 0, cookie: 0, client: 0 };
+    let opening =
+        Opening { frontend: index, backend, flags: FLAG_L4, marks: 0, slot: 0, isn: 0, cookie: 0, client: 0 };
     let client = stash::client_link(frame, p);
     bind::open(&p.key, &client, &opening)?;
     bind::install(&p.key, frontend)?;

@@ -41,7 +41,73 @@ pub struct Parsed {
 const V4: u32 = 1 << 18;
 const FRAGMENTED: u32 = 1 << 19;
 
+/// Where the headers of a packet stand.
+pub trait Layout: Copy {
+    /// Offset of the IP header.
+    fn l3(self) -> usize;
+    /// Offset of the transport header.
+    fn l4(self) -> usize;
+    /// True for IPv4.
+    fn is_v4(self) -> bool;
+}
+
+/// The layout of nearly all packets: no tags, no IP options, no extension headers, no fragment. Known
+/// when the program is compiled, so that it costs nothing.
+#[derive(Clone, Copy)]
+pub struct Plain<const V4: bool>;
+
+impl<const V4: bool> Plain<V4> {
+    const WORD: u32 = (self::IP_AT | self::l4_of(V4) << 8) as u32 | if V4 { self::V4 } else { 0 };
+}
+
+impl<const V4: bool> Layout for Plain<V4> {
+    #[inline(always)]
+    fn l3(self) -> usize {
+        IP_AT
+    }
+    #[inline(always)]
+    fn l4(self) -> usize {
+        l4_of(V4)
+    }
+    #[inline(always)]
+    fn is_v4(self) -> bool {
+        V4
+    }
+}
+
+const IP_AT: usize = MACS + 2;
+
+const fn l4_of(v4: bool) -> usize {
+    IP_AT + if v4 { size_of::<Ipv4>() } else { size_of::<Ipv6>() }
+}
+
+/// Any layout.
+impl Layout for &Parsed {
+    /// The mask tells the verifier what it cannot know of a stored value.
+    #[inline(always)]
+    fn l3(self) -> usize {
+        Parsed::l3(self)
+    }
+    #[inline(always)]
+    fn l4(self) -> usize {
+        Parsed::l4(self)
+    }
+    #[inline(always)]
+    fn is_v4(self) -> bool {
+        Parsed::is_v4(self)
+    }
+}
+
 impl Parsed {
+    /// Of no packet yet.
+    #[inline(always)]
+    pub fn none() -> Self {
+        // Known zeros would become a call of a byte-wise `memset`.
+        let none = opaque(0) as u32;
+        let addr = Addr { words: [none; 4] };
+        Self { key: FlowKey { src: addr, dst: addr, ports: none, proto: none }, layout: none }
+    }
+
     /// Offset of the IP header. The mask tells the verifier what it cannot know of a stored value.
     #[inline(always)]
     pub fn l3(&self) -> usize {
@@ -77,6 +143,37 @@ impl Parsed {
     pub fn is_tcp(&self) -> bool {
         self.key.proto == TCP
     }
+}
+
+/// Reads the headers of a TCP or UDP packet of a plain layout, all but the ports; false for any other.
+#[inline(always)]
+pub fn plain<const V4: bool>(view: View, p: &mut Parsed) -> bool {
+    if view.read::<u16>(MACS) != Some(if V4 { IPV4 } else { IPV6 }) {
+        return false;
+    }
+    if V4 {
+        let Some(ip) = view.ptr::<Ipv4>(IP_AT) else { return false };
+        // SAFETY: `ptr` checked the bounds.
+        let ip = unsafe { &*ip };
+        if ip.version != 0x45 || ip.fragment & FRAGMENT != 0 {
+            return false;
+        }
+        p.key.src = Addr::from_v4_word(ip.src);
+        p.key.dst = Addr::from_v4_word(ip.dst);
+        p.key.proto = ip.proto as u32;
+    } else {
+        let Some(ip) = view.ptr::<Ipv6>(IP_AT) else { return false };
+        // SAFETY: `ptr` checked the bounds.
+        let ip = unsafe { &*ip };
+        if ip.head & 0xf0_u32 != 0x60 {
+            return false;
+        }
+        p.key.src = Addr::load(&ip.src);
+        p.key.dst = Addr::load(&ip.dst);
+        p.key.proto = ip.next as u32;
+    }
+    p.layout = Plain::<V4>::WORD;
+    p.key.proto == TCP || p.key.proto == UDP
 }
 
 /// Reads Ethernet and IP headers. Transport ports come later, see [`ports`], because packets that
@@ -170,8 +267,7 @@ pub fn extensions(frame: &Frame, p: &mut Parsed) -> bool {
 
 /// Reads the ports of TCP and UDP and checks that the header is there.
 #[inline(always)]
-pub fn ports(view: View, p: &mut Parsed) -> Result<(), Reason> {
-    let at = p.l4();
+pub fn ports(view: View, at: usize, p: &mut Parsed) -> Result<(), Reason> {
     if p.key.proto == TCP {
         let tcp = view.ptr::<Tcp>(at).ok_or(Reason::BadTransport)?;
         // SAFETY: `ptr` checked the bounds.

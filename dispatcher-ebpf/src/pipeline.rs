@@ -9,6 +9,7 @@
 use dispatcher_common::{
     abi::STAGE_FIRST_DATA,
     flow::{FLAG_TO_BACKEND, FLAGS_SLOW, Flow},
+    globals::Globals,
     reason::Reason,
     service::MODE_L4,
     tcp::{ACK, FIN, RST, SYN},
@@ -20,81 +21,145 @@ use crate::{
     globals::{globals, scratch},
     icmp, l4,
     packet::{Frame, Ipv4, Ipv6, Tcp, View},
-    parse::{self, ICMP, ICMP6, Parsed, TCP, UDP},
+    parse::{self, ICMP, ICMP6, Layout, Parsed, Plain, TCP, UDP},
     reply, rewrite, services, stash, syn,
     verdict::Verdict,
 };
+
+/// How far the look at a packet came.
+enum Step {
+    /// All the way.
+    Done(Verdict),
+    /// The packet is of a known flow, but not plain data.
+    Known(&'static mut Flow),
+    /// The packet is for us and of no flow.
+    New,
+    /// The packet's layout is not the expected one.
+    Other,
+}
+
+impl From<Reason> for Step {
+    #[inline(always)]
+    fn from(reason: Reason) -> Self {
+        Self::Done(Verdict(reason))
+    }
+}
 
 /// Takes a frame all the way.
 #[inline(always)]
 pub fn run(frame: &Frame) -> Verdict {
     let globals = globals()?;
     let view = frame.view();
-    let mut p = parse::network(view)?;
-    parse::merge(&mut p, globals.stash_mask);
-    let to_us = globals.filter_has(&p.key.dst);
-    if !to_us && !globals.filter_has(&p.key.src) {
-        if p.key.proto == ICMP || p.key.proto == ICMP6 {
-            return icmp::error(frame, &p);
-        }
-        return Verdict(Reason::NotOurs);
+    let p = &mut Parsed::none();
+    let mut step = plain::<true>(frame, view, globals, p);
+    if matches!(step, Step::Other) {
+        step = plain::<false>(frame, view, globals, p);
     }
-    let strangers = Verdict(if to_us { Reason::NoService } else { Reason::BackendOther });
-    if p.key.proto != TCP && p.key.proto != UDP {
-        if !p.is_v4() && !parse::extensions(frame, &mut p) {
-            return Verdict(Reason::BadExtension);
-        }
-        match p.key.proto {
-            TCP | UDP => {}
-            ICMP | ICMP6 => return icmp::error(frame, &p),
-            _ => return strangers,
-        }
+    if matches!(step, Step::Other) {
+        step = any(frame, view, globals, p);
     }
-    let p = &mut p;
-    if p.is_fragment() {
-        return if to_us { Verdict(Reason::Fragment) } else { strangers };
-    }
-    parse::ports(view, p)?;
-    if let Some(flow) = flows::get(&p.key) {
-        let verdict = known(frame, view, p, flow, globals.generation);
-        if !verdict.is(AS_NEW) {
-            return verdict;
+    match step {
+        Step::Done(verdict) => return verdict,
+        Step::Known(flow) => {
+            let verdict = control::handle(frame, p, flow);
+            if !verdict.is(AS_NEW) {
+                return verdict;
+            }
         }
-    } else if !to_us {
-        return strangers;
+        Step::New => {}
+        Step::Other => return Verdict(Reason::Internal),
     }
-    new_connection(frame, p)
+    new_connection(frame, p, globals)
 }
 
-/// A packet of a known flow.
+/// A TCP or UDP packet of the usual layout: the fast path.
 #[inline(always)]
-fn known(frame: &Frame, view: View, p: &Parsed, flow: &mut Flow, generation: u32) -> Verdict {
-    if hops(view, p) <= 1 {
-        // In our own name: the VIP's, whichever side is told.
-        let vip = if flow.flags & FLAG_TO_BACKEND != 0 { &p.key.dst } else { &flow.src };
-        return icmp::time_exceeded(frame, p, vip);
+fn plain<const V4: bool>(frame: &Frame, view: View, globals: &Globals, p: &mut Parsed) -> Step {
+    let layout = Plain::<V4>;
+    if !parse::plain::<V4>(view, p) {
+        return Step::Other;
     }
-    let mut slow = flow.flags & FLAGS_SLOW | p.tags();
+    let to_us = globals.filter_has(&p.key.dst);
+    if !to_us && !globals.filter_has(&p.key.src) {
+        return Reason::NotOurs.into();
+    }
+    if let Err(reason) = parse::ports(view, layout.l4(), p) {
+        return reason.into();
+    }
+    let Some(flow) = flows::get(&p.key) else { return stranger(to_us) };
+
+    let mut slow = (flow.flags & FLAGS_SLOW) as u32;
     if flow.flags & FLAG_TO_BACKEND != 0 {
-        slow |= flow.generation ^ generation;
+        slow |= (flow.generation ^ globals.generation as u16) as u32;
     }
     if p.is_tcp() {
-        let tcp = view.ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
+        let Some(tcp) = view.ptr::<Tcp>(layout.l4()) else { return Reason::BadTransport.into() };
         // SAFETY: `ptr` checked the bounds.
         slow |= unsafe { ((*tcp).flags & (SYN | FIN | RST | ACK)) ^ ACK } as u32;
     }
-    if slow != 0 || !rewrite::translate::<false>(frame, view, p, flow)? {
-        return control::handle(frame, p, flow);
+    if slow != 0 || hops(view, layout) <= 1 {
+        return Step::Known(flow);
     }
-    rewrite::leave_plain(frame, view, &flow.link)?;
-    Verdict(rewrite::direction(flow))
+    match rewrite::translate::<false>(frame, view, layout, p, flow) {
+        Err(reason) => return reason.into(),
+        Ok(false) => return Step::Known(flow),
+        Ok(true) => {}
+    }
+    if let Err(reason) = rewrite::leave_plain(frame, view, flow.ifindex, &flow.macs) {
+        return reason.into();
+    }
+    rewrite::direction(flow).into()
+}
+
+/// A packet of any other layout.
+#[inline(always)]
+fn any(frame: &Frame, view: View, globals: &Globals, p: &mut Parsed) -> Step {
+    match parse::network(view) {
+        Err(reason) => return reason.into(),
+        Ok(parsed) => *p = parsed,
+    }
+    parse::merge(p, globals.stash_mask);
+    let to_us = globals.filter_has(&p.key.dst);
+    if !to_us && !globals.filter_has(&p.key.src) {
+        if p.key.proto == ICMP || p.key.proto == ICMP6 {
+            return Step::Done(icmp::error(frame, p));
+        }
+        return Reason::NotOurs.into();
+    }
+    let strangers = if to_us { Reason::NoService } else { Reason::BackendOther };
+    if p.key.proto != TCP && p.key.proto != UDP {
+        if !p.is_v4() && !parse::extensions(frame, p) {
+            return Reason::BadExtension.into();
+        }
+        match p.key.proto {
+            TCP | UDP => {}
+            ICMP | ICMP6 => return Step::Done(icmp::error(frame, p)),
+            _ => return strangers.into(),
+        }
+    }
+    if p.is_fragment() {
+        return if to_us { Reason::Fragment } else { strangers }.into();
+    }
+    if let Err(reason) = parse::ports(view, p.l4(), p) {
+        return reason.into();
+    }
+    match flows::get(&p.key) {
+        Some(flow) => Step::Known(flow),
+        None => stranger(to_us),
+    }
+}
+
+/// A packet of no flow.
+#[inline(always)]
+fn stranger(to_us: bool) -> Step {
+    if to_us { Step::New } else { Reason::BackendOther.into() }
 }
 
 /// TTL or hop limit.
 #[inline(always)]
-fn hops(view: View, p: &Parsed) -> u8 {
-    let l3 = p.l3();
-    if p.is_v4() {
+pub fn hops(view: View, layout: impl Layout) -> u8 {
+    let l3 = layout.l3();
+    if layout.is_v4() {
         // SAFETY: `ptr` checked the bounds.
         view.ptr::<Ipv4>(l3).map_or(0, |ip| unsafe { (*ip).ttl })
     } else {
@@ -105,9 +170,10 @@ fn hops(view: View, p: &Parsed) -> u8 {
 
 /// A packet of no flow, to one of our addresses.
 #[inline(never)]
-pub fn new_connection(frame: &Frame, p: &Parsed) -> Verdict {
-    let Some(index) = services::frontend_of(&p.key) else { return Verdict(Reason::NoService) };
-    let frontend = services::frontend(index)?;
+pub fn new_connection(frame: &Frame, p: &Parsed, globals: &Globals) -> Verdict {
+    let Some((_, frontend)) = services::frontend_of(globals, &p.key) else {
+        return Verdict(Reason::NoService);
+    };
     let view = frame.view();
     if hops(view, p) <= 1 {
         return icmp::time_exceeded(frame, p, &p.key.dst);
@@ -123,7 +189,11 @@ pub fn new_connection(frame: &Frame, p: &Parsed) -> Verdict {
         return Verdict(if flags & SYN != 0 { Reason::BadFlags } else { Reason::ResetIgnored });
     }
     if flags & SYN != 0 {
-        return if flags == SYN { syn::answer(frame, p, frontend) } else { Verdict(Reason::BadFlags) };
+        return if flags == SYN {
+            syn::answer(frame, p, frontend, globals)
+        } else {
+            Verdict(Reason::BadFlags)
+        };
     }
     if flags & ACK == 0 {
         return Verdict(Reason::BadFlags);
@@ -137,7 +207,7 @@ pub fn new_connection(frame: &Frame, p: &Parsed) -> Verdict {
         let isn = u32::from_be(tcp.seq).wrapping_sub(1);
         let cookie = u32::from_be(tcp.ack).wrapping_sub(1);
         let mut options = dispatcher_common::cookie::Options { mss: 0, wscale: 0, sack: false };
-        if syn::check(globals()?, &p.key, isn, cookie, &mut options) != syn::INVALID {
+        if syn::check(globals, &p.key, isn, cookie, &mut options) != syn::INVALID {
             return Verdict(Reason::CookieAck);
         }
     }
@@ -160,7 +230,7 @@ fn parse_again(frame: &Frame) -> Result<&'static mut Parsed, Reason> {
     if p.key.proto != TCP && p.key.proto != UDP && !parse::extensions(frame, p) {
         return Err(Reason::BadExtension);
     }
-    parse::ports(frame.view(), p)?;
+    parse::ports(frame.view(), p.l4(), p)?;
     Ok(p)
 }
 
@@ -168,8 +238,9 @@ fn parse_again(frame: &Frame) -> Result<&'static mut Parsed, Reason> {
 #[inline(always)]
 pub fn first_data(frame: &Frame) -> Verdict {
     let p = parse_again(frame)?;
-    let Some(index) = services::frontend_of(&p.key) else { return Verdict(Reason::NoService) };
-    let frontend = services::frontend(index)?;
+    let Some((index, frontend)) = services::frontend_of(globals()?, &p.key) else {
+        return Verdict(Reason::NoService);
+    };
     if frontend.mode == MODE_L4 {
         return l4::bind(frame, p, index, frontend);
     }

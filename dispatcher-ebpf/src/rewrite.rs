@@ -14,7 +14,7 @@ use crate::{
     globals::scratch,
     options::read,
     packet::{Frame, Ipv4, Ipv6, MACS, Tcp, Udp, View},
-    parse::Parsed,
+    parse::{Layout, Parsed},
 };
 
 const TCP_MIN: usize = size_of::<Tcp>();
@@ -28,19 +28,19 @@ const OPTIONS_ODD: u64 = u64::MAX;
 pub fn translate<const ODD: bool>(
     frame: &Frame,
     view: View,
+    layout: impl Layout,
     p: &Parsed,
     flow: &Flow,
 ) -> Result<bool, Reason> {
-    let (l3, l4) = (p.l3(), p.l4());
-    let to_backend = flow.flags & FLAG_TO_BACKEND != 0;
-
-    let mut sum = flow.l4_delta as u64;
+    let (l3, l4) = (layout.l3(), layout.l4());
+    // What the transport checksum changes by.
+    let mut sum = change(p.key.ports, flow.ports);
     let mut view = view;
-    if p.is_tcp() {
+    if p.is_tcp() && flow.flags & FLAG_L4 == 0 {
         let tcp = view.ptr::<Tcp>(l4).ok_or(Reason::BadTransport)?;
         // SAFETY: `ptr` checked the bounds.
         let words = unsafe { (*tcp).offset >> 4 } as usize;
-        if words > 5 && flow.flags & FLAG_L4 == 0 {
+        if words > 5 {
             let changes =
                 if ODD { odd_options(frame, p, flow) } else { options(view, l4 + TCP_MIN, words - 5, flow) };
             if changes == OPTIONS_ODD {
@@ -52,10 +52,37 @@ pub fn translate<const ODD: bool>(
                 view = frame.view();
             }
         }
+    }
+
+    if layout.is_v4() {
+        let ip = view.ptr::<Ipv4>(l3).ok_or(Reason::BadIp)?;
+        // SAFETY: `ptr` checked the bounds.
+        let ip = unsafe { &mut *ip };
+        let addresses = change(ip.src, flow.src_low) + change(ip.dst, flow.dst_low);
+        sum += addresses;
+        ip.ttl = ip.ttl.wrapping_sub(1);
+        // TTL is the first byte of its 16-bit word: less one is plus ~1 in one's complement.
+        ip.check = update(ip.check, addresses + !1_u16 as u64);
+        ip.src = flow.src_low;
+        ip.dst = flow.dst_low;
+    } else {
+        let ip = view.ptr::<Ipv6>(l3).ok_or(Reason::BadIp)?;
+        // SAFETY: `ptr` checked the bounds.
+        let ip = unsafe { &mut *ip };
+        let (src, dst) = (flow.src(), flow.dst());
+        for i in 0..4 {
+            sum += change(ip.src[i], src.words[i]) + change(ip.dst[i], dst.words[i]);
+        }
+        ip.hops = ip.hops.wrapping_sub(1);
+        src.store(&mut ip.src);
+        dst.store(&mut ip.dst);
+    }
+
+    if p.is_tcp() {
         let tcp = view.ptr::<Tcp>(l4).ok_or(Reason::BadTransport)?;
         // SAFETY: `ptr` checked the bounds.
         let tcp = unsafe { &mut *tcp };
-        if to_backend {
+        if flow.flags & FLAG_TO_BACKEND != 0 {
             if tcp.flags & ACK != 0 {
                 let old = tcp.ack;
                 tcp.ack = u32::from_be(old).wrapping_add(flow.seq_add).to_be();
@@ -66,9 +93,10 @@ pub fn translate<const ODD: bool>(
             tcp.seq = u32::from_be(old).wrapping_add(flow.seq_add).to_be();
             sum += change(old, tcp.seq);
         }
-        if flow.win_shift != 0 {
+        let shift = flow.win_shift();
+        if shift != 0 {
             let old = tcp.window;
-            tcp.window = scale_window(u16::from_be(old), flow.win_shift).to_be();
+            tcp.window = scale_window(u16::from_be(old), shift).to_be();
             sum += change(old as u32, tcp.window as u32);
         }
         tcp.ports = flow.ports;
@@ -82,24 +110,6 @@ pub fn translate<const ODD: bool>(
             let check = update(udp.check, sum);
             udp.check = if check == 0 { 0xffff } else { check };
         }
-    }
-
-    if p.is_v4() {
-        let ip = view.ptr::<Ipv4>(l3).ok_or(Reason::BadIp)?;
-        // SAFETY: `ptr` checked the bounds.
-        let ip = unsafe { &mut *ip };
-        ip.ttl = ip.ttl.wrapping_sub(1);
-        // TTL is the first byte of its 16-bit word: less one is plus ~1 in one's complement.
-        ip.check = update(ip.check, flow.ip_delta as u64 + !1_u16 as u64);
-        ip.src = flow.src.words[3];
-        ip.dst = flow.dst.words[3];
-    } else {
-        let ip = view.ptr::<Ipv6>(l3).ok_or(Reason::BadIp)?;
-        // SAFETY: `ptr` checked the bounds.
-        let ip = unsafe { &mut *ip };
-        ip.hops = ip.hops.wrapping_sub(1);
-        flow.src.store(&mut ip.src);
-        flow.dst.store(&mut ip.dst);
     }
     Ok(true)
 }
@@ -200,14 +210,14 @@ fn odd_options(frame: &Frame, p: &Parsed, flow: &Flow) -> u64 {
 
 /// The Ethernet header of a frame without tags, and off it goes.
 #[inline(always)]
-pub fn leave_plain(frame: &Frame, view: View, link: &Link) -> Result<(), Reason> {
-    let macs = view.ptr::<[u32; 3]>(0).ok_or(Reason::ShortFrame)?;
+pub fn leave_plain(frame: &Frame, view: View, ifindex: u32, macs: &[u32; 3]) -> Result<(), Reason> {
+    let to = view.ptr::<[u32; 3]>(0).ok_or(Reason::ShortFrame)?;
     // SAFETY: `ptr` checked the bounds.
-    let macs = unsafe { &mut *macs };
-    macs[0] = link.macs[0];
-    macs[1] = link.macs[1];
-    macs[2] = link.macs[2];
-    frame.redirect(link.ifindex);
+    let to = unsafe { &mut *to };
+    to[0] = macs[0];
+    to[1] = macs[1];
+    to[2] = macs[2];
+    frame.redirect(ifindex);
     Ok(())
 }
 
@@ -232,7 +242,7 @@ pub fn leave(frame: &Frame, p: &Parsed, link: &Link) -> Result<(), Reason> {
         at += 4;
     }
     put(view, at, ethertype)?;
-    leave_plain(frame, view, link)
+    leave_plain(frame, view, link.ifindex, &link.macs)
 }
 
 /// Number of VLAN tags of a link.

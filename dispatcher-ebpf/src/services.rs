@@ -8,6 +8,7 @@ use dispatcher_common::{
     abi,
     addr::Addr,
     flow::{FlowKey, ports_of},
+    globals::Globals,
     reason::Reason,
     service::{BACKEND_UP, Backend, Frontend, VipKey, endpoint_index},
 };
@@ -25,12 +26,21 @@ static LB_TABLE: Array<u32> = Array::with_max_entries(abi::DEFAULT_LB_TABLE, 0);
 #[map]
 static SOURCES: Array<Addr> = Array::with_max_entries(abi::DEFAULT_SOURCES, 0);
 
-/// Index of the frontend that a packet is addressed to.
+/// The frontend that a packet is addressed to, and its index.
 #[inline(always)]
-pub fn frontend_of(key: &FlowKey) -> Option<u32> {
+pub fn frontend_of(globals: &Globals, key: &FlowKey) -> Option<(u32, &'static mut Frontend)> {
     let vip = VipKey { addr: key.dst, port: ports_of(key.ports).1.to_be(), proto: key.proto as u16 };
+    if let Some(hint) = globals.vips.get(vip.hint())
+        && let Ok(frontend) = frontend((*hint as u32).wrapping_sub(1))
+        && frontend.addr == vip.addr
+        && frontend.port == vip.port
+        && frontend.proto as u16 == vip.proto
+    {
+        return Some((*hint as u32 - 1, frontend));
+    }
     // SAFETY: the value is copied; a concurrent change shows the old or the new word.
-    unsafe { VIPS.get(vip).copied() }
+    let index = unsafe { VIPS.get(vip).copied() }?;
+    Some((index, frontend(index).ok()?))
 }
 
 /// A frontend. The data path writes only its learned flags.

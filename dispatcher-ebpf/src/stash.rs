@@ -3,7 +3,7 @@
 use aya_ebpf::{macros::map, maps::Array};
 use dispatcher_common::{
     abi, cookie,
-    flow::{FLAG_SECURE, FlowKey, Link},
+    flow::{FlowKey, Link, MARK_SECURE},
     globals::GLOBAL_NO_CLONES,
     opaque::opaque,
     proxy::ROOM,
@@ -197,7 +197,7 @@ fn claim(frame: &Frame, p: &Parsed, slot: &mut Slot, isn: u32, our_isn: u32) {
     slot.len = 0;
     slot.ahead_end = 0;
     slot.segments = 0;
-    slot.flags = 0;
+    slot.marks = 0;
     slot.start = ROOM as u32;
     slot.session.len = 0;
     slot.client = client_link(frame, p);
@@ -206,7 +206,9 @@ fn claim(frame: &Frame, p: &Parsed, slot: &mut Slot, isn: u32, our_isn: u32) {
 /// How frames reach the sender of this one: back the way it came.
 #[inline(always)]
 pub fn client_link(frame: &Frame, p: &Parsed) -> Link {
-    let mut link = Link { ifindex: frame.ingress(), macs: [0; 3], vlans: [0; 2] };
+    // Known zeros would become calls of a byte-wise `memset`.
+    let none = opaque(0) as u32;
+    let mut link = Link { ifindex: frame.ingress(), macs: [none; 3], vlans: [none; 2] };
     let view = frame.view();
     if let Some(m) = view.read::<[u16; 6]>(0) {
         let word = |a: u16, b: u16| a as u32 | (b as u32) << 16;
@@ -235,7 +237,7 @@ fn take(frame: &Frame, p: &Parsed, slot: &mut Slot, segment: &Segment) -> Verdic
     if offset > OFFSET_MAX || len > SEGMENT_MAX || len == 0 || offset + len > PAYLOAD_MAX {
         if stage == STAGE_FILLING && slot.len > 0 && offset < 0x8000 {
             // Longer than the stash: bound by what was seen; the client sends the rest again.
-            slot.flags = FLAG_SECURE;
+            slot.marks = MARK_SECURE as u32;
             return Verdict(ENOUGH);
         }
         return Verdict(Reason::StashBeyond);
@@ -282,16 +284,16 @@ fn take(frame: &Frame, p: &Parsed, slot: &mut Slot, segment: &Segment) -> Verdic
         STAGE_HELD => Verdict(if age > HELD_LIMIT_NS { ENOUGH } else { Reason::Stashed }),
         _ => match tls::scan_client_hello(&Payload { slot }) {
             Scan::NotTls => {
-                slot.flags = 0;
+                slot.marks = 0;
                 Verdict(ENOUGH)
             }
             Scan::Complete => {
-                slot.flags = FLAG_SECURE;
+                slot.marks = MARK_SECURE as u32;
                 Verdict(ENOUGH)
             }
             Scan::Partial => {
                 if slot.segments >= SEGMENTS_MAX {
-                    slot.flags = FLAG_SECURE;
+                    slot.marks = MARK_SECURE as u32;
                     return Verdict(ENOUGH);
                 }
                 // A client that waits for an acknowledgment (Nagle) would never send the rest. Where
@@ -373,7 +375,7 @@ fn acknowledge(frame: &Frame, p: &Parsed, slot: &Slot) -> Verdict {
 /// The session ID in the slot's hello, into `slot.session`.
 #[inline(never)]
 pub fn read_session_id(slot: &mut Slot, service: u32) {
-    let mut id = [0_u8; 32];
+    let mut id = dispatcher_common::opaque::zeros();
     let len = tls::client_session_id(&Payload { slot }, &mut id);
     slot.session.service = service;
     slot.session.kind = dispatcher_common::session::KIND_TLS_SESSION_ID;

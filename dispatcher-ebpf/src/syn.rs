@@ -12,7 +12,7 @@ use dispatcher_common::{
 };
 
 use crate::{
-    globals::{globals, now_ns, scratch},
+    globals::{now_ns, scratch},
     options,
     packet::{Frame, Tcp, View},
     parse::{Parsed, packet_end},
@@ -25,10 +25,11 @@ const TCP_MIN: usize = size_of::<Tcp>();
 /// Segments of the client that the SYN-ACK's window admits before a backend is bound.
 const WINDOW_SEGMENTS: u16 = 3;
 
-/// The five option words of a SYN as Linux and others send it, without a walk.
+/// The five option words of a SYN as Linux and others send it, without a walk: what the answer needs
+/// of them. False for any other form.
 #[inline(always)]
-fn usual_options(view: View, at: usize) -> Option<Options> {
-    let [mss, sack_ts, tsval, _, wscale] = view.read::<[u32; 5]>(at)?;
+fn usual_options(view: View, at: usize, out: &mut Options) -> bool {
+    let Some([mss, sack_ts, tsval, _, wscale]) = view.read::<[u32; 5]>(at) else { return false };
     let mss = mss.to_ne_bytes();
     let wscale = wscale.to_ne_bytes();
     if mss[0] != 2
@@ -38,17 +39,14 @@ fn usual_options(view: View, at: usize) -> Option<Options> {
         || wscale[1] != 3
         || wscale[2] != 3
     {
-        return None;
+        return false;
     }
-    Some(Options {
-        tsval: u32::from_be(tsval),
-        mss: u16::from_be_bytes([mss[2], mss[3]]),
-        wscale: if wscale[3] > 14 { 14 } else { wscale[3] },
-        sack: 1,
-        ts: 1,
-        has_mss: 1,
-        ..Options::NONE
-    })
+    out.tsval = u32::from_be(tsval);
+    out.mss = u16::from_be_bytes([mss[2], mss[3]]);
+    out.wscale = if wscale[3] > 14 { 14 } else { wscale[3] };
+    out.sack = 1;
+    out.ts = 1;
+    true
 }
 
 #[inline(always)]
@@ -116,8 +114,7 @@ fn write_options(
 
 /// Answers a SYN. The answer never is longer than the SYN: it only carries options that came.
 #[inline(never)]
-pub fn answer(frame: &Frame, p: &Parsed, frontend: &Frontend) -> Verdict {
-    let globals = globals()?;
+pub fn answer(frame: &Frame, p: &Parsed, frontend: &Frontend, globals: &Globals) -> Verdict {
     let view = frame.view();
     let l4 = p.l4();
     let tcp = view.ptr::<Tcp>(l4).ok_or(Reason::BadTransport)?;
@@ -128,24 +125,20 @@ pub fn answer(frame: &Frame, p: &Parsed, frontend: &Frontend) -> Verdict {
     }
     let words = len / 4 - 5;
     let refused = frontend.flags & (FRONTEND_NO_SACK | FRONTEND_NO_TS | FRONTEND_NO_WSCALE) != 0;
-    let usual = if words == 5 && !refused { usual_options(view, l4 + TCP_MIN) } else { None };
-    let options = match usual {
-        Some(options) => options,
-        None => {
-            options::read(frame, p)?;
-            let mut options = scratch()?.parsed;
-            if frontend.flags & FRONTEND_NO_SACK != 0 {
-                options.sack = 0;
-            }
-            if frontend.flags & FRONTEND_NO_TS != 0 {
-                options.ts = 0;
-            }
-            if frontend.flags & FRONTEND_NO_WSCALE != 0 {
-                options.wscale = NO_WSCALE;
-            }
-            options
+    let options = &mut scratch()?.parsed;
+    let usual = words == 5 && !refused && usual_options(view, l4 + TCP_MIN, options);
+    if !usual {
+        options::read(frame, p)?;
+        if frontend.flags & FRONTEND_NO_SACK != 0 {
+            options.sack = 0;
         }
-    };
+        if frontend.flags & FRONTEND_NO_TS != 0 {
+            options.ts = 0;
+        }
+        if frontend.flags & FRONTEND_NO_WSCALE != 0 {
+            options.wscale = NO_WSCALE;
+        }
+    }
 
     let view = frame.view();
     let tcp = view.ptr::<Tcp>(l4).ok_or(Reason::BadTransport)?;
@@ -167,7 +160,7 @@ pub fn answer(frame: &Frame, p: &Parsed, frontend: &Frontend) -> Verdict {
     tcp.urgent = 0;
     let mut sum = sum_header(tcp) + pseudo(p, len);
 
-    if usual.is_some() {
+    if usual {
         let out = view.ptr::<[u32; 5]>(l4 + TCP_MIN).ok_or(Reason::BadTransport)?;
         // SAFETY: `ptr` checked the bounds.
         let out = unsafe { &mut *out };
@@ -180,7 +173,7 @@ pub fn answer(frame: &Frame, p: &Parsed, frontend: &Frontend) -> Verdict {
             sum += *word as u64;
         }
     } else {
-        sum += write_options(view, l4 + TCP_MIN, words, isn, &options, frontend)?;
+        sum += write_options(view, l4 + TCP_MIN, words, isn, options, frontend)?;
     }
     tcp.check = !fold(sum);
     turn_around(frame, p, len)?;
@@ -198,19 +191,21 @@ fn tuple_hash(key0: u64, key1: u64, flow: &FlowKey, window: u64) -> u64 {
 #[inline(never)]
 pub fn check(globals: &Globals, flow: &FlowKey, isn: u32, cookie: u32, out: &mut cookie::Options) -> u32 {
     let window = now_ns() >> WINDOW_SHIFT;
+    let mut worth = INVALID;
     for attempt in 0..4_u32 {
         let key = globals.cookie_keys[((globals.epoch ^ (attempt >> 1)) & 1) as usize];
         let hash = tuple_hash(key[0], key[1], flow, window.wrapping_sub((attempt & 1) as u64));
         match cookie::check(hash, isn, cookie) {
             Check::Invalid => {}
-            Check::Address => return ADDRESS,
+            // By chance, perhaps: another key or window may say more.
+            Check::Address => worth = ADDRESS,
             Check::Full(options) => {
                 *out = options;
                 return FULL;
             }
         }
     }
-    INVALID
+    worth
 }
 
 /// [`check`]: not ours.

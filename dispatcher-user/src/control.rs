@@ -25,7 +25,7 @@ use axum::{
 use dispatcher_common::{
     abi::ABI_VERSION,
     flow::{
-        FLAG_FIN, FLAG_FIN_PEER, FLAG_HIT, FLAG_SECURE, FLAG_SYN_SENT, FLAG_TO_BACKEND, Flow, FlowKey,
+        FLAG_FIN, FLAG_FIN_PEER, FLAG_SYN_SENT, FLAG_TO_BACKEND, Flow, FlowKey, MARK_HIT, MARK_SECURE,
         is_closed, ports_of,
     },
     reason::Kind,
@@ -625,12 +625,12 @@ fn shown_flow(names: &Names<'_>, key: &FlowKey, flow: &Flow, now: u32) -> api::F
         backend: names.backend_at(flow.backend),
         state: flow_state(flow.flags).to_owned(),
         age_seconds: now.saturating_sub(flow.created),
-        secure: flow.flags & FLAG_SECURE != 0,
-        hit: flow.flags & FLAG_HIT != 0,
+        secure: flow.marks & MARK_SECURE != 0,
+        hit: flow.marks & MARK_HIT != 0,
     }
 }
 
-fn flow_state(flags: u32) -> &'static str {
+fn flow_state(flags: u16) -> &'static str {
     if is_closed(flags) {
         "closed"
     } else if flags & FLAG_SYN_SENT != 0 {

@@ -415,6 +415,30 @@ impl Dataplane {
         self.globals.set(0, *globals)
     }
 
+    /// Packets to a VIP begin to find its frontend.
+    pub fn publish(&self, vip: VipKey, index: u32) -> Result<(), Error> {
+        self.vips.insert(vip, index)?;
+        let number = u16::try_from(index + 1).unwrap_or(0);
+        self.update_globals(|globals| {
+            if let Some(hint) = globals.vips.get_mut(vip.hint()) {
+                *hint = number;
+            }
+        })
+    }
+
+    /// Packets to a VIP find its frontend no more.
+    pub fn withdraw(&self, vip: &VipKey) -> Result<(), Error> {
+        let index = self.vips.get(vip)?;
+        self.update_globals(|globals| {
+            if let Some(hint) = globals.vips.get_mut(vip.hint())
+                && index.is_some_and(|index| index + 1 == u32::from(*hint))
+            {
+                *hint = 0;
+            }
+        })?;
+        self.vips.remove(vip).map(drop)
+    }
+
     /// Packets by reason, of all CPUs together, in the order of [`Reason::ALL`].
     pub fn reasons(&self) -> Result<Vec<(Reason, u64)>, Error> {
         debug_assert!(self.reasons.len() >= REASONS_MAX);

@@ -623,9 +623,9 @@ impl Actual {
                 }
                 dataplane.frontends().set(*index, frontend)
             }
-            Change::Publish { vip, index } => dataplane.vips().insert(vip_key(vip), *index),
+            Change::Publish { vip, index } => dataplane.publish(vip_key(vip), *index),
             Change::RemoveVip { vip } => {
-                dataplane.vips().remove(&vip_key(vip))?;
+                dataplane.withdraw(&vip_key(vip))?;
                 match self.frontends.get(vip) {
                     Some(slot) => dataplane.frontends().set(slot.index, Frontend::default()),
                     None => Ok(()),

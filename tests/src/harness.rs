@@ -330,7 +330,7 @@ impl Machine {
                         ..Frontend::default()
                     };
                     d.frontends().set(index, frontend)?;
-                    d.vips().insert(VipKey::new(family.vip(), service as u16, protocol), index)?;
+                    d.publish(VipKey::new(family.vip(), service as u16, protocol), index)?;
                     index += 1;
                 }
             }

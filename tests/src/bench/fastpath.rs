@@ -18,10 +18,8 @@ use aya::{
     programs::Xdp,
 };
 use dispatcher_common::{
-    abi,
-    checksum::{change, fold},
-    cookie,
-    flow::{FLAG_SECURE, FLAG_TO_BACKEND, Flow, FlowKey, Link, ports_swapped, ports_word},
+    abi, cookie,
+    flow::{FLAG_TO_BACKEND, Flow, FlowKey, Link, MARK_SECURE, ports_swapped, ports_word},
     reason::Reason,
     service::{BACKEND_UP, Backend, Frontend, MODE_PASSTHROUGH, VipKey, endpoint_index, stable_id},
     session::{KIND_TLS_SESSION_ID, STATE_CONFIRMED, Session, SessionKey},
@@ -255,7 +253,7 @@ impl Bench {
                 ..Frontend::default()
             };
             d.frontends().set(index, frontend)?;
-            d.vips().insert(VipKey::new(vip(v4).ip(), PORT, 6), index)?;
+            d.publish(VipKey::new(vip(v4).ip(), PORT, 6), index)?;
         }
         d.update_globals(|globals| {
             for v4 in [true, false] {
@@ -278,10 +276,10 @@ impl Bench {
     /// The entries of an established connection, as the data path makes them.
     fn connect(&self, v4: bool, number: u32) -> Result<()> {
         let (client, vip, backend) = (client(v4, number), vip(v4), backend_at(v4, number % BACKENDS));
-        let generation = self.dataplane.globals().generation;
+        let generation = self.dataplane.globals().generation as u16;
         let base = Flow {
             generation,
-            flags: FLAG_SECURE,
+            marks: MARK_SECURE,
             frontend: u16::from(!v4),
             backend: number % BACKENDS,
             created: monotonic_seconds(),
@@ -294,25 +292,18 @@ impl Bench {
             (key(backend, client), key(vip, client), 0, BACKEND_WSCALE as i8 - OUR_WSCALE as i8, 0xc0),
         ];
         for (old, new, flag, win_shift, host) in entries {
-            let sum = |from: &FlowKey, to: &FlowKey| {
-                let words = from.src.words.iter().chain(&from.dst.words);
-                words.zip(to.src.words.iter().chain(&to.dst.words)).map(|(old, new)| change(*old, *new)).sum()
-            };
-            let addresses: u64 = sum(&old, &new);
             let (to_client, to_backend) = (flag == 0, flag != 0);
-            let flow = Flow {
-                link: self.link(host),
+            let mut flow = Flow {
                 flags: base.flags | flag,
-                src: new.src,
-                dst: new.dst,
                 ports: new.ports,
                 seq_add: if to_client { SEQ_DELTA.wrapping_neg() } else { SEQ_DELTA },
                 ts_add: if to_backend { TS_DELTA } else { TS_DELTA.wrapping_neg() },
-                l4_delta: fold(addresses + change(old.ports, new.ports)),
-                ip_delta: if v4 { fold(addresses) } else { 0 },
-                win_shift,
                 ..base
             };
+            flow.set_link(&self.link(host));
+            flow.set_src(&new.src);
+            flow.set_dst(&new.dst);
+            flow.set_win_shift(win_shift);
             self.dataplane.flows().insert(old, flow)?;
         }
         Ok(())
@@ -470,7 +461,8 @@ impl Bench {
             let forward = key(client(true, *number), vip(true));
             let flow = d.flows().get(&forward)?.context("a flow is missing")?;
             ensure!(flow.slot == *slot, "client {number} took slot {}, not {slot}", flow.slot);
-            let back = FlowKey { src: flow.dst, dst: flow.src, ports: ports_swapped(flow.ports), proto: 6 };
+            let back =
+                FlowKey { src: flow.dst(), dst: flow.src(), ports: ports_swapped(flow.ports), proto: 6 };
             ensure!(d.flows().remove(&forward)? && d.flows().remove(&back)?, "a flow is missing");
             d.stash().set(*slot, *self.empty)?;
             if !known {
