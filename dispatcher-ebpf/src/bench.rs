@@ -13,7 +13,13 @@ use aya_ebpf::{
     maps::{Array, LruHashMap, ProgramArray},
     programs::XdpContext,
 };
-use dispatcher_common::{abi, addr::Addr, checksum::update, flow::FlowKey, opaque::opaque};
+use dispatcher_common::{
+    abi,
+    addr::Addr,
+    checksum::update,
+    flow::{Flow, FlowKey},
+    opaque::opaque,
+};
 
 use crate::packet::{Frame, Ipv4, MACS, Tcp};
 
@@ -28,13 +34,40 @@ const TEMPLATE_MAX: usize = 128;
 /// Longest frame of the wrapper `restore_each`.
 const EACH_MAX: usize = 1020;
 
-/// Where a forwarder sends a flow.
+/// Where a forwarder sends a flow, in a record as long as the data path's.
+#[repr(C)]
+struct Record {
+    hop: NextHop,
+    _rest: [u32; (size_of::<Flow>() - size_of::<NextHop>()) / 4],
+}
+
+/// Where a forwarder sends a flow, and nothing else.
 #[repr(C)]
 struct NextHop {
     /// Destination and source MAC.
     macs: [u32; 3],
     /// Interface.
     ifindex: u32,
+}
+
+/// An entry of a floor program's table.
+trait Entry {
+    /// Where the flow is sent.
+    fn macs(&self) -> [u32; 3];
+}
+
+impl Entry for Record {
+    #[inline(always)]
+    fn macs(&self) -> [u32; 3] {
+        self.hop.macs
+    }
+}
+
+impl Entry for NextHop {
+    #[inline(always)]
+    fn macs(&self) -> [u32; 3] {
+        self.macs
+    }
 }
 
 /// State and settings of the wrappers.
@@ -68,9 +101,11 @@ struct Each {
 }
 
 #[map]
-static FLOOR: LruHashMap<FlowKey, NextHop> = LruHashMap::with_max_entries(abi::DEFAULT_FLOWS, 0);
+static FLOOR: LruHashMap<FlowKey, Record> = LruHashMap::with_max_entries(abi::DEFAULT_FLOWS, 0);
 #[map]
-static FLOOR_BOTH: LruHashMap<FlowKey, NextHop> = LruHashMap::with_max_entries(abi::DEFAULT_FLOWS, 0);
+static FLOOR_SMALL: LruHashMap<FlowKey, NextHop> = LruHashMap::with_max_entries(abi::DEFAULT_FLOWS, 0);
+#[map]
+static FLOOR_BOTH: LruHashMap<FlowKey, Record> = LruHashMap::with_max_entries(abi::DEFAULT_FLOWS, 0);
 #[map]
 static CONTROL: Array<Control> = Array::with_max_entries(1, 0);
 #[map]
@@ -95,7 +130,13 @@ fn floor_lru(ctx: XdpContext) -> u32 {
     forward(&Frame::new(&ctx), &FLOOR).unwrap_or(XDP_PASS)
 }
 
-/// The same with a table that also holds the other direction of every flow, as the data path's does.
+/// The same with the shortest record that will do.
+#[xdp]
+fn floor_lru_small(ctx: XdpContext) -> u32 {
+    forward(&Frame::new(&ctx), &FLOOR_SMALL).unwrap_or(XDP_PASS)
+}
+
+/// `floor_lru` with a table that also holds the other direction of every flow, as the data path's does.
 #[xdp]
 fn floor_lru_both(ctx: XdpContext) -> u32 {
     forward(&Frame::new(&ctx), &FLOOR_BOTH).unwrap_or(XDP_PASS)
@@ -103,7 +144,7 @@ fn floor_lru_both(ctx: XdpContext) -> u32 {
 
 /// Parse, one lookup, TTL with its checksum, MAC addresses.
 #[inline(always)]
-fn forward(frame: &Frame, hops: &LruHashMap<FlowKey, NextHop>) -> Option<u32> {
+fn forward<E: Entry>(frame: &Frame, hops: &LruHashMap<FlowKey, E>) -> Option<u32> {
     let view = frame.view();
     if view.read::<u16>(MACS)? != IPV4 {
         return None;
@@ -127,7 +168,7 @@ fn forward(frame: &Frame, hops: &LruHashMap<FlowKey, NextHop>) -> Option<u32> {
     // TTL is the first byte of its 16-bit word: less one is plus ~1 in one's complement.
     ip.check = update(ip.check, !1_u16 as u64);
     // SAFETY: `ptr` checked the bounds.
-    unsafe { *view.ptr::<[u32; 3]>(0)? = hop.macs };
+    unsafe { *view.ptr::<[u32; 3]>(0)? = hop.macs() };
     Some(XDP_TX)
 }
 

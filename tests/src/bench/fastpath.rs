@@ -111,17 +111,26 @@ pub fn run(quick: bool, other: Option<&Path>) -> Result<Report> {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Subject {
     Dispatcher,
+    /// With records of the dispatcher's size.
     FloorLru,
     /// With a table that also holds the other direction, as the dispatcher's does.
     FloorLruBoth,
+    /// With the shortest records that will do.
+    FloorLruSmall,
 }
 
+/// Words of a flow's record.
+const RECORD: usize = size_of::<Flow>() / 4;
+
 impl Subject {
+    const FLOORS: [Self; 3] = [Self::FloorLru, Self::FloorLruBoth, Self::FloorLruSmall];
+
     fn name(self) -> &'static str {
         match self {
             Self::Dispatcher => "dispatcher",
             Self::FloorLru => "floor-lru",
             Self::FloorLruBoth => "floor-lru-both",
+            Self::FloorLruSmall => "floor-lru-small",
         }
     }
 }
@@ -161,13 +170,15 @@ struct Bench {
     patches: Array<MapData, [u32; 4]>,
     frames: Array<MapData, [u8; EACH_MAX + 4]>,
     callee: Array<MapData, u32>,
-    floor: HashMap<MapData, FlowKey, [u32; 4]>,
-    floor_both: HashMap<MapData, FlowKey, [u32; 4]>,
+    floor: HashMap<MapData, FlowKey, [u32; RECORD]>,
+    floor_both: HashMap<MapData, FlowKey, [u32; RECORD]>,
+    floor_small: HashMap<MapData, FlowKey, [u32; 4]>,
     events: RingBuf<MapData>,
     dispatcher: OwnedFd,
     floor_tx: OwnedFd,
     floor_lru: OwnedFd,
     floor_lru_both: OwnedFd,
+    floor_lru_small: OwnedFd,
     restore: OwnedFd,
     restore_each: OwnedFd,
     loopback: u32,
@@ -183,8 +194,8 @@ impl Bench {
         let dataplane = Dataplane::load(object, &Capacities::default())?;
         let loopback = interface_index("lo").context("no loopback interface")?;
         let mut ebpf = Ebpf::load(bench_object()).context("loading the floor programs")?;
-        let [floor_tx, floor_lru, floor_lru_both, restore, restore_each] =
-            ["floor_tx", "floor_lru", "floor_lru_both", "restore", "restore_each"]
+        let [floor_tx, floor_lru, floor_lru_both, floor_lru_small, restore, restore_each] =
+            ["floor_tx", "floor_lru", "floor_lru_both", "floor_lru_small", "restore", "restore_each"]
                 .map(|name| load(&mut ebpf, name));
         let Some(Map::ProgramArray(callee)) = ebpf.take_map("CALLEE") else { bail!("no map CALLEE") };
         let mut bench = Self {
@@ -198,9 +209,11 @@ impl Bench {
             floor_both: HashMap::try_from(ebpf.take_map("FLOOR_BOTH").context("no map FLOOR_BOTH")?)?,
             events: dataplane.take_events().context("the ring of events is taken")?,
             dispatcher: dataplane.program_fd(abi::PROGRAM)?,
+            floor_small: HashMap::try_from(ebpf.take_map("FLOOR_SMALL").context("no map FLOOR_SMALL")?)?,
             floor_tx: floor_tx?,
             floor_lru: floor_lru?,
             floor_lru_both: floor_lru_both?,
+            floor_lru_small: floor_lru_small?,
             restore: restore?,
             restore_each: restore_each?,
             empty: Box::new(dataplane.stash().get(0)?),
@@ -266,9 +279,12 @@ impl Bench {
             self.connect(true, number)?;
             let hop = [0x0100_0002, 0x0002_0000, 0x0200_0000, self.loopback];
             let (client, backend) = (client(true, number), backend_at(true, number % BACKENDS));
-            self.floor.insert(key(client, vip(true)), hop, 0)?;
-            self.floor_both.insert(key(client, vip(true)), hop, 0)?;
-            self.floor_both.insert(key(backend, client), hop, 0)?;
+            let mut record = [0; RECORD];
+            record[..hop.len()].copy_from_slice(&hop);
+            self.floor.insert(key(client, vip(true)), record, 0)?;
+            self.floor_small.insert(key(client, vip(true)), hop, 0)?;
+            self.floor_both.insert(key(client, vip(true)), record, 0)?;
+            self.floor_both.insert(key(backend, client), record, 0)?;
         }
         self.connect(false, 0)
     }
@@ -333,6 +349,7 @@ impl Bench {
             for (name, subject) in [
                 (flows.clone(), Subject::FloorLru),
                 (format!("{flows}, table holds both directions"), Subject::FloorLruBoth),
+                (format!("{flows}, shortest records"), Subject::FloorLruSmall),
             ] {
                 let frame = from_client(true, 0, false).frame();
                 cases.push(Case {
@@ -506,6 +523,7 @@ impl Bench {
             Subject::Dispatcher => &self.dispatcher,
             Subject::FloorLru => &self.floor_lru,
             Subject::FloorLruBoth => &self.floor_lru_both,
+            Subject::FloorLruSmall => &self.floor_lru_small,
         };
         Ok(self.callee.set(0, fd.as_raw_fd().unsigned_abs(), 0)?)
     }
@@ -594,7 +612,7 @@ fn report(cases: &[Case], samples: &[Sample], floor: &[f64]) -> Report {
         rows.push(Row::new(&case.name, subject, "time a packet", "ns", &values));
         wrapper.push(Row::new(&case.name, "restore", "wrapper, taken off", "ns", &sample.with_floor));
         if case.subject == Subject::Dispatcher {
-            for floor in [Subject::FloorLru, Subject::FloorLruBoth] {
+            for floor in Subject::FLOORS {
                 let floors = floors(case.floor, floor);
                 let values: Vec<f64> = values.iter().zip(&floors).map(|(own, floor)| own / floor).collect();
                 let metric = format!("ratio to {}, {}", floor.name(), flows(case.floor));
@@ -602,25 +620,26 @@ fn report(cases: &[Case], samples: &[Sample], floor: &[f64]) -> Report {
             }
         }
     }
-    // The first ratio of a case is that to floor-lru.
-    let ratio = |starts: &[String]| {
-        let rows = starts.iter().map(|start| ratios.iter().find(|row| row.case == *start)?.median);
+    let ratio = |to: Subject, starts: &[String]| {
+        let to = format!("ratio to {},", to.name());
+        let one = |row: &&Row, start: &String| row.case == *start && row.metric.starts_with(&to);
+        let rows = starts.iter().map(|start| ratios.iter().find(|row| one(row, start))?.median);
         rows.collect::<Option<Vec<f64>>>()?.into_iter().reduce(f64::max)
     };
     let established =
         |count| ["to backend", "to client"].map(|way| format!("established, {way}, {}", flows(count)));
-    let goals = COUNTS
-        .iter()
-        .zip([1.5, 1.4, 1.1])
-        .map(|(&count, limit)| {
-            let goal = format!("established, worse direction, to floor-lru, {}", flows(count));
-            Goal::at_most(&goal, ratio(&established(count)), limit)
-        })
-        .chain([
-            Goal::at_most("SYN -> SYN-ACK to floor-lru", ratio(&["SYN -> SYN-ACK".to_owned()]), 2.6),
-            Goal::at_most("non-VIP to floor-lru", ratio(&["neither VIP nor backend".to_owned()]), 0.6),
-        ])
-        .collect();
+    let mut goals = Vec::new();
+    for floor in Subject::FLOORS {
+        for (count, limit) in COUNTS.into_iter().zip([1.5, 1.4, 1.1]) {
+            let goal = format!("established, worse direction, to {}, {}", floor.name(), flows(count));
+            goals.push(Goal::at_most(&goal, ratio(floor, &established(count)), limit));
+        }
+        let one = |case: &str, goal: &str, limit| {
+            Goal::at_most(&format!("{goal} to {}", floor.name()), ratio(floor, &[case.to_owned()]), limit)
+        };
+        goals.push(one("SYN -> SYN-ACK", "SYN -> SYN-ACK", 2.6));
+        goals.push(one("neither VIP nor backend", "non-VIP", 0.6));
+    }
     rows.extend(ratios);
     rows.extend(wrapper);
     Report { bench: "fastpath", rows, goals }
