@@ -57,7 +57,7 @@ pub trait Layout: Copy {
 pub struct Plain<const V4: bool>;
 
 impl<const V4: bool> Plain<V4> {
-    const WORD: u32 = (self::IP_AT | self::l4_of(V4) << 8) as u32 | if V4 { self::V4 } else { 0 };
+    const WORD: u32 = (IP_AT | l4_of(V4) << 8) as u32 | if V4 { self::V4 } else { 0 };
 }
 
 impl<const V4: bool> Layout for Plain<V4> {
