@@ -70,6 +70,44 @@ fn a_late_answer_of_a_backend_that_was_left_opens_nothing() {
 }
 
 #[test]
+fn an_answer_whose_connection_is_gone_is_dropped() {
+    let machine = machine();
+    for family in Family::BOTH {
+        let mut talk = Talk::new(Service::Plain, family, 7006);
+        let far = Far::new(&talk.bind(&machine, HTTP, Reason::BoundNonsecure));
+        let syn = talk.syn();
+        let ports = ports_word(talk.client.port(), talk.vip.port());
+        let key = FlowKey { src: syn.src.into(), dst: syn.dst.into(), ports, proto: 6 };
+        assert!(machine.dataplane().flows().remove(&key).expect("writable"), "as if it had been evicted");
+        let _ = machine.expect("the answer", &far.syn_ack(), Reason::BadAnswer);
+    }
+}
+
+#[test]
+fn of_two_cpus_at_one_stash_slot_one_gives_way() {
+    let machine = machine();
+    let stash = machine.dataplane().stash();
+    let lock_all = |lock| {
+        for index in 0..stash.capacity() {
+            let mut slot = stash.get(index).expect("readable");
+            slot.lock = lock;
+            stash.set(index, slot).expect("writable");
+        }
+    };
+    for family in Family::BOTH {
+        let mut talk = Talk::new(Service::Plain, family, 7007);
+        let _ = talk.shake(&machine);
+        // What another CPU does while it works on the slot.
+        lock_all(1);
+        let _ = machine.expect("while it is taken", &talk.data(0, HTTP), Reason::StashBusy);
+        let other = Talk::new(Service::Plain, family, 7008);
+        let _ = machine.expect("nobody is answered less", &other.syn(), Reason::SynAnswered);
+        lock_all(0);
+        let _ = machine.expect("the client's next try", &talk.data(0, HTTP), Reason::BoundNonsecure);
+    }
+}
+
+#[test]
 fn a_backend_that_refuses_is_left_at_once() {
     let machine = machine();
     for family in Family::BOTH {
