@@ -11,6 +11,9 @@ pub const EVENT_REFUSED: u32 = 3;
 /// An identifier was learned from a ServerHello.
 pub const EVENT_LEARNED: u32 = 4;
 
+/// A backend did not accept a ticket whose key name the mapping table says is its own.
+pub const EVENT_REJECTED: u32 = 5;
+
 /// One record of the `EVENTS` ring. 96 bytes.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 #[repr(C)]

@@ -79,16 +79,17 @@ pub struct Frontend {
     pub port_max: u16,
     /// Window scale told to clients (0-14).
     pub wscale: u8,
-    /// Unused, zero.
-    pub pad: u8,
+    /// Bit f: tickets may carry a name in format f of
+    /// [`TICKET_FORMATS`](crate::session::TICKET_FORMATS).
+    pub ticket_formats: u8,
     /// Largest MSS told to clients.
     pub mss: u16,
     /// Life of a confirmed session entry without use, seconds.
     pub session_ttl: u32,
     /// Life of a provisional session entry, seconds.
     pub provisional_ttl: u32,
-    /// Unused, zero.
-    pub reserved: u32,
+    /// `session::KIND_*` in the order in which identifiers are looked up; 0 ends.
+    pub affinity: [u8; 4],
 }
 
 /// The endpoint can be reached: route and neighbour are known, and it is not disabled.
@@ -114,8 +115,10 @@ pub struct Backend {
     pub mtu: u16,
     /// Number of the replay map of the interface (0..REPLAY_MAPS).
     pub replay: u16,
+    /// What is known of its session tickets: `session::TICKET_*`.
+    pub ticket: u32,
     /// Unused, zero.
-    pub reserved: [u32; 3],
+    pub reserved: [u32; 2],
 }
 
 /// Where a backend's address of a family stands in `BACKENDS`.

@@ -2,6 +2,25 @@
 
 /// TLS session ID of TLS 1.2 and before (RFC 5246 section 7.4.1.2).
 pub const KIND_TLS_SESSION_ID: u8 = 1;
+/// Name of the key that sealed a session ticket, a part of the ticket: see [`TICKET_FORMATS`]. Of TLS 1.2
+/// (RFC 5077 section 4 recommends it) and TLS 1.3 (the first PSK identity).
+pub const KIND_TICKET_NAME: u8 = 2;
+/// The first 32 bytes of a ticket, which no other ticket has: where servers put no name into tickets.
+pub const KIND_TICKET: u8 = 3;
+/// Client address.
+pub const KIND_CLIENT: u8 = 4;
+
+/// Where servers put the name of the key into a ticket: offset and length in bytes. OpenSSL, nginx,
+/// HAProxy, Apache, BoringSSL, GnuTLS and rustls; s2n, behind a version; mbedTLS and JSSE.
+pub const TICKET_FORMATS: [(u8, u8); 3] = [(0, 16), (1, 16), (0, 4)];
+/// Bytes of a ticket that are looked at.
+pub const TICKET_HEAD: usize = 32;
+/// `Backend::ticket`: not known.
+pub const TICKET_UNKNOWN: u32 = 0;
+/// `Backend::ticket`: its tickets carry no name.
+pub const TICKET_OPAQUE: u32 = 1;
+/// `Backend::ticket`: from here on, its tickets carry a name in format number `ticket - TICKET_NAMED`.
+pub const TICKET_NAMED: u32 = 2;
 
 /// Longest identifier.
 pub const ID_MAX: usize = 32;
@@ -46,13 +65,18 @@ pub const STATE_PROVISIONAL: u8 = 1;
 pub const STATE_CONFIRMED: u8 = 2;
 /// Set by the operator: learning never changes it and it does not expire.
 pub const STATE_PINNED: u8 = 3;
+/// Found by the daemon's own probes, and kept up by them.
+pub const STATE_DISCOVERED: u8 = 4;
+
+/// Backends of one entry: key names can be shared.
+pub const BACKENDS_MAX: usize = 4;
 
 /// Value of `SESSIONS`.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Session {
-    /// Stable id of the backend.
-    pub backend: u32,
+    /// Stable ids of the backends that know the identifier, 0 for none; only key names have several.
+    pub backends: [u32; BACKENDS_MAX],
     /// Tunnel id, 0 for none.
     pub tunnel: u32,
     /// QoS class.
@@ -69,11 +93,56 @@ pub struct Session {
     pub expires: u32,
     /// Connections that came with this identifier.
     pub hits: u32,
-    /// Unused, zero.
-    pub reserved: u32,
 }
 
 impl Session {
+    /// An entry of one backend.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(backend: u32) -> Self {
+        Self {
+            backends: [backend, 0, 0, 0],
+            tunnel: 0,
+            class: 0,
+            state: 0,
+            pad: 0,
+            created: 0,
+            used: 0,
+            expires: 0,
+            hits: 0,
+        }
+    }
+
+    /// The ids of its backends.
+    pub fn ids(&self) -> impl Iterator<Item = u32> {
+        self.backends.into_iter().filter(|id| *id != 0)
+    }
+
+    /// True when a backend is one of the entry's.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has(&self, backend: u32) -> bool {
+        let [a, b, c, d] = self.backends;
+        a == backend || b == backend || c == backend || d == backend
+    }
+
+    /// Adds a backend; false when it was there, or when there is no room.
+    #[inline(always)]
+    pub const fn add(&mut self, backend: u32) -> bool {
+        if self.has(backend) {
+            return false;
+        }
+        let mut i = 0;
+        while i < BACKENDS_MAX {
+            if self.backends[i] == 0 {
+                self.backends[i] = backend;
+                return true;
+            }
+            i += 1;
+        }
+        false
+    }
+
     /// True when the entry must not be used at `now` (seconds of CLOCK_MONOTONIC).
     #[inline(always)]
     #[must_use]
@@ -83,4 +152,21 @@ impl Session {
 }
 
 const _: () = assert!(size_of::<SessionKey>() == 40);
-const _: () = assert!(size_of::<Session>() == 32);
+const _: () = assert!(size_of::<Session>() == 40);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backends_are_added_once_and_up_to_the_most() {
+        let mut session = Session::of(7);
+        assert!(!session.add(7));
+        for id in 8..11 {
+            assert!(session.add(id));
+        }
+        assert!(!session.add(11), "no room");
+        assert!(session.ids().eq(7..11));
+        assert!(session.has(10) && !session.has(11));
+    }
+}

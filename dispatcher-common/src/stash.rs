@@ -4,7 +4,7 @@ use crate::{
     addr::Addr,
     flow::{FlowKey, Link},
     proxy::ROOM,
-    session::SessionKey,
+    session::{ID_MAX, SessionKey},
 };
 
 /// Bytes of [`Slot::buf`]: room for a PROXY header and payload.
@@ -29,6 +29,25 @@ pub const STAGE_REPLAYED: u32 = 4;
 
 /// A slot that was not touched for so long may be taken over by another flow, nanoseconds.
 pub const SLOT_LIFE_NS: u64 = 3_000_000_000;
+
+/// A session ticket of TLS 1.2, not empty.
+pub const OFFER_TICKET: u8 = 1 << 0;
+/// A PSK of TLS 1.3.
+pub const OFFER_PSK: u8 = 1 << 1;
+
+/// What a ClientHello offers to resume, for the reading of the server's answer.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Offer {
+    /// `OFFER_*`.
+    pub flags: u8,
+    /// Length of the session ID.
+    pub id_len: u8,
+    /// Unused, zero.
+    pub pad: [u8; 2],
+    /// The session ID, zero-filled. Beside a ticket or PSK the client made it up.
+    pub id: [u8; ID_MAX],
+}
 
 /// One stashed connection. 8192 bytes.
 #[derive(Clone, Copy)]
@@ -94,12 +113,14 @@ pub struct Slot {
     pub marks: u32,
     /// TOS or traffic class of the client's packet.
     pub tos: u32,
-    /// The identifier found, `len` 0 for none.
+    /// The first identifier of the service's order that was found, `len` 0 for none.
     pub session: SessionKey,
+    /// What the hello offers to resume.
+    pub offer: Offer,
     /// Segments taken so far.
     pub segments: u32,
     /// Unused, zero.
-    pub pad: [u32; 17],
+    pub pad: [u32; 8],
     /// `ROOM` bytes for a PROXY header, then the payload.
     pub buf: [u8; BUF],
 }

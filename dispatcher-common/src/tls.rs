@@ -41,6 +41,9 @@ const RECORD_HEADER: usize = 5;
 const HANDSHAKE: u8 = 22;
 const CLIENT_HELLO: u8 = 1;
 const SERVER_HELLO: u8 = 2;
+const NEW_SESSION_TICKET: u8 = 4;
+const CHANGE_CIPHER_SPEC: u8 = 20;
+const APPLICATION_DATA: u8 = 23;
 /// Handshake header, version and random come before the session ID's length.
 const SESSION_ID_LEN_AT: usize = 4 + 2 + 32;
 /// Largest record: 2^14 plus what ciphers may add (RFC 5246 section 6.2.3).
@@ -182,112 +185,293 @@ pub fn scan_client_hello<B: Bytes + ?Sized>(bytes: &B) -> Scan {
     Scan::NotTls
 }
 
-/// The session ID of a ClientHello, whole or not: copies it to `id` and returns its length, 0 for
-/// none. A length above 32 is no session ID (RFC 8446 section 4.1.2).
+/// Takes the record headers out of a hello: calls `copy(from, to, len)` for each record's content, `to`
+/// counted from the start of the handshake message. Returns the number of bytes copied, at most `room`.
 #[inline(always)]
-pub fn client_session_id<B: Bytes + ?Sized>(bytes: &B, id: &mut [u8; ID_MAX]) -> u8 {
-    let Record::Of(first) = record_len(bytes, 0) else { return 0 };
-    if first > SESSION_ID_LEN_AT + ID_MAX {
-        return plain_session_id(bytes, CLIENT_HELLO, id);
-    }
-    // The identifier may be cut by a record boundary: byte by byte.
-    let mut cursor = Cursor::START;
-    let mut len = 0_usize;
-    for index in 0..=SESSION_ID_LEN_AT + ID_MAX {
-        cursor.at = forget(cursor.at, bytes.salt());
-        cursor.left = forget(cursor.left, bytes.salt());
-        len = forget(len, bytes.salt());
-        if index > SESSION_ID_LEN_AT && index - SESSION_ID_LEN_AT > len {
+pub fn join_records<B: Bytes + ?Sized>(
+    bytes: &B,
+    room: usize,
+    mut copy: impl FnMut(usize, usize, usize) -> bool,
+) -> usize {
+    let (mut from, mut to) = (0, 0);
+    for _ in 0..RECORDS_MAX {
+        from = forget(from, bytes.salt());
+        to = forget(to, bytes.salt());
+        let held = bytes.len();
+        if from + RECORD_HEADER >= held || to >= room {
             break;
         }
-        let Next::Byte(byte) = cursor.next(bytes) else { return 0 };
-        if index == 0 && byte != CLIENT_HELLO {
-            return 0;
+        // Not `record_len`: the verifier refuses to spill the undefined part of an empty `Option`.
+        let byte = |at| bytes.byte_or_any(at) as usize;
+        let mut len = byte(from + 3) << 8 | byte(from + 4);
+        if byte(from) != HANDSHAKE as usize || byte(from + 1) != 3 || len == 0 || len > RECORD_MAX {
+            break;
         }
-        if index == SESSION_ID_LEN_AT {
-            len = byte as usize;
-            if len > ID_MAX {
-                return 0;
-            }
+        from += RECORD_HEADER;
+        if len > held - from {
+            len = held - from;
         }
-        if index > SESSION_ID_LEN_AT {
-            id[(index - SESSION_ID_LEN_AT - 1) & (ID_MAX - 1)] = byte;
+        if len > room - to {
+            len = room - to;
         }
+        if !copy(from, to, len) {
+            break;
+        }
+        from += len;
+        to += len;
     }
-    len as u8
+    to
 }
 
-/// The session ID of a hello whose first record reaches beyond it.
+/// A piece of a handshake message.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Span {
+    /// Offset of its first byte.
+    pub at: u16,
+    /// Its length, 0 for none.
+    pub len: u16,
+}
+
+impl Span {
+    /// The piece of a slice.
+    #[must_use]
+    pub fn of(self, bytes: &[u8]) -> &[u8] {
+        let at = self.at as usize;
+        bytes.get(at..at + self.len as usize).unwrap_or_default()
+    }
+}
+
+/// What a ClientHello says, as pieces of the message. Of a hello that is cut short, what is there.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct ClientHello {
+    /// Session ID, 0 to 32 bytes (RFC 8446 section 4.1.2).
+    pub session_id: Span,
+    /// Content of the SessionTicket extension (RFC 5077 section 3.2); empty where the client only asks
+    /// for one.
+    pub ticket: Span,
+    /// The first PSK identity (RFC 8446 section 4.2.11).
+    pub psk: Span,
+    /// The first host name of the server_name extension (RFC 6066 section 3).
+    pub server_name: Span,
+    /// Versions of the supported_versions extension (RFC 8446 section 4.2.1), two bytes each.
+    pub versions: Span,
+    /// `legacy_version`.
+    pub version: u16,
+    /// 1: every extension was seen.
+    pub whole: u8,
+    /// Unused, zero.
+    pub pad: u8,
+}
+
+/// Extension types (IANA, TLS ExtensionType Values).
+mod extension {
+    pub(super) const SERVER_NAME: usize = 0;
+    pub(super) const SESSION_TICKET: usize = 35;
+    pub(super) const PRE_SHARED_KEY: usize = 41;
+    pub(super) const SUPPORTED_VERSIONS: usize = 43;
+}
+
+/// Most extensions that are looked at. Browsers send up to twenty.
+const EXTENSIONS_MAX: usize = 40;
+/// Offsets in a handshake message are below this.
+const AT_MASK: usize = 0x3fff;
+
+/// Sixteen bits at an offset.
 #[inline(always)]
-fn plain_session_id<B: Bytes + ?Sized>(bytes: &B, kind: u8, id: &mut [u8; ID_MAX]) -> u8 {
-    const AT: usize = RECORD_HEADER + SESSION_ID_LEN_AT;
-    if bytes.byte(RECORD_HEADER) != Some(kind) {
-        return 0;
+fn word<B: Bytes + ?Sized>(bytes: &B, at: usize) -> Option<usize> {
+    Some((bytes.byte(at)? as usize) << 8 | bytes.byte(at + 1)? as usize)
+}
+
+/// A piece, if it lies within the bytes.
+#[inline(always)]
+fn span<B: Bytes + ?Sized>(bytes: &B, at: usize, len: usize) -> Span {
+    if at + len > bytes.len() { Span::default() } else { Span { at: at as u16, len: len as u16 } }
+}
+
+/// Reads a ClientHello, a handshake message without record headers (see [`join_records`]); false when
+/// it is none. What lies about its length is as if it were not there; an extension that comes twice
+/// counts once.
+#[inline(always)]
+pub fn client_hello<B: Bytes + ?Sized>(bytes: &B, hello: &mut ClientHello) -> bool {
+    // Known zeros would become a call of a byte-wise `memset`.
+    let none = opaque(0) as u16;
+    for span in [
+        &mut hello.session_id,
+        &mut hello.ticket,
+        &mut hello.psk,
+        &mut hello.server_name,
+        &mut hello.versions,
+    ] {
+        span.at = none;
+        span.len = none;
     }
-    let Some(len) = bytes.byte(AT) else { return 0 };
-    if len as usize > ID_MAX || bytes.len() < AT + 1 + len as usize {
-        return 0;
+    hello.whole = 0;
+    let (Some(kind), Some(version)) = (bytes.byte(0), word(bytes, 4)) else { return false };
+    if kind != CLIENT_HELLO {
+        return false;
     }
-    for (i, slot) in id.iter_mut().enumerate() {
-        // All ones for i < len: without a branch, which the verifier would follow both ways.
-        let keep = opaque(((i as i64 - i64::from(len)) >> 63) as u64) as u8;
-        *slot = bytes.byte_or_any(AT + 1 + i) & keep;
+    hello.version = version as u16;
+    let Some(id_len) = bytes.byte(SESSION_ID_LEN_AT) else { return true };
+    let mut at = SESSION_ID_LEN_AT + 1;
+    if id_len as usize > ID_MAX {
+        return true;
     }
-    len
+    hello.session_id = span(bytes, at, id_len as usize);
+    at = forget(at + id_len as usize, bytes.salt()) & AT_MASK;
+    let Some(suites) = word(bytes, at) else { return true };
+    at = forget(at + 2 + suites, bytes.salt()) & AT_MASK;
+    let Some(compressions) = bytes.byte(at) else { return true };
+    at = forget(at + 1 + compressions as usize, bytes.salt()) & AT_MASK;
+    let Some(all) = word(bytes, at) else { return true };
+    at += 2;
+    let mut end = at + all;
+    for _ in 0..EXTENSIONS_MAX {
+        at = forget(at, bytes.salt()) & AT_MASK;
+        end = forget(end, bytes.salt());
+        if at + 4 > end {
+            hello.whole = (at == end && end <= bytes.len()) as u8;
+            return true;
+        }
+        let (Some(kind), Some(len)) = (word(bytes, at), word(bytes, at + 2)) else { return true };
+        at += 4;
+        if at + len > end {
+            return true;
+        }
+        match kind {
+            extension::SESSION_TICKET if hello.ticket.at == 0 => hello.ticket = span(bytes, at, len),
+            extension::PRE_SHARED_KEY if hello.psk.at == 0 => hello.psk = nested(bytes, at, len, 2),
+            extension::SERVER_NAME if hello.server_name.at == 0 => {
+                hello.server_name = nested(bytes, at, len, 3);
+            }
+            extension::SUPPORTED_VERSIONS if hello.versions.at == 0 && len > 1 => {
+                hello.versions = span(bytes, at + 1, len - 1);
+            }
+            _ => {}
+        }
+        at += len;
+    }
+    true
+}
+
+/// The first item of a list in an extension: the list's length, `head` bytes of which the last two are
+/// the item's length, the item.
+#[inline(always)]
+fn nested<B: Bytes + ?Sized>(bytes: &B, at: usize, len: usize, head: usize) -> Span {
+    let Some(item) = word(bytes, at + head) else { return Span::default() };
+    if head + 2 + item > len { Span::default() } else { span(bytes, at + head + 2, item) }
 }
 
 /// What a ServerHello says about the session.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum ServerHello {
-    /// No ServerHello, or not enough of it.
-    Unknown,
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct ServerHello {
     /// TLS 1.3: the session ID only echoes the client's (RFC 8446 section 4.1.3).
-    Tls13,
-    /// TLS 1.2 or before; the session ID is issued or accepted by the server. Its length, 0 for none.
-    Tls12(u8),
+    pub tls13: bool,
+    /// A HelloRetryRequest (RFC 8446 section 4.1.4): the client will send another hello.
+    pub retry: bool,
+    /// The server accepted the client's PSK: it has a pre_shared_key extension (RFC 8446 section 4.2.11).
+    pub psk: bool,
+    /// The server will send a NewSessionTicket (RFC 5077 section 3.2).
+    pub ticket: bool,
+    /// Length of the session ID.
+    pub id_len: u8,
+    /// Another message follows in the same record.
+    pub open: bool,
+    /// Where what follows the hello begins.
+    pub end: usize,
 }
 
-/// Reads a ServerHello; the session ID is copied to `id`, also for TLS 1.3.
+/// First bytes of the random value that makes a ServerHello a HelloRetryRequest (RFC 8446 section 4.1.3).
+const RETRY: [u8; 8] = [0xcf, 0x21, 0xad, 0x74, 0xe5, 0x9a, 0x61, 0x11];
+
+/// Reads a ServerHello in its record, the session ID goes to `id`; `None` for anything else.
 #[inline(always)]
-pub fn server_hello<B: Bytes + ?Sized>(bytes: &B, id: &mut [u8; ID_MAX], id_len: &mut u8) -> ServerHello {
+pub fn server_hello<B: Bytes + ?Sized>(bytes: &B, id: &mut [u8; ID_MAX]) -> Option<ServerHello> {
     const AT: usize = RECORD_HEADER + SESSION_ID_LEN_AT;
-    *id_len = 0;
-    let Record::Of(record) = record_len(bytes, 0) else { return ServerHello::Unknown };
-    let (Some(kind), Some(high), Some(low)) =
-        (bytes.byte(RECORD_HEADER), bytes.byte(RECORD_HEADER + 2), bytes.byte(RECORD_HEADER + 3))
-    else {
-        return ServerHello::Unknown;
-    };
-    let body = (high as usize) << 8 | low as usize;
-    let Some(len) = bytes.byte(AT) else { return ServerHello::Unknown };
+    let Record::Of(record) = record_len(bytes, 0) else { return None };
+    let kind = bytes.byte(RECORD_HEADER)?;
+    let body = word(bytes, RECORD_HEADER + 2)?;
+    let len = bytes.byte(AT)? as usize;
     // version 2, random 32, ID, cipher suite 2, compression 1
-    let fixed = 2 + 32 + 1 + len as usize + 3;
-    if kind != SERVER_HELLO || len as usize > ID_MAX || body < fixed || record < body + 4 {
-        return ServerHello::Unknown;
+    let fixed = 2 + 32 + 1 + len + 3;
+    if kind != SERVER_HELLO || len > ID_MAX || body < fixed || record < body + 4 || bytes.len() < AT + 1 + len
+    {
+        return None;
     }
-    let hello_len = plain_session_id(bytes, SERVER_HELLO, id);
-    if hello_len != len {
-        return ServerHello::Unknown;
+    for (i, slot) in id.iter_mut().enumerate() {
+        // All ones for i < len: without a branch, which the verifier would follow both ways.
+        let keep = opaque(((i as i64 - len as i64) >> 63) as u64) as u8;
+        *slot = bytes.byte_or_any(AT + 1 + i) & keep;
     }
-    *id_len = len;
-    let end = RECORD_HEADER + 4 + body;
+    let mut hello =
+        ServerHello { id_len: len as u8, end: RECORD_HEADER + 4 + body, ..ServerHello::default() };
+    let mut differs = 0;
+    for (i, byte) in RETRY.into_iter().enumerate() {
+        differs |= bytes.byte_or_any(RECORD_HEADER + 6 + i) ^ byte;
+    }
+    hello.retry = differs == 0;
+    hello.open = record > body + 4;
+    let end = hello.end;
     let mut at = RECORD_HEADER + 4 + fixed + 2;
+    // One word, so that the verifier can forget it: bit 0 TLS 1.3, bit 1 PSK, bit 2 ticket.
+    let mut seen = 0;
     for _ in 0..16 {
-        at = forget(at, bytes.salt()) & 0x3fff;
+        at = forget(at, bytes.salt()) & AT_MASK;
+        seen = forget(seen, bytes.salt());
         if at + 4 > end {
-            return ServerHello::Tls12(len);
+            hello.tls13 = seen & 1 != 0;
+            hello.psk = seen & 2 != 0;
+            hello.ticket = seen & 4 != 0;
+            return Some(hello);
         }
         if at + 4 > bytes.len() {
-            return ServerHello::Unknown;
+            return None;
         }
         let word = |at| (bytes.byte_or_any(at) as usize) << 8 | bytes.byte_or_any(at + 1) as usize;
-        // supported_versions: only TLS 1.3 and later answer with it (RFC 8446 section 4.2.1).
-        if word(at) == 43 {
-            return ServerHello::Tls13;
-        }
+        let kind = word(at);
+        // Only TLS 1.3 and later answer with supported_versions (RFC 8446 section 4.2.1).
+        seen |= (kind == extension::SUPPORTED_VERSIONS) as usize
+            | ((kind == extension::PRE_SHARED_KEY) as usize) << 1
+            | ((kind == extension::SESSION_TICKET) as usize) << 2;
         at += 4 + word(at + 2);
     }
-    ServerHello::Unknown
+    None
+}
+
+/// What a server's bytes begin with after its first hello, where a NewSessionTicket may come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Later {
+    /// A NewSessionTicket of TLS 1.2 (RFC 5077 section 3.3): its ticket.
+    Ticket(Span),
+    /// ChangeCipherSpec or encrypted data: no ticket will come in clear.
+    Encrypted,
+    /// Something else of the handshake.
+    Other,
+}
+
+/// Looks for a NewSessionTicket at the start of a record, or, with `open`, behind another message of
+/// the record.
+#[inline(always)]
+pub fn new_session_ticket<B: Bytes + ?Sized>(bytes: &B, at: usize, open: bool) -> Later {
+    let mut at = at & AT_MASK;
+    if !open {
+        let Some(kind) = bytes.byte(at) else { return Later::Other };
+        if kind != HANDSHAKE {
+            return if kind == CHANGE_CIPHER_SPEC || kind == APPLICATION_DATA {
+                Later::Encrypted
+            } else {
+                Later::Other
+            };
+        }
+        at += RECORD_HEADER;
+    }
+    // message header 4, lifetime 4, length of the ticket 2
+    let (Some(NEW_SESSION_TICKET), Some(len)) = (bytes.byte(at), word(bytes, at + 8)) else {
+        return Later::Other;
+    };
+    let found = span(bytes, at + 10, len);
+    if found.len == 0 { Later::Other } else { Later::Ticket(found) }
 }
 
 #[cfg(test)]
@@ -316,7 +500,7 @@ mod tests {
         out
     }
 
-    fn client_hello(id: &[u8], padding: usize) -> Vec<u8> {
+    fn plain_hello(id: &[u8], padding: usize) -> Vec<u8> {
         let mut body = vec![3, 3];
         body.extend_from_slice(&[7; 32]);
         body.push(id.len() as u8);
@@ -342,17 +526,156 @@ mod tests {
         records(&handshake(2, &body), &[])
     }
 
+    fn joined(bytes: &[u8]) -> Vec<u8> {
+        let mut out = vec![0; 8192];
+        let len = join_records(bytes, 8192, |from, to, len| {
+            out[to..to + len].copy_from_slice(&bytes[from..from + len]);
+            true
+        });
+        out.truncate(len);
+        out
+    }
+
+    fn read(bytes: &[u8]) -> Option<(Vec<u8>, ClientHello)> {
+        let message = joined(bytes);
+        let mut hello = ClientHello::default();
+        client_hello(&message[..], &mut hello).then_some((message, hello))
+    }
+
     fn session_id(bytes: &[u8]) -> Vec<u8> {
+        read(bytes).map(|(message, hello)| hello.session_id.of(&message).to_vec()).unwrap_or_default()
+    }
+
+    fn extension_bytes(kind: u16, content: &[u8]) -> Vec<u8> {
+        let mut out = kind.to_be_bytes().to_vec();
+        out.extend_from_slice(&(content.len() as u16).to_be_bytes());
+        out.extend_from_slice(content);
+        out
+    }
+
+    /// A hello with GREASE, a host name, versions, a key share of `share` bytes, a ticket and a PSK.
+    fn resuming_hello(share: usize, ticket: &[u8], psk: &[u8]) -> Vec<u8> {
+        let mut extensions = extension_bytes(0x4a4a, &[]);
+        let name = b"service.test";
+        let mut names = vec![0, (name.len() + 3) as u8, 0, 0, name.len() as u8];
+        names.extend_from_slice(name);
+        extensions.extend(extension_bytes(0, &names));
+        extensions.extend(extension_bytes(35, ticket));
+        extensions.extend(extension_bytes(43, &[4, 3, 4, 3, 3]));
+        extensions.extend(extension_bytes(51, &vec![0; share]));
+        if !psk.is_empty() {
+            let mut list = ((psk.len() + 6) as u16).to_be_bytes().to_vec();
+            list.extend_from_slice(&(psk.len() as u16).to_be_bytes());
+            list.extend_from_slice(psk);
+            list.extend_from_slice(&[0, 0, 0, 1, 0, 33, 32]);
+            list.extend_from_slice(&[9; 32]);
+            extensions.extend(extension_bytes(41, &list));
+        }
+        let mut body = vec![3, 3];
+        body.extend_from_slice(&[7; 32]);
+        body.push(32);
+        body.extend_from_slice(&[5; 32]);
+        body.extend_from_slice(&[0, 2, 0x13, 1, 1, 0]);
+        body.extend_from_slice(&(extensions.len() as u16).to_be_bytes());
+        body.extend(extensions);
+        handshake(1, &body)
+    }
+
+    #[test]
+    fn a_resuming_hello_shows_ticket_and_psk() {
+        let (ticket, psk): (Vec<u8>, Vec<u8>) = ((0..200).collect(), (0..240).rev().collect());
+        let hello = resuming_hello(1216, &ticket, &psk);
+        for cuts in [&[][..], &[2, 70, 1500], &[1]] {
+            let bytes = records(&hello, cuts);
+            let (message, found) = read(&bytes).expect("a hello");
+            assert_eq!(message, hello);
+            assert_eq!(found.ticket.of(&message), ticket);
+            assert_eq!(found.psk.of(&message), psk);
+            assert_eq!(found.server_name.of(&message), b"service.test");
+            assert_eq!(found.versions.of(&message), [3, 4, 3, 3]);
+            assert_eq!((found.version, found.whole), (0x0303, 1));
+            for end in 0..bytes.len() {
+                let Some((message, cut)) = read(&bytes[..end]) else { continue };
+                assert_eq!(cut.whole, 0, "{end}");
+                let psk_found = cut.psk.of(&message);
+                assert!(psk_found.is_empty() || psk_found == psk, "{end}");
+                assert!(cut.ticket.len == 0 || cut.ticket.of(&message) == ticket, "{end}");
+            }
+        }
+    }
+
+    #[test]
+    fn lying_lengths_hide_only_what_lies() {
+        let hello = resuming_hello(32, &[1; 100], &[2; 100]);
+        let find = |needle: &[u8]| hello.windows(needle.len()).position(|w| w == needle).expect("there");
+        // The PSK identity claims more than its extension has.
+        let mut bytes = hello.clone();
+        let at = find(&[0, 100, 2, 2, 2]);
+        bytes[at] = 0x7f;
+        let mut found = ClientHello::default();
+        assert!(client_hello(&bytes[..], &mut found));
+        assert_eq!((found.psk.len, found.ticket.len), (0, 100));
+        // An extension claims more than the hello has: what comes before it stays.
+        let mut bytes = hello.clone();
+        let at = find(&[0, 51, 0, 32]);
+        bytes[at + 2] = 0xff;
+        assert!(client_hello(&bytes[..], &mut found));
+        assert_eq!((found.psk.len, found.ticket.len, found.whole), (0, 100, 0));
+    }
+
+    #[test]
+    fn the_first_of_two_equal_extensions_counts() {
+        let mut hello = resuming_hello(32, &[1; 100], &[]);
+        let extra = extension_bytes(35, &[3; 50]);
+        let all_at = SESSION_ID_LEN_AT + 1 + 32 + 4 + 2;
+        let all = u16::from_be_bytes([hello[all_at], hello[all_at + 1]]) + extra.len() as u16;
+        hello[all_at..all_at + 2].copy_from_slice(&all.to_be_bytes());
+        hello.extend(extra);
+        let mut found = ClientHello::default();
+        assert!(client_hello(&hello[..], &mut found));
+        assert_eq!(found.ticket.of(&hello), [1; 100]);
+    }
+
+    #[test]
+    fn a_new_session_ticket_is_found_behind_a_hello_and_alone() {
+        let mut content = vec![0, 0, 1, 44, 0, 120];
+        content.extend_from_slice(&[8; 120]);
+        let ticket = handshake(4, &content);
+        let own = records(&ticket, &[]);
+        let Later::Ticket(found) = new_session_ticket(&own[..], 0, false) else { panic!("not found") };
+        assert_eq!(found.of(&own), [8; 120]);
         let mut id = [0; ID_MAX];
-        let len = client_session_id(bytes, &mut id);
-        id[..len as usize].to_vec()
+        let mut two = server_hello_bytes(&[4; 32], &[0, 35, 0, 0]);
+        let hello = server_hello(&two[..], &mut id).expect("a hello");
+        assert!(hello.ticket && !hello.psk && !hello.tls13 && !hello.retry);
+        assert_eq!(hello.end, two.len());
+        two.extend_from_slice(&own);
+        assert!(matches!(
+            new_session_ticket(&two[..], hello.end, false),
+            Later::Ticket(Span { len: 120, .. })
+        ));
+        assert_eq!(new_session_ticket(&[20, 3, 3, 0, 1, 1][..], 0, false), Later::Encrypted);
+        assert_eq!(new_session_ticket(&[23, 3, 3, 0, 9, 1][..], 0, false), Later::Encrypted);
+        assert_eq!(new_session_ticket(&[][..], 0, false), Later::Other);
+        for end in 0..own.len() {
+            assert_eq!(new_session_ticket(&own[..end], 0, false), Later::Other, "{end}");
+        }
+    }
+
+    #[test]
+    fn a_retry_request_is_told_from_a_hello() {
+        let mut bytes = server_hello_bytes(&[4; 32], &[0, 43, 0, 2, 3, 4]);
+        let mut id = [0; ID_MAX];
+        assert!(!server_hello(&bytes[..], &mut id).expect("a hello").retry);
+        bytes[11..19].copy_from_slice(&RETRY);
+        assert!(server_hello(&bytes[..], &mut id).expect("a hello").retry);
     }
 
     #[test]
     fn every_length_of_session_id_is_found() {
         for len in 0..=32 {
             let id: Vec<u8> = (1..=len).collect();
-            let bytes = records(&client_hello(&id, 200), &[]);
+            let bytes = records(&plain_hello(&id, 200), &[]);
             assert_eq!(scan_client_hello(&bytes[..]), Scan::Complete);
             assert_eq!(session_id(&bytes), id);
         }
@@ -360,7 +683,7 @@ mod tests {
 
     #[test]
     fn every_prefix_is_partial_and_only_the_whole_is_complete() {
-        let bytes = records(&client_hello(&[5; 32], 1800), &[]);
+        let bytes = records(&plain_hello(&[5; 32], 1800), &[]);
         for end in 0..bytes.len() {
             assert_eq!(scan_client_hello(&bytes[..end]), Scan::Partial, "{end}");
             let id = session_id(&bytes[..end]);
@@ -371,7 +694,7 @@ mod tests {
 
     #[test]
     fn a_hello_over_several_records_is_read_wherever_it_is_cut() {
-        let hello = client_hello(&[6; 32], 100);
+        let hello = plain_hello(&[6; 32], 100);
         for a in 1..hello.len() - 1 {
             for b in [a + 1, (a + 40).min(hello.len() - 1)] {
                 let cuts: &[usize] = if b > a && b < hello.len() { &[a, b] } else { &[a] };
@@ -407,7 +730,7 @@ mod tests {
 
     #[test]
     fn lying_session_id_lengths_are_no_identifier() {
-        let mut bytes = records(&client_hello(&[1; 32], 0), &[]);
+        let mut bytes = records(&plain_hello(&[1; 32], 0), &[]);
         bytes[43] = 33;
         assert!(session_id(&bytes).is_empty());
         bytes[43] = 255;
@@ -416,7 +739,7 @@ mod tests {
 
     #[test]
     fn more_records_than_any_client_sends_are_not_tls() {
-        let hello = client_hello(&[1; 32], 600);
+        let hello = plain_hello(&[1; 32], 600);
         let cuts: Vec<usize> = (1..40).collect();
         assert_eq!(scan_client_hello(&records(&hello, &cuts)[..]), Scan::NotTls);
     }
@@ -424,29 +747,31 @@ mod tests {
     #[test]
     fn server_hello_of_each_version() {
         let mut id = [0; ID_MAX];
-        let mut len = 0;
         let tls12 = server_hello_bytes(&[4; 32], &[0xff, 1, 0, 1, 0, 0, 23, 0, 0]);
-        assert_eq!(server_hello(&tls12[..], &mut id, &mut len), ServerHello::Tls12(32));
-        assert_eq!(id, [4; 32]);
+        let found = server_hello(&tls12[..], &mut id).expect("a hello");
+        assert_eq!((found.tls13, found.ticket, found.id_len, id), (false, false, 32, [4; 32]));
         let bare = server_hello_bytes(&[4; 16], &[]);
-        assert_eq!(server_hello(&bare[..], &mut id, &mut len), ServerHello::Tls12(16));
+        assert_eq!(server_hello(&bare[..], &mut id).expect("a hello").id_len, 16);
         let none = server_hello_bytes(&[], &[0, 35, 0, 0]);
-        assert_eq!(server_hello(&none[..], &mut id, &mut len), ServerHello::Tls12(0));
-        let mut key_share = vec![0, 51, 0, 36];
-        key_share.extend_from_slice(&[0; 36]);
-        key_share.extend_from_slice(&[0, 43, 0, 2, 3, 4]);
-        let tls13 = server_hello_bytes(&[8; 32], &key_share);
-        assert_eq!(server_hello(&tls13[..], &mut id, &mut len), ServerHello::Tls13);
-        assert_eq!((id, len), ([8; 32], 32));
-        for end in 0..tls13.len() - 6 {
-            assert_eq!(server_hello(&tls13[..end], &mut id, &mut len), ServerHello::Unknown, "{end}");
+        let found = server_hello(&none[..], &mut id).expect("a hello");
+        assert_eq!((found.tls13, found.ticket, found.id_len), (false, true, 0));
+        let mut extensions = extension_bytes(51, &[0; 36]);
+        extensions.extend(extension_bytes(43, &[3, 4]));
+        let fresh = server_hello_bytes(&[8; 32], &extensions);
+        let found = server_hello(&fresh[..], &mut id).expect("a hello");
+        assert_eq!((found.tls13, found.psk, found.id_len, id), (true, false, 32, [8; 32]));
+        extensions.extend(extension_bytes(41, &[0, 0]));
+        let resumed = server_hello_bytes(&[8; 32], &extensions);
+        assert!(server_hello(&resumed[..], &mut id).expect("a hello").psk);
+        for end in 0..resumed.len() - 6 {
+            assert_eq!(server_hello(&resumed[..end], &mut id), None, "{end}");
         }
     }
 
     #[test]
     fn random_bytes_never_panic() {
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-        let hello = records(&client_hello(&[1; 32], 300), &[3, 9, 60]);
+        let hello = records(&resuming_hello(40, &[1; 64], &[2; 64]), &[3, 9, 60]);
         let server = server_hello_bytes(&[4; 32], &[0, 43, 0, 2, 3, 4]);
         for _ in 0..20_000 {
             for base in [&hello, &server] {
@@ -459,10 +784,10 @@ mod tests {
                     bytes[at] = (state >> 32) as u8;
                 }
                 let mut id = [0; ID_MAX];
-                let mut len = 0;
                 scan_client_hello(&bytes[..]);
-                client_session_id(&bytes[..], &mut id);
-                server_hello(&bytes[..], &mut id, &mut len);
+                read(&bytes);
+                server_hello(&bytes[..], &mut id);
+                new_session_ticket(&bytes[..], state as usize % 600, false);
             }
         }
     }

@@ -3,24 +3,26 @@
 
 use dispatcher_common::{
     cookie::NO_WSCALE,
-    event::EVENT_LEARNED,
+    event::{EVENT_LEARNED, EVENT_REJECTED},
     flow::{
-        FLAG_LEARN, FLAG_NO_SACK, FLAG_NO_TS, FLAG_RESYN, FLAG_RST, FLAG_SYN_SENT, Flow, FlowKey, MARK_SECURE,
+        FLAG_LEARN, FLAG_NO_SACK, FLAG_NO_TS, FLAG_RESYN, FLAG_RST, FLAG_SYN_SENT, Flow, FlowKey, MARK_HIT,
+        MARK_SECURE,
     },
     globals::GLOBAL_NO_CLONES,
+    opaque::opaque,
     proxy::ROOM,
     reason::Reason,
     service::{FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_NO_WSCALE},
-    session::KIND_TLS_SESSION_ID,
-    stash::{STAGE_BOUND, STAGE_REPLAYED, Slot},
+    session::{ID_MAX, KIND_TICKET_NAME, KIND_TLS_SESSION_ID, SessionKey, TICKET_HEAD, TICKET_NAMED},
+    stash::{OFFER_PSK, OFFER_TICKET, STAGE_BOUND, STAGE_REPLAYED, Slot},
     tcp::{ACK, RST, SYN, scale_window},
-    tls::{self, Bytes, ServerHello},
+    tls::{self, Bytes, Later},
 };
 
 use crate::{
     control, counters, emit, events, flows,
     globals::{PAYLOAD, Scratch, globals, scratch},
-    options,
+    identify, options,
     packet::{Frame, Tcp},
     parse::{Parsed, packet_end},
     reply, services, sessions, stash,
@@ -228,7 +230,7 @@ impl Bytes for Copy<'_> {
     }
     #[inline(always)]
     fn byte(&self, at: usize) -> Option<u8> {
-        let at = dispatcher_common::opaque::opaque(at as u64) as usize;
+        let at = opaque(at as u64) as usize;
         if at >= PAYLOAD || at >= self.len {
             return None;
         }
@@ -237,7 +239,7 @@ impl Bytes for Copy<'_> {
     }
     #[inline(always)]
     fn byte_or_any(&self, at: usize) -> u8 {
-        let at = dispatcher_common::opaque::opaque(at as u64) as usize & (PAYLOAD - 1);
+        let at = opaque(at as u64) as usize & (PAYLOAD - 1);
         // SAFETY: `at` is below the size of `payload`, a power of two.
         unsafe { *self.scratch.payload.as_ptr().add(at) }
     }
@@ -247,16 +249,19 @@ impl Bytes for Copy<'_> {
     }
 }
 
-/// Reads the ServerHello in the first packet with payload and learns its session ID. True when the
-/// packet had payload.
+/// Packets with payload among which a NewSessionTicket is looked for.
+const LEARN_MAX: u8 = 16;
+
+/// Reads the server's part of the handshake and learns what it issues or accepts. True when there is no
+/// more to learn.
 #[inline(never)]
-fn learn(frame: &Frame, p: &Parsed, flow: &Flow) -> bool {
-    let Ok(scratch) = scratch() else { return false };
+fn learn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> bool {
+    let Ok(scratch) = scratch() else { return true };
     let view = frame.view();
-    let Some(tcp) = view.ptr::<Tcp>(p.l4()) else { return false };
+    let Some(tcp) = view.ptr::<Tcp>(p.l4()) else { return true };
     // SAFETY: `ptr` checked the bounds.
     let at = p.l4() + unsafe { (*tcp).offset >> 4 } as usize * 4;
-    let Some(end) = packet_end(view, p) else { return false };
+    let Some(end) = packet_end(view, p) else { return true };
     if end <= at {
         return false;
     }
@@ -264,42 +269,184 @@ fn learn(frame: &Frame, p: &Parsed, flow: &Flow) -> bool {
     if len > PAYLOAD - 1 {
         len = PAYLOAD - 1;
     }
-    let len = dispatcher_common::opaque::opaque(len as u64) as usize & (PAYLOAD - 1);
+    let len = opaque(len as u64) as usize & (PAYLOAD - 1);
     if len == 0 || !frame.load(at, scratch.payload.as_mut_ptr(), len) {
         return true;
     }
-    let Ok(frontend) = services::frontend(flow.frontend as u32) else { return true };
-    let mut id = dispatcher_common::opaque::zeros();
-    let mut id_len = 0_u8;
-    let hello = tls::server_hello(&Copy { scratch, len }, &mut id, &mut id_len);
-    if id_len == 0 {
-        return true;
+    let hello = dispatcher_read_server_hello(len as u32);
+    if hello & RETRY != 0 {
+        return false;
     }
-    scratch.session_key.service = frontend.service;
+    if hello & IS_HELLO != 0 {
+        learn_hello(p, flow, hello);
+        if hello & TLS13 != 0 || hello & TICKET == 0 {
+            return true;
+        }
+    }
+    flow.tries = flow.tries.wrapping_add(1);
+    let bytes = Copy { scratch, len };
+    match tls::new_session_ticket(&bytes, (hello >> 16) as usize, hello & OPEN != 0) {
+        Later::Ticket(ticket) => {
+            if ticket.len as usize >= TICKET_HEAD {
+                learn_ticket(p, flow, ticket.at as u32);
+            }
+            true
+        }
+        Later::Encrypted => true,
+        Later::Other => flow.tries > LEARN_MAX,
+    }
+}
+
+/// [`dispatcher_read_server_hello`]: there is a ServerHello.
+const IS_HELLO: u32 = 1 << 0;
+/// [`dispatcher_read_server_hello`]: of TLS 1.3.
+const TLS13: u32 = 1 << 1;
+/// [`dispatcher_read_server_hello`]: it accepts the client's PSK.
+const PSK: u32 = 1 << 2;
+/// [`dispatcher_read_server_hello`]: a ticket will follow.
+const TICKET: u32 = 1 << 3;
+/// [`dispatcher_read_server_hello`]: it is a HelloRetryRequest.
+const RETRY: u32 = 1 << 4;
+/// [`dispatcher_read_server_hello`]: another message follows in the same record.
+const OPEN: u32 = 1 << 5;
+
+/// Reads a ServerHello in the scratch payload, its session ID goes to the scratch key. One word: the flags
+/// above, from bit 8 the length of the session ID, from bit 16 where the hello ends.
+///
+/// Exported, so that the verifier checks it once and not for every way that leads here.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn dispatcher_read_server_hello(len: u32) -> u32 {
+    let (Ok(scratch), Ok(own)) = (scratch(), scratch()) else { return 0 };
+    let len = opaque(len as u64) as usize & (PAYLOAD - 1);
+    let Some(hello) = tls::server_hello(&Copy { scratch, len }, &mut own.session_key.id) else { return 0 };
+    let flag = |set: bool, flag| if set { flag } else { 0 };
+    IS_HELLO
+        | flag(hello.tls13, TLS13)
+        | flag(hello.psk, PSK)
+        | flag(hello.ticket, TICKET)
+        | flag(hello.retry, RETRY)
+        | flag(hello.open, OPEN)
+        | (hello.id_len as u32) << 8
+        | (hello.end as u32) << 16
+}
+
+/// What a ServerHello says of the identifiers that the client came with, or gives it.
+#[inline(never)]
+fn learn_hello(p: &Parsed, flow: &Flow, hello: u32) -> u32 {
+    let (tls13, psk, id_len) = (hello & TLS13 != 0, hello & PSK != 0, (hello >> 8) as u8 & 0x3f);
+    let (Ok(scratch), Ok(key), Ok(slot)) = (scratch(), client_key(flow, p), stash::slot(flow.slot)) else {
+        return 0;
+    };
+    // The slot may be another connection's by now; then nothing is known of the client's hello.
+    let offer = if slot.key == *key { slot.offer.flags } else { 0 };
+    let accepted = if tls13 {
+        psk
+    } else {
+        // A server that accepts a ticket repeats the session ID that came with it (RFC 5077 section 3.4).
+        id_len != 0 && id_len == slot.offer.id_len && equal(&scratch.session_key.id, &slot.offer.id)
+    };
+    let offered = if tls13 { OFFER_PSK } else { OFFER_TICKET };
+    if offer & offered != 0 {
+        resumption(p, flow, slot, accepted);
+        if accepted {
+            return 0;
+        }
+    }
+    if id_len == 0 {
+        return 0;
+    }
     scratch.session_key.kind = KIND_TLS_SESSION_ID;
     scratch.session_key.len = id_len;
-    scratch.session_key.pad = [0; 2];
-    scratch.session_key.id = id;
-    match hello {
-        ServerHello::Tls12(_) => {
-            let Some(backend) = services::endpoint(flow.backend, p.is_v4()) else { return true };
-            if sessions::confirm(&scratch.session_key, &mut scratch.session, backend.id, frontend) {
-                counters::backend(flow.backend, |stats| stats.learned += 1);
-                events::tell(
-                    EVENT_LEARNED,
-                    flow.frontend as u32,
-                    flow.backend,
-                    flow.slot,
-                    &p.key,
-                    &scratch.session_key,
-                );
-            }
-        }
-        // The client made the ID up for middleboxes (RFC 8446 appendix D.4): it will never return.
-        ServerHello::Tls13 => sessions::forget_provisional(&scratch.session_key),
-        ServerHello::Unknown => {}
+    if !tls13 {
+        return confirm(p, flow);
     }
-    true
+    if offer & (OFFER_PSK | OFFER_TICKET) == 0
+        && let Ok(frontend) = services::frontend(flow.frontend as u32)
+    {
+        // The client made the ID up for middleboxes (RFC 8446 appendix D.4): it will never return.
+        scratch.session_key.service = frontend.service;
+        sessions::forget_provisional(&scratch.session_key);
+    }
+    0
+}
+
+/// A server accepted a ticket or not: whose is the key that sealed it?
+#[inline(always)]
+fn resumption(p: &Parsed, flow: &Flow, slot: &Slot, accepted: bool) {
+    if slot.session.kind != KIND_TICKET_NAME || slot.session.len == 0 {
+        return;
+    }
+    let (Ok(scratch), Some(backend)) = (scratch(), services::endpoint(flow.backend, p.is_v4())) else {
+        return;
+    };
+    if accepted {
+        // Where tickets carry no name, their first bytes say nothing about other tickets.
+        if backend.ticket >= TICKET_NAMED {
+            scratch.session_key.kind = slot.session.kind;
+            scratch.session_key.len = slot.session.len;
+            identify::words(&slot.session.id, &mut scratch.session_key.id);
+            confirm(p, flow);
+        }
+    } else if flow.marks & MARK_HIT != 0 {
+        tell(EVENT_REJECTED, flow, &p.key, &slot.session);
+    }
+}
+
+/// A ticket that a server issues in clear, at an offset of the scratch payload.
+#[inline(never)]
+fn learn_ticket(p: &Parsed, flow: &Flow, at: u32) -> u32 {
+    let Ok(scratch) = scratch() else { return 0 };
+    let Some(backend) = services::endpoint(flow.backend, p.is_v4()) else { return 0 };
+    let at = opaque(at as u64) as usize & (PAYLOAD - 1);
+    if at > PAYLOAD - TICKET_HEAD {
+        return 0;
+    }
+    for i in 0..TICKET_HEAD {
+        // SAFETY: `at + i` is below the size of `payload`.
+        scratch.ticket[i] = unsafe { *scratch.payload.as_ptr().add(at + i) };
+    }
+    scratch.ticket_len = TICKET_HEAD as u32;
+    if backend.ticket < TICKET_NAMED {
+        identify::set_ticket(scratch);
+    } else if !identify::set_name(scratch, (backend.ticket - TICKET_NAMED) as usize) {
+        return 0;
+    }
+    confirm(p, flow)
+}
+
+/// The identifier in the scratch key is the backend's.
+#[inline(never)]
+fn confirm(p: &Parsed, flow: &Flow) -> u32 {
+    let (Ok(scratch), Ok(frontend)) = (scratch(), services::frontend(flow.frontend as u32)) else { return 0 };
+    let Some(backend) = services::endpoint(flow.backend, p.is_v4()) else { return 0 };
+    let key = &mut scratch.session_key;
+    key.service = frontend.service;
+    key.pad[0] = 0;
+    key.pad[1] = 0;
+    if sessions::confirm(key, &mut scratch.session, backend.id, frontend) {
+        counters::backend(flow.backend, |stats| stats.learned += 1);
+        tell(EVENT_LEARNED, flow, &p.key, key);
+    }
+    0
+}
+
+/// Tells the daemon of a flow; whether the ring has room does not matter.
+#[inline(never)]
+fn tell(kind: u32, flow: &Flow, key: &FlowKey, session: &SessionKey) -> bool {
+    events::tell(kind, flow.frontend as u32, flow.backend, flow.slot, key, session)
+}
+
+/// Compares two session IDs without a branch a word.
+#[inline(always)]
+fn equal(a: &[u8; ID_MAX], b: &[u8; ID_MAX]) -> bool {
+    // SAFETY: 32 bytes each; BPF on the platforms that run XDP needs no alignment.
+    let (a, b) = unsafe { (&*a.as_ptr().cast::<[u32; 8]>(), &*b.as_ptr().cast::<[u32; 8]>()) };
+    let mut differs = 0;
+    for i in 0..8 {
+        differs |= a[i] ^ b[i];
+    }
+    differs == 0
 }
 
 /// Ends both entries of a flow: the next SYN begins a new one.

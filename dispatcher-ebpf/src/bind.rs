@@ -11,12 +11,14 @@ use dispatcher_common::{
     proxy::{self, ROOM, ROOM_WORDS},
     reason::Reason,
     service::{FRONTEND_MISS_DAEMON, FRONTEND_PROXY_V2, FRONTEND_SOURCE_DISPATCHER, Frontend},
+    session::{KIND_CLIENT, KIND_TICKET_NAME},
     stash::{STAGE_BOUND, STAGE_FILLING, STAGE_HELD, Slot},
 };
 
 use crate::{
     counters, emit, events, flows,
     globals::{globals, now, now_ns, scratch},
+    identify,
     packet::Frame,
     services, sessions, stash,
     verdict::Verdict,
@@ -102,7 +104,7 @@ fn send_syn(frame: &Frame, slot: &mut Slot, index: u32) -> Result<(), Reason> {
 }
 
 /// The same backend once more: the slot may be a new one, so everything comes from the flow.
-#[inline(always)]
+#[inline(never)]
 fn repeat(frame: &Frame, slot: &mut Slot, index: u32, flow: &mut Flow) -> Verdict {
     let frontend = services::frontend(slot.frontend)?;
     flow.tries = flow.tries.wrapping_add(1);
@@ -126,58 +128,78 @@ fn repeat(frame: &Frame, slot: &mut Slot, index: u32, flow: &mut Flow) -> Verdic
 #[inline(never)]
 fn choose(slot: &mut Slot, index: u32, frontend: &Frontend, avoid: u32) -> Verdict {
     let v4 = slot.key.src.is_v4();
+    let secure = slot.marks & MARK_SECURE as u32 != 0;
     slot.session.len = 0;
-    if slot.marks & MARK_SECURE as u32 != 0 {
-        stash::read_session_id(slot, frontend.service);
+    slot.offer.flags = 0;
+    if secure {
+        identify::read(index);
     }
-    let known = slot.session.len != 0;
-    if known {
-        let now = now();
-        if let Some(session) = sessions::get(&slot.session, now)
-            && let Some(backend) = services::backend_of_id(session.backend)
-            && backend != avoid
-            && services::endpoint_up(backend, v4).is_some()
-        {
-            sessions::touch(session, frontend, now);
-            slot.backend = backend;
-            return Verdict(Reason::BoundHit);
+    let mut backend = identify::find(index, avoid, secure);
+    let mut reason = Reason::BoundHit;
+    if backend == ANY {
+        let hash = (stash::mix(&slot.key) >> 16) as u32 ^ slot.isn;
+        backend = services::pick(frontend, hash, v4, avoid)?;
+        if slot.stage == STAGE_FILLING && frontend.flags & FRONTEND_MISS_DAEMON != 0 {
+            // Signed: the coarse clock is up to a tick behind the daemon's.
+            let age = now_ns().wrapping_sub(globals()?.heartbeat) as i64;
+            if age < HEARTBEAT_LIMIT_NS as i64 && tell(EVENT_HELD, backend, index, slot) {
+                slot.stage = STAGE_HELD;
+                return Verdict(Reason::Held);
+            }
         }
-    }
-    let hash = (stash::mix(&slot.key) >> 16) as u32 ^ slot.isn;
-    let mut backend = services::pick(frontend, hash, v4, avoid)?;
-    if slot.stage == STAGE_FILLING && frontend.flags & FRONTEND_MISS_DAEMON != 0 {
-        // Signed: the coarse clock is up to a tick behind the daemon's.
-        let age = now_ns().wrapping_sub(globals()?.heartbeat) as i64;
-        if age < HEARTBEAT_LIMIT_NS as i64 && tell(EVENT_HELD, backend, index, slot) {
-            slot.stage = STAGE_HELD;
-            return Verdict(Reason::Held);
-        }
-    }
-    let mut reason = if slot.marks & MARK_SECURE as u32 == 0 {
-        Reason::BoundNonsecure
-    } else if known {
-        Reason::BoundMiss
-    } else {
-        Reason::BoundFresh
-    };
-    if known {
-        let id = services::endpoint(backend, v4).ok_or(Reason::NoBackend)?.id;
-        let winner = sessions::add_provisional(&slot.session, &mut scratch()?.session, id, frontend);
-        // Another first request with this identifier was faster: follow it.
-        if let Some(winner) = winner
-            && winner != id
-            && let Some(other) = services::backend_of_id(winner)
-            && other != avoid
-            && services::endpoint_up(other, v4).is_some()
-        {
-            backend = other;
-            reason = Reason::BoundHit;
-        } else if winner.is_none() {
-            tell(EVENT_MISS, backend, index, slot);
-        }
+        reason = if !secure {
+            Reason::BoundNonsecure
+        } else if slot.session.len != 0 {
+            Reason::BoundMiss
+        } else {
+            Reason::BoundFresh
+        };
     }
     slot.backend = backend;
+    let scratch = scratch()?;
+    let first_known = matches!(reason, Reason::BoundHit) && scratch.session_key.kind == slot.session.kind;
+    // A key's name is one for many clients: only a server's acceptance says whose it is.
+    if slot.session.len != 0 && !first_known && slot.session.kind != KIND_TICKET_NAME {
+        let id = services::endpoint(backend, v4).ok_or(Reason::NoBackend)?.id;
+        match sessions::add(&slot.session, &mut scratch.session, id, frontend) {
+            // Another first request with this identifier was faster: follow it.
+            Some(winner) if !matches!(reason, Reason::BoundHit) => {
+                let other = identify::reachable(winner, slot, avoid);
+                if other != ANY {
+                    slot.backend = other;
+                    reason = Reason::BoundHit;
+                }
+            }
+            Some(_) => {}
+            None => {
+                tell(EVENT_MISS, backend, index, slot);
+            }
+        }
+    }
+    if slot.session.kind != KIND_CLIENT && slot.session.len != 0 {
+        follow_client(slot, frontend);
+    }
     Verdict(reason)
+}
+
+/// The client's next connection may come without this one's identifier: a service that knows clients by
+/// their addresses notes the address too.
+#[inline(never)]
+fn follow_client(slot: &Slot, frontend: &Frontend) -> bool {
+    let mut follows = false;
+    for i in 0..frontend.affinity.len() {
+        follows |= frontend.affinity[i] == KIND_CLIENT;
+    }
+    if !follows {
+        return false;
+    }
+    let (Ok(scratch), Some(backend)) = (scratch(), services::endpoint(slot.backend, slot.key.src.is_v4()))
+    else {
+        return false;
+    };
+    identify::client_key(slot, &mut scratch.session_key);
+    scratch.session_key.service = frontend.service;
+    sessions::confirm(&scratch.session_key, &mut scratch.session, backend.id, frontend)
 }
 
 /// Tells the daemon of a slot; false when the ring is full.

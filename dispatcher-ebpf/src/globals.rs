@@ -9,17 +9,20 @@ use dispatcher_common::{
     flow::{Flow, FlowKey},
     globals::Globals,
     reason::Reason,
-    session::{Session, SessionKey},
+    session::{Session, SessionKey, TICKET_HEAD},
     tcp::{OptionBytes, Options},
+    tls::ClientHello,
 };
 
-use crate::parse::Parsed;
+use crate::{parse::Parsed, stash::Segment};
 
 #[map]
 static GLOBALS: Array<Globals> = Array::with_max_entries(1, 0);
 #[map]
 static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
 
+/// Bytes of the buffer for hellos: twice the longest, so that any offset and length below that fit.
+pub const HELLO: usize = 16_384;
 /// Bytes of the payload buffer.
 pub const PAYLOAD: usize = 4096;
 
@@ -52,6 +55,16 @@ pub struct Scratch {
     pub session_key: SessionKey,
     /// A session to be written.
     pub session: Session,
+    /// A segment of a connection that is not established.
+    pub segment: Segment,
+    /// A hello without record headers.
+    pub hello: [u8; HELLO],
+    /// What it says.
+    pub client_hello: ClientHello,
+    /// Start of a ticket.
+    pub ticket: [u8; TICKET_HEAD],
+    /// How much of it there is, at most `TICKET_HEAD`.
+    pub ticket_len: u32,
     /// Something that the verifier does not know.
     pub salt: u64,
 }

@@ -16,6 +16,7 @@ mod events;
 mod flows;
 mod globals;
 mod icmp;
+mod identify;
 mod l4;
 mod options;
 mod packet;

@@ -4,7 +4,9 @@ use aya_ebpf::{macros::map, maps::LruHashMap};
 use dispatcher_common::{
     abi,
     service::Frontend,
-    session::{STATE_CONFIRMED, STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey},
+    session::{
+        KIND_CLIENT, KIND_TICKET_NAME, STATE_CONFIRMED, STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey,
+    },
 };
 
 use crate::globals::now;
@@ -33,37 +35,38 @@ pub fn touch(session: &mut Session, frontend: &Frontend, now: u32) {
     }
 }
 
-/// Makes a provisional entry, unless there is a living one: then its backend's stable id is
-/// returned, so that of two racing first requests both go to one backend.
+/// Makes an entry that the client alone stands for, unless there is a living one, which is returned:
+/// of two racing first requests both go to one backend.
 #[inline(always)]
-pub fn add_provisional(
+pub fn add(
     key: &SessionKey,
     session: &mut Session,
     backend: u32,
     frontend: &Frontend,
-) -> Option<u32> {
+) -> Option<&'static mut Session> {
     let now = now();
-    *session = Session {
-        backend,
-        state: STATE_PROVISIONAL,
-        created: now,
-        used: now,
-        expires: now.wrapping_add(frontend.provisional_ttl),
-        hits: 1,
-        ..Session::default()
-    };
+    *session = Session::of(backend);
+    session.created = now;
+    session.used = now;
+    session.hits = 1;
+    if key.kind == KIND_CLIENT {
+        // Nobody will confirm an address, and it steers nobody else.
+        session.state = STATE_CONFIRMED;
+        session.expires = now.wrapping_add(frontend.session_ttl);
+    } else {
+        session.state = STATE_PROVISIONAL;
+        session.expires = now.wrapping_add(frontend.provisional_ttl);
+    }
     let session: &Session = session;
     if SESSIONS.insert(key, session, NOEXIST).is_ok() {
         return None;
     }
-    match get(key, now) {
-        Some(winner) => Some(winner.backend),
-        None => {
-            // Expired: take its place. A full table evicts; a failure costs only stickiness.
-            let _ = SESSIONS.insert(key, session, 0);
-            None
-        }
+    let winner = get(key, now);
+    if winner.is_none() {
+        // Expired: take its place. A full table evicts; a failure costs only stickiness.
+        let _ = SESSIONS.insert(key, session, 0);
     }
+    winner
 }
 
 /// The server issued or accepted the identifier: it is the backend's from now on. True if that is news.
@@ -76,15 +79,29 @@ pub fn confirm(key: &SessionKey, session: &mut Session, backend: u32, frontend: 
         if entry.state == STATE_PINNED {
             return false;
         }
-        let news = entry.state != STATE_CONFIRMED || entry.backend != backend || entry.expired(now);
-        entry.backend = backend;
-        entry.state = STATE_CONFIRMED;
         entry.used = now;
+        let expired = entry.expired(now);
+        // What two servers accept they share: key names are random, and nothing else is issued twice.
+        if key.kind == KIND_TICKET_NAME && entry.state != STATE_PROVISIONAL && !expired {
+            if entry.state == STATE_CONFIRMED {
+                entry.expires = expires;
+            }
+            return entry.add(backend);
+        }
+        let news = entry.state != STATE_CONFIRMED || entry.backends[0] != backend || expired;
+        entry.backends[0] = backend;
+        entry.backends[1] = 0;
+        entry.backends[2] = 0;
+        entry.backends[3] = 0;
+        entry.state = STATE_CONFIRMED;
         entry.expires = expires;
         return news;
     }
-    *session =
-        Session { backend, state: STATE_CONFIRMED, created: now, used: now, expires, ..Session::default() };
+    *session = Session::of(backend);
+    session.state = STATE_CONFIRMED;
+    session.created = now;
+    session.used = now;
+    session.expires = expires;
     let session: &Session = session;
     SESSIONS.insert(key, session, 0).is_ok()
 }

@@ -74,8 +74,9 @@ pub fn mix(key: &FlowKey) -> u64 {
 }
 
 /// The payload in a slot, as the parsers read it.
-struct Payload<'a> {
-    slot: &'a Slot,
+pub struct Payload<'a> {
+    /// The slot.
+    pub slot: &'a Slot,
 }
 
 impl Bytes for Payload<'_> {
@@ -94,8 +95,11 @@ impl Bytes for Payload<'_> {
     }
     #[inline(always)]
     fn byte_or_any(&self, at: usize) -> u8 {
-        let at = opaque(at as u64) as usize & 0xfff;
-        // SAFETY: 4095 is below the length of the payload part of `buf`.
+        let at = opaque(at as u64) as usize;
+        if at >= BUF - ROOM {
+            return 0;
+        }
+        // SAFETY: `at` is below the length of the payload part of `buf`.
         unsafe { *self.slot.buf.as_ptr().add(ROOM + at) }
     }
     #[inline(always)]
@@ -105,12 +109,13 @@ impl Bytes for Payload<'_> {
 }
 
 /// A segment with payload: where it stands.
-struct Segment {
-    seq: u32,
-    ack: u32,
+#[repr(C)]
+pub struct Segment {
     at: usize,
     len: usize,
     now: u64,
+    seq: u32,
+    ack: u32,
 }
 
 /// Takes a segment of a connection that is not established.
@@ -128,8 +133,13 @@ pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
     if end <= at {
         return Verdict(Reason::BadTransport);
     }
-    let segment =
-        Segment { seq: u32::from_be(tcp.seq), ack: u32::from_be(tcp.ack), at, len: end - at, now: now_ns() };
+    let segment = &mut scratch()?.segment;
+    segment.at = at;
+    segment.len = end - at;
+    segment.now = now_ns();
+    segment.seq = u32::from_be(tcp.seq);
+    segment.ack = u32::from_be(tcp.ack);
+    let segment: &Segment = segment;
     let our_isn = segment.ack.wrapping_sub(1);
 
     let hash = mix(&p.key);
@@ -143,7 +153,7 @@ pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
             && slot.stage != STAGE_REPLAYED
         {
             return locked(slot, |slot| {
-                let verdict = take(frame, p, slot, &segment);
+                let verdict = take(frame, p, slot, segment);
                 if verdict.is(ENOUGH) { bind::bind(frame, slot, index, bind::ANY) } else { verdict }
             });
         }
@@ -179,7 +189,7 @@ pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
                 slot.mss = cookie::mss_of(options.mss);
                 slot.wscale = options.wscale;
                 slot.sack = options.sack as u8;
-                let verdict = take(frame, p, slot, &segment);
+                let verdict = take(frame, p, slot, segment);
                 if verdict.is(ENOUGH) { bind::bind(frame, slot, index, bind::ANY) } else { verdict }
             });
         }
@@ -370,16 +380,4 @@ fn acknowledge(frame: &Frame, p: &Parsed, slot: &Slot) -> Verdict {
     };
     reply::segment(frame, p, &answer)?;
     Verdict(Reason::AckedPart)
-}
-
-/// The session ID in the slot's hello, into `slot.session`.
-#[inline(never)]
-pub fn read_session_id(slot: &mut Slot, service: u32) {
-    let mut id = dispatcher_common::opaque::zeros();
-    let len = tls::client_session_id(&Payload { slot }, &mut id);
-    slot.session.service = service;
-    slot.session.kind = dispatcher_common::session::KIND_TLS_SESSION_ID;
-    slot.session.len = len;
-    slot.session.pad = [0; 2];
-    slot.session.id = id;
 }

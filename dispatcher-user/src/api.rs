@@ -62,6 +62,8 @@ pub struct Events {
     pub refused: u64,
     /// Identifiers learned.
     pub learned: u64,
+    /// Tickets that a backend did not accept although their key is known as its own.
+    pub rejected: u64,
     /// Expired sessions removed.
     pub swept: u64,
 }
@@ -150,17 +152,18 @@ pub struct SetState {
 pub struct Session {
     /// The identifier, hexadecimal.
     pub id: String,
-    /// `tls-session-id`.
+    /// `tls-session-id`, `tls-ticket-key` (the name of the key that sealed a ticket), `tls-ticket` (the
+    /// start of a ticket) or `client-address`.
     pub kind: String,
     /// Service.
     pub service: String,
-    /// Name of the backend.
+    /// Name of the backend; of several that share a ticket key, all names with commas between.
     pub backend: String,
     /// Tunnel, 0 for none.
     pub tunnel: u32,
     /// QoS class.
     pub class: u16,
-    /// `provisional`, `confirmed` or `pinned`.
+    /// `provisional`, `confirmed`, `pinned` or `discovered`.
     pub state: String,
     /// Connections that came with it.
     pub hits: u32,
@@ -170,6 +173,30 @@ pub struct Session {
     pub idle_seconds: u32,
     /// Seconds until it expires; null for never.
     pub expires_in_seconds: Option<u32>,
+}
+
+/// An element of `GET /v1/identities`: what is known of a backend's session tickets.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Identity {
+    /// Service.
+    pub service: String,
+    /// Name of the backend.
+    pub backend: String,
+    /// The server name that it was asked for; null for none.
+    pub server_name: Option<String>,
+    /// `routable` (its tickets name their key), `shared` (all backends know the key), `opaque` (its tickets
+    /// carry no name), `no-tickets`, `failed` or `pending`.
+    pub state: String,
+    /// Names of its keys, hexadecimal.
+    pub keys: Vec<String>,
+    /// Versions of TLS whose tickets were seen.
+    pub versions: Vec<String>,
+    /// Backends of the service that know the key too.
+    pub shared_with: Vec<String>,
+    /// What went wrong, or what to know.
+    pub note: Option<String>,
+    /// Seconds since the last look; null before the first.
+    pub looked_seconds_ago: Option<u64>,
 }
 
 /// Body of `PUT /v1/sessions/{id}`.

@@ -9,7 +9,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use dispatcher_common::service::stable_id;
+use dispatcher_common::{
+    service::stable_id,
+    session::{KIND_CLIENT, KIND_TICKET_NAME, KIND_TLS_SESSION_ID},
+};
+use rustls::pki_types::ServerName;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
@@ -120,8 +124,45 @@ pub struct Service {
     pub timestamps: bool,
     /// Agree to SACK with clients.
     pub sack: bool,
+    /// Identifiers in the order in which they are looked up.
+    pub affinity: Vec<Affinity>,
+    /// How key names of session tickets are found out; `None` where nobody asks for them.
+    pub tickets: Option<Tickets>,
     /// The backends.
     pub backends: Vec<Backend>,
+}
+
+/// What a connection is known by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Affinity {
+    /// Session ticket: the name of the key that sealed it, or the ticket.
+    TlsTicket,
+    /// TLS session ID.
+    TlsSessionId,
+    /// Client address.
+    ClientAddress,
+}
+
+impl Affinity {
+    /// The kind in session keys.
+    #[must_use]
+    pub const fn kind(self) -> u8 {
+        match self {
+            Self::TlsTicket => KIND_TICKET_NAME,
+            Self::TlsSessionId => KIND_TLS_SESSION_ID,
+            Self::ClientAddress => KIND_CLIENT,
+        }
+    }
+}
+
+/// How key names of session tickets are found out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tickets {
+    /// Server names (SNI) to ask backends for; without one, no name is sent.
+    pub server_names: Vec<String>,
+    /// Seconds between two looks at a backend.
+    pub interval: u32,
 }
 
 /// A server of a service.
@@ -428,6 +469,7 @@ impl Text<'_> {
         }
         let backends = raw.backend.iter().map(|backend| self.backend(&name, backend));
         let backends = backends.collect::<Result<Vec<_>, _>>()?;
+        let affinity = self.affinity(raw, mode)?;
         let number = |value: &raw::Number, key: &str, default: u32, range: RangeInclusive<i64>| match value {
             Some(value) => self.number(value, key, range),
             None => Ok(default),
@@ -448,11 +490,78 @@ impl Text<'_> {
             mss: number(&raw.mss, "service.mss", 1460, 536..=1460)? as u16,
             timestamps: raw.timestamps.unwrap_or(true),
             sack: raw.sack.unwrap_or(true),
+            tickets: self.tickets(raw, mode, &affinity)?,
+            affinity,
             backends,
             name,
         };
         self.check_backends(raw, &service)?;
         Ok(service)
+    }
+
+    fn affinity(&self, raw: &raw::Service, mode: Mode) -> Result<Vec<Affinity>, Error> {
+        let Some(list) = &raw.affinity else {
+            return Ok(match mode {
+                Mode::Passthrough => vec![Affinity::TlsTicket, Affinity::TlsSessionId],
+                Mode::L4 => Vec::new(),
+            });
+        };
+        if mode == Mode::L4 {
+            let problem =
+                "goes with mode = \"passthrough\" only: an l4 service reads no identifier; remove it";
+            return Err(self.error(list.span(), "service.affinity", problem));
+        }
+        let mut found = Vec::new();
+        for text in list.get_ref().as_slice() {
+            let span = self.element(list, text);
+            let Some((_, one)) = AFFINITIES.iter().find(|(name, _)| name == text) else {
+                let names: Vec<String> = AFFINITIES.iter().map(|(name, _)| format!("\"{name}\"")).collect();
+                let problem = format!("\"{text}\" is unknown; use {}", names.join(" or "));
+                return Err(self.error(span, "service.affinity", problem));
+            };
+            if found.contains(one) {
+                let problem = format!("\"{text}\" is given twice; remove one");
+                return Err(self.error(span, "service.affinity", problem));
+            }
+            found.push(*one);
+        }
+        Ok(found)
+    }
+
+    fn tickets(
+        &self,
+        raw: &raw::Service,
+        mode: Mode,
+        affinity: &[Affinity],
+    ) -> Result<Option<Tickets>, Error> {
+        let wanted = affinity.contains(&Affinity::TlsTicket);
+        let Some(tickets) = &raw.tickets else {
+            return Ok(wanted.then(|| Tickets { server_names: Vec::new(), interval: TICKETS_INTERVAL }));
+        };
+        if mode == Mode::L4 || !wanted {
+            let problem = "there is a [service.tickets] table, but affinity does not have \"tls-ticket\"; add that, or remove the table";
+            return Err(self.error(raw.name.span(), "service.tickets", problem));
+        }
+        let interval =
+            self.duration(tickets.interval.as_ref(), "service.tickets.interval", TICKETS_INTERVAL)?;
+        let mut server_names = Vec::new();
+        if let Some(list) = &tickets.server_names {
+            for text in list.get_ref().as_slice() {
+                let span = self.element(list, text);
+                if !matches!(ServerName::try_from(text.as_str()), Ok(ServerName::DnsName(_))) {
+                    let problem = format!(
+                        "\"{text}\" is no host name; write it as clients ask for it, such as \"www.example.com\""
+                    );
+                    return Err(self.error(span, "service.tickets.server_names", problem));
+                }
+                if server_names.contains(text) {
+                    let problem = format!("\"{text}\" is given twice; remove one");
+                    return Err(self.error(span, "service.tickets.server_names", problem));
+                }
+                server_names.push(text.clone());
+            }
+        }
+        Ok(tickets.discovery.unwrap_or(true).then_some(Tickets { server_names, interval }))
     }
 
     fn check_backends(&self, raw: &raw::Service, service: &Service) -> Result<(), Error> {
@@ -776,6 +885,13 @@ const ATTACH: [(&str, AttachMode); 3] =
 const PROTOCOLS: [(&str, Protocol); 2] = [("tcp", Protocol::Tcp), ("udp", Protocol::Udp)];
 const MODES: [(&str, Mode); 2] = [("passthrough", Mode::Passthrough), ("l4", Mode::L4)];
 const MISSES: [(&str, Miss); 2] = [("table", Miss::Table), ("daemon", Miss::Daemon)];
+const AFFINITIES: [(&str, Affinity); 3] = [
+    ("tls-ticket", Affinity::TlsTicket),
+    ("tls-session-id", Affinity::TlsSessionId),
+    ("client-address", Affinity::ClientAddress),
+];
+/// Seconds between two looks at a backend's ticket keys. Servers change keys after hours.
+const TICKETS_INTERVAL: u32 = 600;
 const SOURCES: [(&str, bool); 2] = [("client", false), ("dispatcher", true)];
 const PROXY: [(&str, bool); 2] = [("off", false), ("v2", true)];
 const STATES: [(&str, AdminState); 3] =

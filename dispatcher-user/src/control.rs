@@ -30,7 +30,10 @@ use dispatcher_common::{
     },
     reason::Kind,
     service::{BackendStats, FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_NO_WSCALE},
-    session::{KIND_TLS_SESSION_ID, STATE_CONFIRMED, STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey},
+    session::{
+        KIND_CLIENT, KIND_TICKET, KIND_TICKET_NAME, KIND_TLS_SESSION_ID, STATE_CONFIRMED, STATE_DISCOVERED,
+        STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey,
+    },
 };
 use serde::Deserialize;
 use tokio::net::{UnixListener, UnixStream, unix::SocketAddr as UnixAddr};
@@ -178,6 +181,7 @@ fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/services", get(services))
         .route("/v1/backends", get(backends))
         .route("/v1/backends/{service}/{name}/state", put(set_state))
+        .route("/v1/identities", get(identities))
         .route("/v1/sessions", get(sessions))
         .route("/v1/sessions/{id}", get(session).put(pin).delete(remove))
         .route("/v1/flows", get(flows))
@@ -406,6 +410,10 @@ fn find_backend<'c>(
     Ok((service, backend))
 }
 
+async fn identities(State(shared): State<Arc<Shared>>) -> Answer<Vec<api::Identity>> {
+    reading(shared, |shared| Ok(shared.discovery.shown(&shared.config))).await
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct SessionQuery {
@@ -447,20 +455,28 @@ struct OneQuery {
     service: Option<String>,
 }
 
-/// The keys that an identifier may have: one a service.
-fn keys(shared: &Shared, id: &str, service: Option<&str>) -> Result<Vec<SessionKey>, Failure> {
+/// Kinds of identifiers, as the API calls them.
+const KINDS: [(u8, &str); 4] = [
+    (KIND_TLS_SESSION_ID, "tls-session-id"),
+    (KIND_TICKET_NAME, "tls-ticket-key"),
+    (KIND_TICKET, "tls-ticket"),
+    (KIND_CLIENT, "client-address"),
+];
+
+const ALL_KINDS: [u8; 4] = [KIND_TLS_SESSION_ID, KIND_TICKET_NAME, KIND_TICKET, KIND_CLIENT];
+
+/// The keys that an identifier may have: one a service and kind.
+fn keys(shared: &Shared, id: &str, service: Option<&str>, kinds: &[u8]) -> Result<Vec<SessionKey>, Failure> {
     let bytes = api::from_hex(id).ok_or_else(|| bad(format!("{id} is not hexadecimal")))?;
     let services = match service {
         Some(name) => vec![find_service(&shared.config, name)?],
         None => shared.config.services.iter().collect(),
     };
-    services
-        .iter()
-        .map(|service| {
-            SessionKey::new(service.id, KIND_TLS_SESSION_ID, &bytes)
-                .ok_or_else(|| bad(format!("{id} has {} bytes; identifiers have 1 to 32", bytes.len())))
-        })
-        .collect()
+    let key = |service: &config::Service, kind| {
+        SessionKey::new(service.id, kind, &bytes)
+            .ok_or_else(|| bad(format!("{id} has {} bytes; identifiers have 1 to 32", bytes.len())))
+    };
+    services.iter().flat_map(|service| kinds.iter().map(|kind| key(service, *kind))).collect()
 }
 
 async fn session(
@@ -472,7 +488,7 @@ async fn session(
         let names = Names::new(shared);
         let now = monotonic_seconds();
         let mut found = Vec::new();
-        for key in keys(shared, &id, query.service.as_deref())? {
+        for key in keys(shared, &id, query.service.as_deref(), &ALL_KINDS)? {
             if let Some(session) = shared.dataplane.sessions().get(&key)?.filter(|one| !one.expired(now)) {
                 found.push(shown(&names, &key, &session, now));
             }
@@ -491,13 +507,14 @@ async fn pin(
         let (_, backend) = find_backend(&shared.config, &pin.service, &pin.backend)?;
         let now = monotonic_seconds();
         let mut found = Vec::new();
-        for key in keys(shared, &id, Some(&pin.service))? {
+        for key in keys(shared, &id, Some(&pin.service), &[KIND_TLS_SESSION_ID])? {
             let old = shared
                 .dataplane
                 .sessions()
                 .get(&key)?
                 .unwrap_or(Session { created: now, ..Session::default() });
-            let session = Session { backend: backend.id, state: STATE_PINNED, used: now, expires: 0, ..old };
+            let backends = Session::of(backend.id).backends;
+            let session = Session { backends, state: STATE_PINNED, used: now, expires: 0, ..old };
             shared.dataplane.sessions().insert(key, session)?;
             found.push(shown(&Names::new(shared), &key, &session, now));
         }
@@ -515,7 +532,7 @@ async fn remove(
         let names = Names::new(shared);
         let now = monotonic_seconds();
         let mut removed = Vec::new();
-        for key in keys(shared, &id, query.service.as_deref())? {
+        for key in keys(shared, &id, query.service.as_deref(), &ALL_KINDS)? {
             let session = shared.dataplane.sessions().get(&key)?;
             if let Some(session) = session
                 && shared.dataplane.sessions().remove(&key)?
@@ -571,18 +588,19 @@ impl<'s> Names<'s> {
 fn shown(names: &Names<'_>, key: &SessionKey, session: &Session, now: u32) -> api::Session {
     api::Session {
         id: api::to_hex(key.id()),
-        kind: match key.kind {
-            KIND_TLS_SESSION_ID => "tls-session-id".to_owned(),
-            other => format!("kind-{other}"),
-        },
+        kind: KINDS
+            .iter()
+            .find(|(kind, _)| *kind == key.kind)
+            .map_or_else(|| format!("kind-{}", key.kind), |(_, name)| (*name).to_owned()),
         service: names.service(key.service),
-        backend: names.backend(session.backend),
+        backend: session.ids().map(|id| names.backend(id)).collect::<Vec<_>>().join(","),
         tunnel: session.tunnel,
         class: session.class,
         state: match session.state {
             STATE_PROVISIONAL => "provisional".to_owned(),
             STATE_CONFIRMED => "confirmed".to_owned(),
             STATE_PINNED => "pinned".to_owned(),
+            STATE_DISCOVERED => "discovered".to_owned(),
             other => format!("state-{other}"),
         },
         hits: session.hits,

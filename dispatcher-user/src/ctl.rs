@@ -55,6 +55,8 @@ enum Command {
         #[command(subcommand)]
         command: Sessions,
     },
+    /// What is known of the backends' session tickets: which keys seal them, and who shares them
+    Identities,
     /// Connections
     Flows {
         /// At most so many
@@ -238,6 +240,9 @@ async fn answer(args: &Args, out: &mut dyn Write) -> Result<(), Error> {
             };
             show(out, json, answer.as_slice(), sessions)
         }
+        Command::Identities => {
+            show(out, json, ask.get::<Vec<api::Identity>>("/v1/identities").await?.as_slice(), identities)
+        }
         Command::Flows { limit } => {
             let answer: Vec<api::Flow> = ask.get(&format!("/v1/flows?limit={limit}")).await?;
             show(out, json, answer.as_slice(), flows)
@@ -374,6 +379,7 @@ fn status(status: &api::Status) -> Table {
                 events.miss, events.held, events.released, events.refused, events.learned
             ),
         ),
+        ("rejected", format!("{} tickets of known keys", events.rejected)),
         ("swept", format!("{} expired sessions", events.swept)),
         ("heartbeat", format!("{} ms ago", status.heartbeat_age_ms)),
         ("cookie epoch", status.cookie_epoch.to_string()),
@@ -466,6 +472,25 @@ fn sessions(sessions: &[api::Session]) -> Table {
         ]
     };
     table(&header, 5, sessions.iter().map(row))
+}
+
+fn identities(identities: &[api::Identity]) -> Table {
+    let header = ["service", "backend", "name", "state", "keys", "versions", "shared with", "looked", "note"];
+    let some = |list: &[String]| if list.is_empty() { "-".to_owned() } else { list.join(",") };
+    let row = |one: &api::Identity| {
+        vec![
+            one.service.clone(),
+            one.backend.clone(),
+            one.server_name.clone().unwrap_or_else(|| "-".to_owned()),
+            one.state.clone(),
+            some(&one.keys),
+            some(&one.versions),
+            some(&one.shared_with),
+            one.looked_seconds_ago.map_or_else(|| "never".to_owned(), age),
+            one.note.clone().unwrap_or_else(|| "-".to_owned()),
+        ]
+    };
+    table(&header, 9, identities.iter().map(row))
 }
 
 fn flows(flows: &[api::Flow]) -> Table {

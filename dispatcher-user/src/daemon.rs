@@ -19,7 +19,7 @@ use crate::{
     config::{Backend, Config},
     control::{self, Socket},
     dataplane::{self, Dataplane, memory_bytes, monotonic_ns},
-    events, netlink, privileges,
+    discovery, events, netlink, privileges,
     reconcile::{self, Reach},
     state::Shared,
 };
@@ -136,6 +136,9 @@ async fn serve(
     tasks.spawn(heartbeat(Arc::clone(&shared)));
     tasks.spawn(follow(Arc::clone(&shared), reach));
     tasks.spawn(sweep(Arc::clone(&shared)));
+    if shared.config.services.iter().any(|service| service.tickets.is_some()) {
+        tasks.spawn(discovery::serve(Arc::clone(&shared)));
+    }
     if shared.follows_load() {
         tasks.spawn(count(Arc::clone(&shared)));
     }

@@ -703,11 +703,9 @@ mod tests {
         assert_eq!(dataplane.stash().capacity(), 16);
         assert_eq!(dataplane.globals().stash_mask, 15);
         let key = SessionKey::new(1, 1, b"id").expect("a key");
-        assert!(
-            dataplane.sessions().insert_new(key, Session { backend: 7, ..Session::default() }).expect("new")
-        );
+        assert!(dataplane.sessions().insert_new(key, Session::of(7)).expect("new"));
         assert!(!dataplane.sessions().insert_new(key, Session::default()).expect("not new"));
-        assert_eq!(dataplane.sessions().get(&key).expect("reads").expect("is there").backend, 7);
+        assert_eq!(dataplane.sessions().get(&key).expect("reads").expect("is there").backends[0], 7);
         assert_eq!(dataplane.sessions().iter().count(), 1);
         assert!(dataplane.sessions().remove(&key).expect("removes"));
         assert!(!dataplane.sessions().remove(&key).expect("is gone"));

@@ -11,9 +11,9 @@ use std::{
 
 use aya::maps::{MapData, RingBuf};
 use dispatcher_common::{
-    event::{EVENT_HELD, EVENT_LEARNED, EVENT_MISS, EVENT_REFUSED, Event, Release},
+    event::{EVENT_HELD, EVENT_LEARNED, EVENT_MISS, EVENT_REFUSED, EVENT_REJECTED, Event, Release},
     flow::FlowKey,
-    session::{STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey},
+    session::{KIND_TICKET_NAME, STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey},
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -33,6 +33,7 @@ pub(crate) struct Counts {
     released: AtomicU64,
     refused: AtomicU64,
     learned: AtomicU64,
+    rejected: AtomicU64,
     swept: AtomicU64,
 }
 
@@ -45,6 +46,7 @@ impl Counts {
             released: read(&self.released),
             refused: read(&self.refused),
             learned: read(&self.learned),
+            rejected: read(&self.rejected),
             swept: read(&self.swept),
         }
     }
@@ -96,6 +98,7 @@ fn handle(shared: &Shared, picker: &mut Picker, event: &Event, releases: &mut Ve
         EVENT_HELD => (&counts.held, "held"),
         EVENT_REFUSED => (&counts.refused, "refused by the backend"),
         EVENT_LEARNED => (&counts.learned, "identifier learned"),
+        EVENT_REJECTED => (&counts.rejected, "ticket not accepted"),
         _ => return log::debug!("event of unknown kind {}", event.kind),
     };
     count.fetch_add(1, Ordering::Relaxed);
@@ -106,6 +109,11 @@ fn handle(shared: &Shared, picker: &mut Picker, event: &Event, releases: &mut Ve
         event.backend,
         api::to_hex(event.session.id())
     );
+    if event.kind == EVENT_REJECTED
+        && let Some(id) = shared.state().actual.backend_id(event.backend)
+    {
+        shared.discovery.look_again(id);
+    }
     if event.kind != EVENT_HELD {
         return;
     }
@@ -135,7 +143,8 @@ impl Picker {
             self.since.clear();
         }
         let Some(pool) = pools.get(&event.frontend) else { return Ok(None) };
-        if event.session.len == 0 {
+        // A key's name is one for many clients: only a server's acceptance says whose it is.
+        if event.session.len == 0 || event.session.kind == KIND_TICKET_NAME {
             return Ok(self.pick(pool, &event.flow).map(|one| one.index));
         }
         self.bind(&shared.dataplane, pool, event)
@@ -184,17 +193,16 @@ impl Picker {
 /// The backend index of a session that may be used.
 fn usable(session: Option<Session>, pool: &Pool, now: u32) -> Option<u32> {
     let session = session.filter(|session| !session.expired(now))?;
-    pool.known.get(&session.backend).copied()
+    session.ids().find_map(|id| pool.known.get(&id).copied())
 }
 
 fn provisional(backend: u32, now: u32, life: u32) -> Session {
     Session {
-        backend,
         state: STATE_PROVISIONAL,
         created: now,
         used: now,
         expires: now.saturating_add(life).max(1),
-        ..Session::default()
+        ..Session::of(backend)
     }
 }
 

@@ -11,6 +11,7 @@ pub mod control;
 pub mod ctl;
 pub mod daemon;
 pub mod dataplane;
+mod discovery;
 mod events;
 pub mod netlink;
 pub mod privileges;

@@ -19,6 +19,7 @@ use dispatcher_common::{
         FRONTEND_NO_TS, FRONTEND_NO_WSCALE, FRONTEND_PROXY_V2, FRONTEND_SOURCE_DISPATCHER, Frontend, MODE_L4,
         MODE_PASSTHROUGH, VipKey, endpoint_index,
     },
+    session::{TICKET_NAMED, TICKET_UNKNOWN},
 };
 
 use crate::{
@@ -62,9 +63,19 @@ pub struct Desired<'d> {
     pub reach: &'d BTreeMap<IpAddr, Reach>,
     /// Connections by backend id.
     pub loads: &'d BTreeMap<u32, u64>,
+    /// What is known of tickets (`session::TICKET_*`), by backend id.
+    pub tickets: &'d BTreeMap<u32, u32>,
 }
 
 impl Desired<'_> {
+    /// Formats of key names in tickets of a service's backends, a bit each; the most usual one always.
+    fn ticket_formats(&self, service: &Service) -> u8 {
+        let known = service.backends.iter().filter_map(|backend| self.tickets.get(&backend.id));
+        known
+            .filter(|ticket| **ticket >= TICKET_NAMED)
+            .fold(1, |bits, ticket| bits | 1 << (ticket - TICKET_NAMED))
+    }
+
     /// What the operator wants of a backend.
     #[must_use]
     pub fn admin(&self, backend: &Backend) -> AdminState {
@@ -322,6 +333,7 @@ impl<'c> Plan<'_, 'c> {
             replay: old.replay,
             ..Endpoint::default()
         };
+        endpoint.ticket = self.desired.tickets.get(&backend.id).copied().unwrap_or(TICKET_UNKNOWN);
         let admin = self.desired.admin(backend);
         if let Some(path) = self.desired.path(address)
             && let Some(replay) = self.next.replay.iter().position(|one| *one == path.link.ifindex)
@@ -379,6 +391,7 @@ impl<'c> Plan<'_, 'c> {
             (None, None) => (self.next.free_frontend(), self.next.free_region(service.table_size)),
         };
         let mut frontend = rendered(service, vip, pool);
+        frontend.ticket_formats = self.desired.ticket_formats(service);
         frontend.table_base = region;
         if let Some(old) = &old {
             frontend.table_base = old.frontend.table_base;
@@ -464,6 +477,7 @@ fn rendered(service: &Service, (address, proto): Vip, (source_base, source_len):
         mss: service.mss,
         session_ttl: service.session_ttl,
         provisional_ttl: service.provisional_ttl,
+        affinity: std::array::from_fn(|i| service.affinity.get(i).map_or(0, |one| one.kind())),
         ..Frontend::default()
     }
 }
@@ -571,6 +585,12 @@ impl Actual {
     #[must_use]
     pub fn backend_id(&self, index: u32) -> Option<u32> {
         self.backends.iter().find(|(_, slot)| slot.index == index).map(|(id, _)| *id)
+    }
+
+    /// True when a backend's endpoint of a family can be reached.
+    #[must_use]
+    pub fn is_up(&self, backend: u32, v4: bool) -> bool {
+        self.endpoint(backend, v4).flags & BACKEND_UP != 0
     }
 
     /// The frontend of a VIP as it was written, and its index.

@@ -12,6 +12,7 @@ use dispatcher_common::flow::{FLAG_TO_BACKEND, is_closed};
 use crate::{
     config::{AdminState, Config},
     dataplane::Dataplane,
+    discovery::Discovery,
     events::Counts,
     reconcile::{self, Actual, Desired, Pool, Reach},
 };
@@ -24,6 +25,7 @@ pub(crate) struct Shared {
     pub(crate) config: Config,
     pub(crate) started: Instant,
     pub(crate) counts: Counts,
+    pub(crate) discovery: Discovery,
     state: Mutex<State>,
     pools: Mutex<Pools>,
 }
@@ -34,13 +36,15 @@ pub(crate) struct State {
     pub(crate) admin: BTreeMap<u32, AdminState>,
     pub(crate) reach: BTreeMap<IpAddr, Reach>,
     loads: BTreeMap<u32, u64>,
+    /// What is known of tickets, by backend id.
+    pub(crate) tickets: BTreeMap<u32, u32>,
     counted: u64,
     pub(crate) actual: Actual,
 }
 
 impl State {
     pub(crate) fn desired<'s>(&'s self, config: &'s Config) -> Desired<'s> {
-        Desired { config, admin: &self.admin, reach: &self.reach, loads: &self.loads }
+        Desired { config, admin: &self.admin, reach: &self.reach, loads: &self.loads, tickets: &self.tickets }
     }
 }
 
@@ -51,6 +55,7 @@ impl Shared {
             config,
             started: Instant::now(),
             counts: Counts::default(),
+            discovery: Discovery::default(),
             state: Mutex::default(),
             pools: Mutex::default(),
         }

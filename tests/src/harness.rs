@@ -15,7 +15,7 @@ use dispatcher_common::{
         BACKEND_UP, Backend, FRONTEND_MISS_DAEMON, FRONTEND_PROXY_V2, FRONTEND_SOURCE_DISPATCHER, Frontend,
         MODE_L4, MODE_PASSTHROUGH, VipKey, endpoint_index, stable_id,
     },
-    session::{KIND_TLS_SESSION_ID, Session, SessionKey},
+    session::{KIND_TICKET_NAME, KIND_TLS_SESSION_ID, Session, SessionKey},
 };
 use dispatcher_user::dataplane::{Capacities, Dataplane, monotonic_ns, object};
 
@@ -292,7 +292,8 @@ impl Machine {
                     },
                     mtu: 1500,
                     replay: 0,
-                    reserved: [0; 3],
+                    ticket: 0,
+                    reserved: [0; 2],
                 };
                 d.backends().set(endpoint_index(backend, family == Family::V4), endpoint)?;
             }
@@ -327,6 +328,8 @@ impl Machine {
                         mss: OUR_MSS,
                         session_ttl: 300,
                         provisional_ttl: 10,
+                        ticket_formats: 1,
+                        affinity: [KIND_TICKET_NAME, KIND_TLS_SESSION_ID, 0, 0],
                         ..Frontend::default()
                     };
                     d.frontends().set(index, frontend)?;

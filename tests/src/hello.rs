@@ -11,7 +11,16 @@ use crate::tls::HOST;
 /// `padding` makes it longer by that many bytes and a few.
 #[must_use]
 pub fn client_hello(session_id: &[u8], padding: usize) -> Vec<u8> {
+    resuming_hello(session_id, None, &[], padding)
+}
+
+/// The same with a SessionTicket extension, and with a PSK identity in the last extension.
+#[must_use]
+pub fn resuming_hello(session_id: &[u8], ticket: Option<&[u8]>, psk: &[u8], padding: usize) -> Vec<u8> {
     let mut extensions = Vec::new();
+    if let Some(ticket) = ticket {
+        extensions.extend(extension(35, ticket));
+    }
     let name = [&[0][..], &length16(HOST.as_bytes())].concat();
     extensions.extend(extension(0, &length16(&name)));
     // x25519, secp256r1
@@ -23,6 +32,12 @@ pub fn client_hello(session_id: &[u8], padding: usize) -> Vec<u8> {
     extensions.extend(extension(23, &[]));
     if padding > 0 {
         extensions.extend(extension(21, &vec![0; padding]));
+    }
+    if !psk.is_empty() {
+        extensions.extend(extension(43, &[4, 3, 4, 3, 3]));
+        let identities = length16(&[&length16(psk)[..], &[0, 0, 0, 9]].concat());
+        let binders = length16(&[&[32][..], &[0xb1; 32]].concat());
+        extensions.extend(extension(41, &[identities, binders].concat()));
     }
     let mut body = vec![3, 3];
     body.extend([0x5a; 32]);
@@ -38,14 +53,27 @@ pub fn client_hello(session_id: &[u8], padding: usize) -> Vec<u8> {
 /// A ServerHello in one record; `tls13` adds the extension that says so.
 #[must_use]
 pub fn server_hello(session_id: &[u8], tls13: bool) -> Vec<u8> {
+    server_hello_with(session_id, &[if tls13 { (43, &[3, 4]) } else { (23, &[]) }])
+}
+
+/// A ServerHello with these extensions.
+#[must_use]
+pub fn server_hello_with(session_id: &[u8], extensions: &[(u16, &[u8])]) -> Vec<u8> {
     let mut body = vec![3, 3];
     body.extend([0xa5; 32]);
     body.push(session_id.len() as u8);
     body.extend(session_id);
     body.extend([0xc0, 0x2b, 0]);
-    let extensions = if tls13 { extension(43, &[3, 4]) } else { extension(23, &[]) };
+    let extensions: Vec<u8> =
+        extensions.iter().flat_map(|(kind, content)| extension(*kind, content)).collect();
     body.extend(length16(&extensions));
     record(&handshake(2, &body))
+}
+
+/// A NewSessionTicket of TLS 1.2 in one record.
+#[must_use]
+pub fn new_session_ticket(ticket: &[u8]) -> Vec<u8> {
+    record(&handshake(4, &[&[0, 0, 1, 44][..], &length16(ticket)].concat()))
 }
 
 /// The same handshake message in several records, cut at these offsets of its one record's content.
@@ -149,7 +177,19 @@ fn length16(bytes: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dispatcher_common::tls::{Scan, client_session_id, scan_client_hello};
+    use dispatcher_common::tls::{self, Scan, scan_client_hello};
+
+    fn session_id(hello: &[u8]) -> Vec<u8> {
+        let mut message = vec![0; hello.len()];
+        let len = tls::join_records(hello, hello.len(), |from, to, len| {
+            message[to..to + len].copy_from_slice(&hello[from..from + len]);
+            true
+        });
+        let mut found = tls::ClientHello::default();
+        assert!(tls::client_hello(&message[..len], &mut found));
+        assert_eq!(found.whole, 1);
+        found.session_id.of(&message).to_vec()
+    }
 
     #[test]
     fn hellos_are_what_the_parser_expects() {
@@ -158,9 +198,7 @@ mod tests {
                 [client_hello(id, 0), client_hello(id, 3000), in_records(&client_hello(id, 0), &[1, 40])]
             {
                 assert_eq!(scan_client_hello(hello.as_slice()), Scan::Complete);
-                let mut found = [0; 32];
-                let length = client_session_id(hello.as_slice(), &mut found);
-                assert_eq!(&found[..usize::from(length)], id);
+                assert_eq!(session_id(&hello), id);
                 assert_eq!(scan_client_hello(&hello[..hello.len() - 1]), Scan::Partial);
             }
         }

@@ -77,8 +77,18 @@ pub(super) struct Service {
     pub(super) mss: Number,
     pub(super) timestamps: Option<bool>,
     pub(super) sack: Option<bool>,
+    pub(super) affinity: Option<Spanned<OneOrMany>>,
+    pub(super) tickets: Option<Tickets>,
     #[serde(default)]
     pub(super) backend: Vec<Backend>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Tickets {
+    pub(super) discovery: Option<bool>,
+    pub(super) server_names: Option<Spanned<OneOrMany>>,
+    pub(super) interval: Text,
 }
 
 #[derive(Deserialize)]

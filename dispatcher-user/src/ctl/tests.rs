@@ -13,6 +13,7 @@ fn command_lines() {
         "dispatcherctl backend web/a drain",
         "dispatcherctl sessions list --service web --limit 3",
         "dispatcherctl sessions pin 00ff --service web --backend a",
+        "dispatcherctl identities --json",
         "dispatcherctl counters --watch",
         "dispatcherctl counters --watch 5 --all",
     ] {

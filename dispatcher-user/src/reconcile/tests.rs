@@ -21,6 +21,7 @@ struct World {
     admin: BTreeMap<u32, AdminState>,
     reach: BTreeMap<IpAddr, Reach>,
     loads: BTreeMap<u32, u64>,
+    tickets: BTreeMap<u32, u32>,
 }
 
 impl World {
@@ -44,7 +45,13 @@ impl World {
     }
 
     fn desired(&self) -> Desired<'_> {
-        Desired { config: &self.config, admin: &self.admin, reach: &self.reach, loads: &self.loads }
+        Desired {
+            config: &self.config,
+            admin: &self.admin,
+            reach: &self.reach,
+            loads: &self.loads,
+            tickets: &self.tickets,
+        }
     }
 
     /// Brings `actual` up to date and returns what was changed.

@@ -22,7 +22,7 @@ use dispatcher_common::{
     flow::{FLAG_TO_BACKEND, Flow, FlowKey, Link, MARK_SECURE, ports_swapped, ports_word},
     reason::Reason,
     service::{BACKEND_UP, Backend, Frontend, MODE_PASSTHROUGH, VipKey, endpoint_index, stable_id},
-    session::{KIND_TLS_SESSION_ID, STATE_CONFIRMED, Session, SessionKey},
+    session::{KIND_TICKET_NAME, KIND_TLS_SESSION_ID, STATE_CONFIRMED, Session, SessionKey},
     stash::Slot,
 };
 use dispatcher_user::dataplane::{
@@ -263,6 +263,8 @@ impl Bench {
                 mss: 1440,
                 session_ttl: 300,
                 provisional_ttl: 10,
+                ticket_formats: 1,
+                affinity: [KIND_TICKET_NAME, KIND_TLS_SESSION_ID, 0, 0],
                 ..Frontend::default()
             };
             d.frontends().set(index, frontend)?;
@@ -444,10 +446,9 @@ impl Bench {
             }
             if known {
                 let session = Session {
-                    backend: backend_id(number % BACKENDS),
                     state: STATE_CONFIRMED,
                     created: monotonic_seconds(),
-                    ..Session::default()
+                    ..Session::of(backend_id(number % BACKENDS))
                 };
                 self.dataplane.sessions().insert(session_key(number)?, session)?;
             }

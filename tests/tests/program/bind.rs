@@ -30,7 +30,7 @@ fn backend_of(syn: &Packet) -> u32 {
 }
 
 fn confirmed(backend: u32) -> Session {
-    Session { backend: Machine::backend_id(backend), state: STATE_CONFIRMED, ..Session::default() }
+    Session { state: STATE_CONFIRMED, ..Session::of(Machine::backend_id(backend)) }
 }
 
 /// The SYN that must reach a backend after the first data of `talk`.
@@ -164,7 +164,11 @@ fn sessions_lead_to_their_backend_unless_they_are_over() {
             Reason::BoundHit,
         ),
         ("expired", Session { expires: now - 1, ..confirmed(2) }, Reason::BoundMiss),
-        ("of a backend that is gone", Session { backend: 1, ..confirmed(2) }, Reason::BoundMiss),
+        (
+            "of a backend that is gone",
+            Session { state: STATE_CONFIRMED, ..Session::of(1) },
+            Reason::BoundMiss,
+        ),
     ];
     for (port, (what, session, reason)) in (4300..).zip(rows) {
         let id = [port as u8; 20];
@@ -195,7 +199,7 @@ fn claim_c1_c7_a_miss_makes_one_entry_that_the_next_follows() {
             let first = machine.expect("the first", &talks[0].data(0, &hello), Reason::BoundMiss).packet();
             let entry = machine.session(Service::Plain, &id).expect("readable").expect("an entry");
             assert_eq!(entry.state, STATE_PROVISIONAL);
-            assert_eq!(entry.backend, Machine::backend_id(backend_of(&first)));
+            assert_eq!(entry.backends[0], Machine::backend_id(backend_of(&first)));
             for talk in &talks[1..] {
                 let syn = machine.expect("another", &talk.data(0, &hello), Reason::BoundHit).packet();
                 assert_eq!(syn.dst, first.dst);

@@ -255,7 +255,7 @@ fn claim_c1_the_id_that_a_server_issues_is_bound_to_it() {
     let backend =
         answered(&machine, Service::Plain, 7400, &client_hello(&[], 0), Reason::BoundFresh, &server);
     let entry = machine.session(Service::Plain, &issued).expect("readable").expect("learned");
-    assert_eq!((entry.backend, entry.state), (Machine::backend_id(backend), STATE_CONFIRMED));
+    assert_eq!((entry.backends[0], entry.state), (Machine::backend_id(backend), STATE_CONFIRMED));
     assert!(entry.expires > entry.created);
     // From another port and family: the same backend.
     let mut talk = Talk::new(Service::Plain, Family::V6, 7401);

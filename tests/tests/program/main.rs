@@ -7,6 +7,7 @@ mod handshake;
 mod icmp;
 mod l4;
 mod life;
+mod tickets;
 mod verdicts;
 
 use std::sync::Mutex;
