@@ -92,6 +92,8 @@ reasons! {
         EmittedSyn = 18 "emitted_syn",
         /// TTL or hop limit ran out: ICMP time exceeded sent to the source.
         TimeExceeded = 19 "time_exceeded",
+        /// No backend can take the connection: answered with RST.
+        ResetNoBackend = 20 "reset_no_backend",
     }
     Pass {
         /// Neither VIP nor backend.
@@ -145,7 +147,7 @@ reasons! {
         StashFull = 73 "stash_full",
         /// Data beyond what the stash can hold before the backend answers.
         StashBeyond = 74 "stash_beyond",
-        /// No backend of the service is available.
+        /// No backend of the service is available, and there is no RST to answer with (UDP).
         NoBackend = 75 "no_backend",
         /// No free source port in the pool.
         NoSourcePort = 76 "no_source_port",

@@ -119,8 +119,10 @@ pub struct Slot {
     pub offer: Offer,
     /// Segments taken so far.
     pub segments: u32,
+    /// Backends that were given up for this connection.
+    pub rebinds: u32,
     /// Unused, zero.
-    pub pad: [u32; 8],
+    pub pad: [u32; 7],
     /// `ROOM` bytes for a PROXY header, then the payload.
     pub buf: [u8; BUF],
 }

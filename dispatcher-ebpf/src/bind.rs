@@ -12,7 +12,7 @@ use dispatcher_common::{
     reason::Reason,
     service::{FRONTEND_MISS_DAEMON, FRONTEND_PROXY_V2, FRONTEND_SOURCE_DISPATCHER, Frontend},
     session::{KIND_CLIENT, KIND_TICKET_NAME},
-    stash::{STAGE_BOUND, STAGE_FILLING, STAGE_HELD, Slot},
+    stash::{STAGE_BOUND, STAGE_FILLING, STAGE_FREE, STAGE_HELD, Slot},
 };
 
 use crate::{
@@ -29,6 +29,8 @@ use crate::{
 const TRIES_MAX: u8 = 3;
 /// The same for a session's own backend, which no other can replace.
 const TRIES_HIT_MAX: u8 = 5;
+/// Backends given up for one connection before its client is told that there is none.
+const REBINDS_MAX: u32 = 3;
 /// Ports tried in the source pool for one connection.
 const PORT_TRIES: u32 = 8;
 /// Any backend will do.
@@ -49,6 +51,12 @@ pub fn bind(frame: &Frame, slot: &mut Slot, index: u32, pick: u32) -> Verdict {
             return repeat(frame, slot, index, flow);
         }
         avoid = flow.backend;
+        slot.rebinds = slot.rebinds.wrapping_add(1);
+        if slot.rebinds > REBINDS_MAX {
+            flows::remove(&slot.key);
+            slot.stage = STAGE_FREE;
+            return Verdict(Reason::NoBackend);
+        }
         counters::backend(avoid, |stats| stats.refused += 1);
         tell(EVENT_REFUSED, avoid, index, slot);
     }
@@ -67,6 +75,11 @@ pub fn bind(frame: &Frame, slot: &mut Slot, index: u32, pick: u32) -> Verdict {
     take_over(slot, frontend)?;
     let secure = slot.marks & MARK_SECURE as u32 != 0;
     let known = slot.session.len != 0;
+    if avoid != ANY {
+        // Counted where it was bound first.
+        send_syn(frame, slot, index)?;
+        return verdict;
+    }
     counters::backend(slot.backend, |stats| {
         stats.connections += 1;
         if hit {

@@ -241,10 +241,16 @@ pub fn first_data(frame: &Frame) -> Verdict {
     let Some((index, frontend)) = services::frontend_of(globals()?, &p.key) else {
         return Verdict(Reason::NoService);
     };
-    if frontend.mode == MODE_L4 {
-        return l4::bind(frame, p, index, frontend);
+    let verdict = if frontend.mode == MODE_L4 {
+        l4::bind(frame, p, index, frontend)
+    } else {
+        stash::first_data(frame, p, index)
+    };
+    if verdict.is(Reason::NoBackend) && p.is_tcp() {
+        reply::reset(frame, p)?;
+        return Verdict(Reason::ResetNoBackend);
     }
-    stash::first_data(frame, p, index)
+    verdict
 }
 
 /// The stage of a backend's first packets.

@@ -207,6 +207,7 @@ fn claim(frame: &Frame, p: &Parsed, slot: &mut Slot, isn: u32, our_isn: u32) {
     slot.len = 0;
     slot.ahead_end = 0;
     slot.segments = 0;
+    slot.rebinds = 0;
     slot.marks = 0;
     slot.start = ROOM as u32;
     slot.session.len = 0;
@@ -302,7 +303,8 @@ fn take(frame: &Frame, p: &Parsed, slot: &mut Slot, segment: &Segment) -> Verdic
                 Verdict(ENOUGH)
             }
             Scan::Partial => {
-                if slot.segments >= SEGMENTS_MAX {
+                // What is acknowledged must be kept, and a window that closes would stop the client.
+                if slot.segments >= SEGMENTS_MAX || slot.len as usize > PAYLOAD_MAX - SEGMENT_MAX {
                     slot.marks = MARK_SECURE as u32;
                     return Verdict(ENOUGH);
                 }

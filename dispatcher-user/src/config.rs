@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     ops::{Range, RangeInclusive},
     path::{Path, PathBuf},
 };
@@ -32,7 +32,7 @@ pub const DEFAULT_CONTROL: &str = "/run/dispatcher/control.sock";
 #[non_exhaustive]
 pub enum Error {
     /// The file cannot be read.
-    #[error("reading {path}: {source}")]
+    #[error("reading {path}: {source}; give a text file in TOML, docs/config/minimal.toml is one")]
     Read {
         /// The file.
         path: PathBuf,
@@ -336,12 +336,25 @@ impl Text<'_> {
         let line = self.text.get(start..).unwrap_or_default().lines().next().unwrap_or_default();
         let key = line.split('=').next().unwrap_or_default().trim().to_owned();
         let message = error.message().trim().replace('\n', ", ");
+        let has = |text: &str| message.contains(text);
         let remedy = if message.starts_with("unknown field") {
             "; correct or remove it"
         } else if message.starts_with("missing field") {
             "; add it"
+        } else if has("duplicate key") {
+            "; remove one of them"
+        } else if has("expected i64") {
+            "; write a whole number without quotes, such as 10"
+        } else if has("expected a boolean") {
+            "; write true or false without quotes"
+        } else if has("expected a string") && !has("list of strings") {
+            "; write it in quotes, such as \"10s\""
+        } else if has("expected a sequence") && line.trim_start().starts_with('[') {
+            "; there may be several: write the heading in double brackets, such as [[service]]"
+        } else if has("expected a sequence") {
+            "; write a list, such as [\"eth0\"]"
         } else {
-            ""
+            "; docs/config/full.toml shows every key"
         };
         self.error(span, if key.is_empty() { "file" } else { &key }, format!("{message}{remedy}"))
     }
@@ -699,7 +712,17 @@ impl Text<'_> {
         let Ok(address) = text.parse::<SocketAddr>() else {
             let problem = match text.parse::<IpAddr>() {
                 Ok(IpAddr::V4(ip)) => format!("\"{text}\" has no port; write \"{ip}:443\""),
-                Ok(IpAddr::V6(ip)) => format!("\"{text}\" has no port; write \"[{ip}]:443\""),
+                Ok(IpAddr::V6(ip)) => match text.rsplit_once(':') {
+                    // The last group may have been meant as a port.
+                    Some((address, port))
+                        if address.parse::<Ipv6Addr>().is_ok() && port.parse::<u16>().is_ok() =>
+                    {
+                        format!(
+                            "\"{text}\" has no brackets: write \"[{address}]:{port}\", or \"[{ip}]:443\" if {port} is a part of the address"
+                        )
+                    }
+                    _ => format!("\"{text}\" has no port; write \"[{ip}]:443\""),
+                },
                 Err(_) => format!(
                     "\"{text}\" is no address and port; write \"192.0.2.10:443\" or \"[2001:db8::10]:443\" (names are not looked up)"
                 ),
@@ -765,8 +788,10 @@ impl Text<'_> {
     fn duration(&self, text: Option<&Spanned<String>>, key: &str, default: u32) -> Result<u32, Error> {
         let Some(text) = text else { return Ok(default) };
         seconds(text.get_ref()).filter(|seconds| *seconds > 0).ok_or_else(|| {
-            let problem =
-                format!("\"{}\" is no duration; write \"10s\", \"5m\", \"1h\" or \"1h30m\"", text.get_ref());
+            let problem = format!(
+                "\"{}\" is no duration from 1s to 136 years; write \"10s\", \"5m\", \"1h\" or \"1h30m\"",
+                text.get_ref()
+            );
             self.error(text.span(), key, problem)
         })
     }

@@ -5,7 +5,7 @@ use std::{
     fs, io,
     net::{IpAddr, SocketAddr},
     os::unix::{
-        fs::{DirBuilderExt as _, PermissionsExt as _},
+        fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _},
         net::{UnixListener as StdListener, UnixStream as StdStream},
     },
     path::{Path, PathBuf},
@@ -56,8 +56,16 @@ pub enum Error {
     /// No such group.
     #[error("group {0} (control_group) does not exist; `getent group` lists those that do")]
     NoGroup(String),
+    /// Something else has the path.
+    #[error("{0} is there and is no socket; it is left alone: remove it, or set another `control` path")]
+    NoSocket(PathBuf),
+    /// There is no folder for it.
+    #[error("the folder of the control socket, {0}, does not exist; make it, or set another `control` path")]
+    NoFolder(PathBuf),
     /// A file operation failed.
-    #[error("control socket {path}: {action}: {source}")]
+    #[error(
+        "control socket {path}: {action}: {source}; set another `control` path if this one cannot be used"
+    )]
     Io {
         /// The socket.
         path: PathBuf,
@@ -82,11 +90,14 @@ impl Socket {
     pub fn bind(path: &Path, group: Option<&str>) -> Result<Self, Error> {
         let failed = |action| move |source| Error::Io { path: path.to_owned(), action, source };
         if let Some(folder) = path.parent().filter(|folder| !folder.exists()) {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o755)
-                .create(folder)
-                .map_err(failed("making its folder"))?;
+            // One of our own, such as /run/dispatcher, but no path that is a slip of the pen.
+            if folder.parent().is_some_and(|above| !above.exists()) {
+                return Err(Error::NoFolder(folder.to_owned()));
+            }
+            fs::DirBuilder::new().mode(0o755).create(folder).map_err(failed("making its folder"))?;
+        }
+        if fs::symlink_metadata(path).is_ok_and(|found| !found.file_type().is_socket()) {
+            return Err(Error::NoSocket(path.to_owned()));
         }
         if StdStream::connect(path).is_ok() {
             return Err(Error::InUse(path.to_owned()));
@@ -430,6 +441,18 @@ async fn sessions(
         if let Some(service) = &query.service {
             find_service(&shared.config, service)?;
         }
+        if let Some(name) = &query.backend
+            && !shared
+                .config
+                .services
+                .iter()
+                .flat_map(|service| &service.backends)
+                .any(|one| one.name == *name)
+        {
+            return Err(not_found(format!(
+                "no service has a backend {name}; `dispatcherctl backends` lists them"
+            )));
+        }
         let names = Names::new(shared);
         let now = monotonic_seconds();
         let fits = |session: &api::Session| {
@@ -467,7 +490,8 @@ const ALL_KINDS: [u8; 4] = [KIND_TLS_SESSION_ID, KIND_TICKET_NAME, KIND_TICKET, 
 
 /// The keys that an identifier may have: one a service and kind.
 fn keys(shared: &Shared, id: &str, service: Option<&str>, kinds: &[u8]) -> Result<Vec<SessionKey>, Failure> {
-    let bytes = api::from_hex(id).ok_or_else(|| bad(format!("{id} is not hexadecimal")))?;
+    let bytes = api::from_hex(id)
+        .ok_or_else(|| bad(format!("{id} is not hexadecimal: two digits 0-9 or a-f for each byte")))?;
     let services = match service {
         Some(name) => vec![find_service(&shared.config, name)?],
         None => shared.config.services.iter().collect(),
@@ -504,7 +528,13 @@ async fn pin(
     Body(pin): Body<api::Pin>,
 ) -> Answer<Vec<api::Session>> {
     reading(shared, move |shared| {
-        let (_, backend) = find_backend(&shared.config, &pin.service, &pin.backend)?;
+        let (service, backend) = find_backend(&shared.config, &pin.service, &pin.backend)?;
+        if service.mode == config::Mode::L4 {
+            let name = &service.name;
+            return Err(bad(format!(
+                "service {name} is in l4 mode and reads no identifiers: a pin would do nothing"
+            )));
+        }
         let now = monotonic_seconds();
         let mut found = Vec::new();
         for key in keys(shared, &id, Some(&pin.service), &[KIND_TLS_SESSION_ID])? {

@@ -22,7 +22,7 @@ use crate::{
 
 /// Ask and steer a running dispatcherd
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(name = "dispatcherctl", version)]
 pub struct Args {
     /// The daemon's control socket
     #[arg(long, global = true, value_name = "PATH", default_value = DEFAULT_CONTROL)]
@@ -38,16 +38,18 @@ pub struct Args {
 enum Command {
     /// Version, interfaces, sums
     Status,
-    /// Services
+    /// Services: VIPs, mode, how many backends are up
     Services,
     /// Backends with their state and counters
     Backends,
-    /// Change what is wanted of a backend, until the daemon is started again
+    /// Enable, drain or disable a backend, until the daemon is started again
+    ///
+    /// Connections that are open go on in any state. Example: dispatcherctl backend web/a drain
     Backend {
-        /// SERVICE/NAME
+        /// SERVICE/NAME, as `dispatcherctl backends` lists them
         #[arg(value_parser = backend_name)]
         backend: (String, String),
-        /// What is wanted of it
+        /// What it is given
         state: Wanted,
     },
     /// The mapping table: session identifier -> backend
@@ -57,16 +59,17 @@ enum Command {
     },
     /// What is known of the backends' session tickets: which keys seal them, and who shares them
     Identities,
-    /// Connections
+    /// Connections: client, VIP, backend and state of each
     Flows {
-        /// At most so many
+        /// Stop after so many
         #[arg(long, value_name = "N", default_value_t = 1000)]
         limit: usize,
     },
     /// Packets by reason
     Counters {
         /// Again every SECS seconds, with the difference
-        #[arg(long, value_name = "SECS", num_args = 0..=1, default_missing_value = "1")]
+        #[arg(long, value_name = "SECS", num_args = 0..=1, default_missing_value = "1",
+            value_parser = clap::value_parser!(u64).range(1..))]
         watch: Option<u64>,
         /// Reasons that have counted nothing too
         #[arg(long)]
@@ -76,19 +79,19 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum Sessions {
-    /// List them
+    /// List sessions, of all services or of one
     List {
-        /// Of this service
+        /// Only sessions of this service
         #[arg(long)]
         service: Option<String>,
-        /// Of this backend
+        /// Only sessions of the backends with this name
         #[arg(long)]
         backend: Option<String>,
-        /// At most so many
+        /// Stop after so many
         #[arg(long, value_name = "N", default_value_t = 1000)]
         limit: usize,
     },
-    /// Show one
+    /// Show the session of an identifier
     Show {
         /// Identifier, hexadecimal
         id: String,
@@ -96,7 +99,9 @@ enum Sessions {
         #[arg(long)]
         service: Option<String>,
     },
-    /// Map one to a backend, for good
+    /// Map an identifier to a backend, whatever servers say, until it is removed or the daemon ends
+    ///
+    /// Example: dispatcherctl sessions pin 6f0a…31 --service web --backend a
     Pin {
         /// Identifier, hexadecimal
         id: String,
@@ -107,11 +112,11 @@ enum Sessions {
         #[arg(long)]
         backend: String,
     },
-    /// Remove one
+    /// Forget an identifier, pinned or not; prints what is removed
     Remove {
         /// Identifier, hexadecimal
         id: String,
-        /// Of this service only
+        /// Of this service only, else of all that know it
         #[arg(long)]
         service: Option<String>,
     },
@@ -119,8 +124,11 @@ enum Sessions {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Wanted {
+    /// Known sessions and new ones
     Enabled,
+    /// Known sessions, but no new ones
     Drain,
+    /// Nothing: its sessions go to other backends
     Disabled,
 }
 
@@ -159,12 +167,22 @@ impl From<Exit> for ExitCode {
     }
 }
 
+/// What to do when nobody answers.
+fn hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => "run as root, or as a member of the daemon's control_group",
+        io::ErrorKind::NotFound => "start dispatcherd, or give its socket with --socket",
+        io::ErrorKind::ConnectionRefused => "the daemon that made this socket has ended: start dispatcherd",
+        _ => "is this dispatcherd's socket? Give it with --socket",
+    }
+}
+
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// Nobody answers.
-    #[error("connecting to {path}: {source}; is dispatcherd running, are you root, is --socket right?")]
+    #[error("connecting to {path}: {source}; {}", hint(source))]
     Unreachable {
         /// The socket.
         path: PathBuf,

@@ -82,6 +82,9 @@ pub fn run(
 ) -> Result<(), Error> {
     let capacities = config.capacities;
     say(out, &format!("{} services on {} interfaces", config.services.len(), config.interfaces.len()));
+    for interface in &config.interfaces {
+        dataplane::find_interface(&interface.name)?;
+    }
     let dataplane = Dataplane::load(dataplane::object(), &capacities)?;
     let mebibytes = memory_bytes(&capacities) as f64 / f64::from(1 << 20);
     say(
@@ -116,7 +119,10 @@ async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
     let logger = start_logger(&shared.dataplane)?;
-    let attached = shared.dataplane.attached().into_iter().map(|one| one.ifindex).collect();
+    let attached: netlink::AttachedNow = {
+        let shared = Arc::clone(&shared);
+        Box::new(move || shared.dataplane.attached().into_iter().map(|one| one.ifindex).collect())
+    };
     let backends = shared.config.services.iter().flat_map(|service| &service.backends);
     let addresses = backends.flat_map(Backend::addresses).map(|address| address.ip()).collect();
     let (mut reach, _follower) = netlink::follow(addresses, attached).await?;
@@ -135,6 +141,7 @@ async fn serve(
     }
     tasks.spawn(heartbeat(Arc::clone(&shared)));
     tasks.spawn(follow(Arc::clone(&shared), reach));
+    tasks.spawn(stay_attached(Arc::clone(&shared)));
     tasks.spawn(sweep(Arc::clone(&shared)));
     if shared.config.services.iter().any(|service| service.tickets.is_some()) {
         tasks.spawn(discovery::serve(Arc::clone(&shared)));
@@ -267,6 +274,39 @@ fn conditions(shared: &Shared) -> BTreeSet<(String, String)> {
             (name, format!("{condition}{reason}"))
         })
         .collect()
+}
+
+/// An interface that goes takes its programs with it; one that comes back under its name gets them again.
+async fn stay_attached(shared: Arc<Shared>) -> (&'static str, String) {
+    let mut tick = interval(COUNT);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut told = BTreeSet::new();
+    loop {
+        tick.tick().await;
+        let attached = shared.dataplane.attached();
+        for interface in &shared.config.interfaces {
+            let name = &interface.name;
+            let old = attached.iter().find(|one| one.name == *name).map(|one| one.ifindex);
+            let now = dataplane::find_interface(name).ok();
+            if old == now && old.is_some() {
+                continue;
+            }
+            if old.is_some() {
+                shared.dataplane.forget(name);
+                log::warn!("interface {name} is gone; it is attached again when it is back");
+            }
+            let Some(_) = now else { continue };
+            match shared.dataplane.attach(name, interface.attach) {
+                Ok(mode) => {
+                    told.remove(name);
+                    log::warn!("interface {name} is back: attached again ({mode})");
+                }
+                // Once is enough.
+                Err(error) if told.insert(name.clone()) => log::error!("{error}; this is tried again"),
+                Err(_) => {}
+            }
+        }
+    }
 }
 
 async fn sweep(shared: Arc<Shared>) -> (&'static str, String) {

@@ -277,7 +277,7 @@ impl Dataplane {
 
     /// Attaches the dispatcher to an interface and says in which mode.
     pub fn attach(&self, interface: &str, mode: AttachMode) -> Result<AttachMode, Error> {
-        let ifindex = interface_index(interface).ok_or_else(|| Error::NoInterface(interface.to_owned()))?;
+        let ifindex = find_interface(interface)?;
         let (id, mode) = {
             let mut ebpf = lock(&self.ebpf);
             let program = xdp(&mut ebpf, abi::PROGRAM)?;
@@ -319,6 +319,14 @@ impl Dataplane {
         drop(ebpf);
         self.update_clones()?;
         Ok(true)
+    }
+
+    /// Detaches from an interface that is gone.
+    pub fn forget(&self, interface: &str) {
+        if let Err(error) = self.detach(interface) {
+            // The interface took its end with it.
+            log::debug!("{error}");
+        }
     }
 
     /// The interfaces that the dispatcher is attached to.
@@ -599,12 +607,19 @@ fn load_maps(object: &[u8], capacities: &Capacities) -> Result<Ebpf, Error> {
     })
 }
 
+/// The index of an interface.
+pub fn find_interface(name: &str) -> Result<u32, Error> {
+    interface_index(name).ok_or_else(|| Error::NoInterface(name.to_owned()))
+}
+
 fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Error> {
     match xdp(ebpf, name)?.load() {
         Ok(()) => Ok(()),
         Err(ProgramError::LoadError { io_error, verifier_log }) => {
             let log = verifier_log.to_string();
-            if io_error.raw_os_error() == Some(libc::EPERM) && log.trim().is_empty() {
+            // The verifier says of a missing CAP_PERFMON what it says of a bad program.
+            let refused = matches!(io_error.raw_os_error(), Some(libc::EPERM | libc::EACCES));
+            if refused && (log.trim().is_empty() || !crate::privileges::may_load()) {
                 return Err(Error::NotPermitted { action: format!("loading program {name}") });
             }
             let tail: Vec<&str> = log.lines().rev().take(30).collect();

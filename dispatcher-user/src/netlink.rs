@@ -171,10 +171,13 @@ fn macs(d: [u8; 6], s: [u8; 6]) -> [u32; 3] {
 /// What was found out about each address.
 pub type Reachability = BTreeMap<IpAddr, Reach>;
 
+/// Says which interfaces have our program, by index.
+pub type AttachedNow = Box<dyn Fn() -> BTreeSet<u32> + Send + Sync>;
+
 /// Follows how `addresses` are reached. The first value comes after one look at everything.
 pub async fn follow(
     addresses: BTreeSet<IpAddr>,
-    attached: BTreeSet<u32>,
+    attached: AttachedNow,
 ) -> Result<(watch::Receiver<Reachability>, JoinHandle<()>), Error> {
     let groups = [
         MulticastGroup::Link,
@@ -261,7 +264,7 @@ fn bridged(last: &mut BTreeMap<IpAddr, (Path, Instant)>, address: IpAddr, reach:
 struct Follower {
     handle: Handle,
     addresses: BTreeSet<IpAddr>,
-    attached: BTreeSet<u32>,
+    attached: AttachedNow,
     /// When a neighbour was last asked for.
     asked: BTreeMap<(u32, IpAddr), Instant>,
     /// When neighbours in use were last touched.
@@ -278,11 +281,12 @@ impl Follower {
             self.touched = Some(Instant::now());
             self.asked.retain(|_, at| at.elapsed() < REFRESH);
         }
+        let attached = (self.attached)();
         let mut found = BTreeMap::new();
         let mut hops = BTreeSet::new();
         for address in &self.addresses {
             let route = route(&self.handle, *address).await;
-            let reach = resolve(route, &snapshot, &self.attached);
+            let reach = resolve(route, &snapshot, &attached);
             found.insert(*address, bridged(&mut self.last, *address, reach, dead(route, &snapshot)));
             if let Some(route) = route.filter(|route| !route.local) {
                 hops.insert((route.device, route.hop));
@@ -523,7 +527,8 @@ mod tests {
     #[tokio::test]
     async fn the_kernel_answers() {
         let loopback = ip("127.0.0.1");
-        let (found, task) = follow(BTreeSet::from([loopback]), BTreeSet::new()).await.expect("netlink");
+        let (found, task) =
+            follow(BTreeSet::from([loopback]), Box::new(BTreeSet::new)).await.expect("netlink");
         let reach = found.borrow().get(&loopback).cloned();
         assert_eq!(reach, Some(Reach::Down("is an address of this host".to_owned())));
         drop(found);

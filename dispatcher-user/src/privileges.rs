@@ -17,6 +17,13 @@ pub enum Error {
     NoNewPrivileges(std::io::Error),
 }
 
+/// True with the capabilities that loading a program takes.
+#[must_use]
+pub fn may_load() -> bool {
+    let has = |capability| caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false);
+    has(Capability::CAP_SYS_ADMIN) || NEEDED.into_iter().all(has)
+}
+
 /// Drops all capabilities but the [`NEEDED`] ones, of this thread and of those it will start, for good.
 pub fn drop_privileges() -> Result<(), Error> {
     let needed: CapsHashSet = NEEDED.into_iter().collect();

@@ -57,6 +57,17 @@ impl Stage {
         set().unwrap_or_else(|error| panic!("setting the stage: {error:#}"))
     }
 
+    /// Ends a server and starts another in its place, without its sessions and keys.
+    pub fn restart(&mut self, number: usize, manners: Manners) {
+        let old = self.servers.remove(number);
+        let name = old.name.clone();
+        drop(old);
+        let place = &self.topology.backends[number];
+        let server = Server::start(&place.netns, &name, PORT, &self.authority, manners)
+            .unwrap_or_else(|error| panic!("restarting {name}: {error:#}"));
+        self.servers.insert(number, server);
+    }
+
     /// Someone new.
     #[must_use]
     pub fn user(&self, version: Version) -> User {

@@ -13,10 +13,10 @@ use crate::{
     daemon::{Folder, Process},
     netns::{Netns, execute},
     sockets,
-    tls::{Authority, Failure, HOST, Identity, Version},
+    tls::{Authority, Credentials, Failure, HOST, Identity, Version},
 };
 
-/// An nginx with a session cache of its own and without tickets.
+/// An nginx with a session cache of its own.
 #[derive(Debug)]
 pub struct Nginx {
     _process: Process,
@@ -24,13 +24,45 @@ pub struct Nginx {
 }
 
 impl Nginx {
-    /// Starts one that serves TLS on `port`, and waits until it listens.
+    /// Starts one that serves TLS on `port` without tickets, and waits until it listens.
     pub fn start(netns: &Netns, name: &str, port: u16, authority: &Authority) -> Result<Self> {
+        Self::with_keys(netns, name, port, authority, None)
+    }
+
+    /// The same with tickets: sealed with a key of its own, or with this one (80 bytes) and a certificate
+    /// that others have too: nginx accepts no ticket of a session with another certificate.
+    pub fn with_tickets(
+        netns: &Netns,
+        name: &str,
+        port: u16,
+        authority: &Authority,
+        shared: Option<(&[u8; 80], &Credentials)>,
+    ) -> Result<Self> {
+        Self::with_keys(netns, name, port, authority, Some(shared))
+    }
+
+    fn with_keys(
+        netns: &Netns,
+        name: &str,
+        port: u16,
+        authority: &Authority,
+        tickets: Option<Option<(&[u8; 80], &Credentials)>>,
+    ) -> Result<Self> {
         let folder = Folder::new()?;
-        let credentials = authority.issue(name)?;
+        let own = authority.issue(name)?;
+        let credentials = tickets.flatten().map_or(&own, |(_, shared)| shared);
         let certificate = folder.write("certificate.pem", &credentials.certificate_pem)?;
         let key = folder.write("key.pem", &credentials.key_pem)?;
         let path = folder.path().display();
+        let tickets = match tickets {
+            None => "ssl_session_tickets off;".to_owned(),
+            Some(None) => "ssl_session_tickets on;".to_owned(),
+            Some(Some((key, _))) => {
+                let file = folder.path().join("ticket.key");
+                std::fs::write(&file, key)?;
+                format!("ssl_session_tickets on;\nssl_session_ticket_key {};", file.display())
+            }
+        };
         let identity = format!(
             r#"{{"backend":"{name}","reused":"$ssl_session_reused","protocol":"$ssl_protocol","peer":"$remote_addr:$remote_port","proxied":""}}"#
         );
@@ -44,7 +76,7 @@ impl Nginx {
                server {{\n\
                  listen {port} ssl;\nlisten [::]:{port} ssl;\n\
                  ssl_certificate {};\nssl_certificate_key {};\nssl_protocols TLSv1.2 TLSv1.3;\n\
-                 ssl_session_cache shared:sessions:4m;\nssl_session_tickets off;\nssl_session_timeout 10m;\n\
+                 ssl_session_cache shared:sessions:4m;\n{tickets}\nssl_session_timeout 10m;\n\
                  location / {{ return 200 '{identity}'; }}\n\
                }}\n\
              }}\n",
@@ -76,21 +108,31 @@ pub struct OpensslUser {
     folder: Folder,
     authority: PathBuf,
     version: Version,
+    tickets: bool,
 }
 
 impl OpensslUser {
+    /// The same user, who takes tickets.
+    #[must_use]
+    pub fn with_tickets(self) -> Self {
+        Self { tickets: true, ..self }
+    }
+
     /// One without a session.
     pub fn new(authority: &Authority, version: Version) -> Result<Self> {
         let folder = Folder::new()?;
         let authority = folder.write("authority.pem", &authority.pem())?;
-        Ok(Self { folder, authority, version })
+        Ok(Self { folder, authority, version, tickets: false })
     }
 
     /// Connects, asks who answers, and closes.
     pub fn visit(&self, netns: &Netns, from: IpAddr, to: SocketAddr) -> Result<Identity, Failure> {
         let session = self.folder.path().join("session.pem");
         let mut command = netns.command("timeout");
-        command.args(["10", "openssl", "s_client", "-ign_eof", "-no_ticket", "-verify_return_error"]);
+        command.args(["10", "openssl", "s_client", "-ign_eof", "-verify_return_error"]);
+        if !self.tickets {
+            command.arg("-no_ticket");
+        }
         command.args(["-servername", HOST, "-connect", &to.to_string()]);
         command.args(["-bind", &SocketAddr::new(from, 0).to_string()]);
         command.arg(match self.version {

@@ -107,6 +107,8 @@ pub struct Manners {
     /// It agrees to no key exchange that clients send a share for: every hello is answered with a
     /// HelloRetryRequest.
     pub retry: bool,
+    /// It issues tickets sealed with a key of its own, which has a name.
+    pub tickets: bool,
 }
 
 /// A server with session cache and keys of its own. It stops when dropped.
@@ -243,7 +245,10 @@ fn server_config(authority: &Authority, name: &str, manners: Manners) -> Result<
             vec![CertificateDer::from(credentials.certificate)],
             PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(credentials.key)),
         )?;
-    // No ticketer, so sessions are found by their ID in this server's cache only.
+    if manners.tickets {
+        config.ticketer = ring::Ticketer::new()?;
+    }
+    // Without a ticketer, sessions are found by their ID in this server's cache only.
     config.session_storage = ServerSessionMemoryCache::new(65_536);
     Ok(config)
 }
@@ -252,7 +257,12 @@ fn server_config(authority: &Authority, name: &str, manners: Manners) -> Result<
 fn read_proxy_header(stream: &mut TcpStream) -> Result<SocketAddr> {
     let mut fixed = [0; 16];
     stream.read_exact(&mut fixed).context("reading a PROXY header")?;
-    ensure!(fixed.starts_with(b"\r\n\r\n\0\r\nQUIT\n\x21"), "not a PROXY v2 header: {fixed:02x?}");
+    ensure!(fixed.starts_with(b"\r\n\r\n\0\r\nQUIT\n"), "not a PROXY v2 header: {fixed:02x?}");
+    if fixed[12] == 0x20 {
+        // LOCAL: the proxy itself, without an address.
+        return Ok(SocketAddr::from(([0, 0, 0, 0], 0)));
+    }
+    ensure!(fixed[12] == 0x21, "neither LOCAL nor PROXY: {fixed:02x?}");
     let mut rest = vec![0; usize::from(u16::from_be_bytes([fixed[14], fixed[15]]))];
     stream.read_exact(&mut rest).context("reading the addresses of a PROXY header")?;
     let port = |at: usize| rest.get(at..at + 2).map(|b| u16::from_be_bytes([b[0], b[1]]));
@@ -407,6 +417,15 @@ impl User {
         config.resumption = Resumption::store(Arc::new(ClientSessionMemoryCache::new(8)))
             .tls12_resumption(Tls12Resumption::SessionIdOnly);
         Ok(Self { config: Arc::new(config), version })
+    }
+
+    /// The same user, who takes tickets in TLS 1.2 too.
+    #[must_use]
+    pub fn with_tickets(&self) -> Self {
+        let mut config = ClientConfig::clone(&self.config);
+        config.resumption = Resumption::store(Arc::new(ClientSessionMemoryCache::new(8)))
+            .tls12_resumption(Tls12Resumption::SessionIdOrTickets);
+        Self { config: Arc::new(config), version: self.version }
     }
 
     /// The same user with a hello that needs more than `bytes`.

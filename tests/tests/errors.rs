@@ -70,6 +70,40 @@ fn a_missing_file_or_interface() {
 }
 
 #[test]
+fn a_control_path_that_is_no_socket_is_left_alone() {
+    let netns = Netns::new("errors").expect("a namespace");
+    let folder = Folder::new().expect("a folder");
+    let file = folder.write("precious.txt", "precious").expect("a file");
+    for (path, expected) in [
+        (file.clone(), "is there and is no socket"),
+        (folder.path().to_owned(), "is there and is no socket"),
+        (folder.path().join("no/such/folder.sock"), "does not exist"),
+    ] {
+        let mut command = netns.command(program("dispatcherd").expect("dispatcherd"));
+        command.args(["--interface", "lo", "--control"]).arg(&path);
+        let mut process = Process::start(command, None).expect("starts");
+        assert!(!process.wait(Duration::from_secs(30)).expect("ends").success());
+        assert!(process.log().contains(expected), "{}", process.log());
+    }
+    assert_eq!(std::fs::read_to_string(file).expect("still there"), "precious");
+    assert!(!folder.path().join("no").exists());
+}
+
+#[test]
+fn a_missing_capability_is_told() {
+    let netns = Netns::new("errors").expect("a namespace");
+    let folder = Folder::new().expect("a folder");
+    let mut command = netns.command("setpriv");
+    command.args(["--bounding-set=-perfmon,-sys_admin", "--inh-caps=-perfmon,-sys_admin"]);
+    command.arg(program("dispatcherd").expect("dispatcherd"));
+    command.args(["--interface", "lo", "--control"]).arg(folder.path().join("control.sock"));
+    let mut process = Process::start(command, None).expect("starts");
+    assert!(!process.wait(Duration::from_secs(60)).expect("ends").success());
+    let said = process.log();
+    assert!(said.contains("CAP_PERFMON") && said.lines().count() < 8, "{said}");
+}
+
+#[test]
 fn native_mode_where_it_is_not_supported() {
     let netns = Netns::new("errors").expect("a namespace");
     netns.ip("link add br0 type bridge\nlink set br0 up").expect("a device without native XDP");

@@ -19,7 +19,9 @@ fn everything_works(stage: &Stage) {
             stage
                 .transfer(version, family, 1_000_000)
                 .unwrap_or_else(|error| panic!("{family:?}: {error:#}"));
-            let _ = stage.visit(&stage.user(version).with_long_hello(2500), family, 1);
+            for length in [2500, 4900, 6000, 12_000] {
+                let _ = stage.visit(&stage.user(version).with_long_hello(length), family, 1);
+            }
         }
     }
 }

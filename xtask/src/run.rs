@@ -1,8 +1,8 @@
 //! `cargo xtask run`: the demo, or the daemon on real interfaces.
 
-use std::{ffi::OsString, path::PathBuf, process::Command};
+use std::{ffi::OsString, fs::File, path::PathBuf, process::Command};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 
 use crate::{
@@ -27,7 +27,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "IF")]
     interface: Vec<String>,
     /// Demo: how long
-    #[arg(long, value_name = "N", conflicts_with_all = ["config", "interface"])]
+    #[arg(long, value_name = "N", conflicts_with_all = ["config", "interface"],
+        value_parser = clap::value_parser!(u32).range(1..))]
     seconds: Option<u32>,
     /// Demo: write the figures to this file
     #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "interface"])]
@@ -57,6 +58,14 @@ impl Peers {
 
 pub(crate) fn main(args: &Args) -> Result<()> {
     demand_root("attaching XDP programs", "")?;
+    // Before anything is built, which may take minutes.
+    if let Some(config) = &args.config {
+        File::open(config).with_context(|| format!("--config {}", config.display()))?;
+    }
+    if let Some(json) = &args.json {
+        let open = File::options().create(true).append(true).open(json);
+        open.with_context(|| format!("--json {}: the figures could not be written", json.display()))?;
+    }
     let need = match args.peers {
         Some(Peers::System) => Need::Test,
         Some(Peers::Builtin) | None => Need::Run,

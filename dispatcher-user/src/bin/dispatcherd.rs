@@ -13,7 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 /// Keep TLS sessions on their backend, in XDP
 #[derive(Parser)]
-#[command(version, group(ArgGroup::new("what").required(true).multiple(true).args(["config", "interface"])))]
+#[command(name = "dispatcherd", version, group(ArgGroup::new("what").required(true).multiple(true).args(["config", "interface"])))]
 struct Args {
     /// Configuration (TOML)
     #[arg(long, value_name = "FILE")]

@@ -11,8 +11,8 @@ use dispatcher_common::{
 };
 use dispatcher_tests::{
     harness::{
-        BACKENDS, CLIENT_WINDOW, CLIENT_WSCALE, Far, Machine, OUR_MSS, POOL_PORTS, Service, Talk, backend_at,
-        backend_macs,
+        BACKENDS, CLIENT_WINDOW, CLIENT_WSCALE, Far, Machine, OUR_MSS, OUR_WSCALE, POOL_PORTS, Service, Talk,
+        backend_at, backend_macs,
     },
     hello::{client_hello, in_records, server_hello},
     packet::{Packet, Tcp, TcpOption, flags},
@@ -229,12 +229,13 @@ fn claim_c5_connections_without_session_use_every_backend() {
 }
 
 #[test]
-fn without_a_backend_the_data_are_dropped_and_counted() {
+fn without_a_backend_the_client_gets_a_reset() {
     let machine = machine();
     let mut talk = Talk::new(Service::Empty, Family::V4, 4700);
     talk.shake(&machine);
     for data in [HTTP.to_vec(), client_hello(&[1; 32], 0), client_hello(&[], 0)] {
-        let _ = machine.expect("no table", &talk.data(0, &data), Reason::NoBackend);
+        let reset = machine.expect("no table", &talk.data(0, &data), Reason::ResetNoBackend).tcp();
+        assert_eq!((reset.flags, reset.seq), (flags::RST, talk.cookie.wrapping_add(1)));
     }
     for backend in 0..BACKENDS {
         machine.set_up(backend, false).expect("down");
@@ -244,12 +245,40 @@ fn without_a_backend_the_data_are_dropped_and_counted() {
         let mut talk = Talk::new(Service::Plain, family, 4701);
         talk.shake(&machine);
         let data = talk.data(0, &client_hello(&[1; 32], 0));
-        let _ = machine.expect("all down", &data, Reason::NoBackend);
+        let _ = machine.expect("all down", &data, Reason::ResetNoBackend);
         machine.set_up(1, true).expect("up");
-        // The client sends its hello again, and now there is a backend.
+        // A copy of the hello that was under way meets a backend that is back.
         let outcome = machine.run(&data.frame()).expect("a verdict").packet();
         assert_eq!(backend_of(&outcome), 1);
         machine.set_up(1, false).expect("down");
+    }
+}
+
+#[test]
+fn a_long_hello_never_closes_the_clients_window() {
+    let machine = machine();
+    machine.know(Service::Plain, &[9; 32], confirmed(2)).expect("a session");
+    for family in Family::BOTH {
+        for (port, length) in (5500..).zip([5000, 5300, 6000, 14_000]) {
+            let hello = client_hello(&[9; 32], length);
+            let mut talk = Talk::new(Service::Plain, family, port);
+            talk.shake(&machine);
+            let mut bound = None;
+            for at in (0..hello.len()).step_by(1400) {
+                let part = &hello[at..hello.len().min(at + 1400)];
+                let outcome = machine.run(&talk.data(at as u32, part).frame()).expect("a verdict");
+                if outcome.reason == Reason::AckedPart {
+                    // The client may always send a whole segment more.
+                    let window = u32::from(outcome.tcp().window) << OUR_WSCALE;
+                    assert!(window >= 1460, "{length} bytes, {at}: window {window}");
+                    continue;
+                }
+                assert_eq!(outcome.reason, Reason::BoundHit, "{length} bytes, {at}");
+                bound = Some(outcome.packet());
+                break;
+            }
+            assert_eq!(backend_of(&bound.expect("bound")), 2);
+        }
     }
 }
 

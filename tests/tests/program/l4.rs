@@ -127,13 +127,14 @@ fn the_hash_is_the_same_for_the_same_connection_and_uses_every_backend() {
 }
 
 #[test]
-fn without_a_backend_the_packet_is_dropped_and_counted() {
+fn without_a_backend_a_syn_is_refused() {
     let machine = machine();
     for backend in 0..BACKENDS {
         machine.set_up(backend, false).expect("down");
     }
     let syn = Talk::new(Service::L4, Family::V4, 9600).syn();
-    let _ = machine.expect("no backend", &syn, Reason::NoBackend);
+    let reset = machine.expect("no backend", &syn, Reason::ResetNoBackend).tcp();
+    assert_eq!(reset.flags, flags::RST | flags::ACK);
     let _ = machine.expect(
         "RST",
         &Talk::new(Service::L4, Family::V4, 9601).segment(flags::RST, 0, 0, &[]),

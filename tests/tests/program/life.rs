@@ -128,6 +128,38 @@ fn a_backend_that_refuses_is_left_at_once() {
     }
 }
 
+fn connections(machine: &Machine) -> u64 {
+    (0..3).map(|n| machine.dataplane().backend_stats(n).expect("readable").connections).sum()
+}
+
+#[test]
+fn when_every_backend_refuses_the_client_is_told() {
+    let machine = machine();
+    for family in Family::BOTH {
+        let before = connections(&machine);
+        let mut talk = Talk::new(Service::Plain, family, 7009);
+        let mut syn = talk.bind(&machine, HTTP, Reason::BoundNonsecure);
+        let mut tried = 1;
+        let reset = loop {
+            let refusal = Far::new(&syn).segment(RST | ACK, 0, 0, &[]);
+            let _ = machine.expect("a refusal", &refusal, Reason::WaitingBackend);
+            let outcome = machine.run(&talk.data(0, HTTP).frame()).expect("a verdict");
+            if outcome.reason == Reason::ResetNoBackend {
+                break outcome.tcp();
+            }
+            assert_eq!(outcome.reason, Reason::BoundNonsecure);
+            syn = outcome.packet();
+            tried += 1;
+            assert!(tried < 10);
+        };
+        assert!(tried >= 3, "{tried} were tried");
+        assert_eq!((reset.flags, reset.seq), (RST, talk.cookie.wrapping_add(1)));
+        let counted = connections(&machine);
+        assert_eq!(counted, before + 1, "one connection, however many backends refuse it");
+        let _ = talk.establish(&machine, HTTP, Reason::BoundNonsecure);
+    }
+}
+
 #[test]
 fn a_repeated_syn_ack_is_answered_again() {
     let machine = machine();
