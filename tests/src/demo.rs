@@ -59,7 +59,7 @@ pub struct Summary {
     pub handshakes_ok: u64,
     /// TLS handshakes, or TCP connections for one, that failed.
     pub handshakes_failed: u64,
-    /// Connections of users who came back with a session ID.
+    /// Connections of users who came back with a session: an ID or a ticket.
     pub returning: u64,
     /// Of these, those that reached the server that had issued it.
     pub returning_same_backend: u64,
@@ -67,7 +67,7 @@ pub struct Summary {
     pub resumed: u64,
     /// Connections bound by a known session, as the data path counted them.
     pub hits: u64,
-    /// Connections with an unknown session ID, as the data path counted them.
+    /// Connections with an unknown identifier, as the data path counted them.
     pub misses: u64,
     /// Packets dropped, as the data path counted them.
     pub drops: u64,
@@ -105,6 +105,7 @@ pub fn run(plan: &Plan, out: &mut (impl Write + std::os::fd::AsFd)) -> Result<bo
     let mut daemon = Daemon::start(&topology, "native", &[Service::new("web", PORT)])?;
     writeln!(out, "Look inside: dispatcherctl --socket {} backends\n", daemon.socket().display())?;
 
+    wait_for_keys(&daemon, &stop, out)?;
     let crowd = Crowd::new(plan, &topology, &authority)?;
     let show = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(|| crowd.work(&stop))).collect();
@@ -130,6 +131,28 @@ pub fn run(plan: &Plan, out: &mut (impl Write + std::os::fd::AsFd)) -> Result<bo
     Ok(good)
 }
 
+/// Waits until the daemon knows whose ticket keys are whose.
+fn wait_for_keys(daemon: &Daemon, stop: &AtomicBool, out: &mut impl Write) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let found: Vec<api::Identity> = daemon.ask(&["identities"])?;
+        if found.iter().all(|one| one.state == "routable") {
+            writeln!(out, "Names of the servers' ticket keys, found out by asking them:")?;
+            for one in found {
+                writeln!(out, "  {}  {}", one.backend, one.keys.join(", "))?;
+            }
+            return Ok(writeln!(out)?);
+        }
+        if stop.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            bail!("the servers' ticket keys were not found out: {found:#?}");
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
 struct SetOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for SetOnDrop<'_> {
@@ -148,7 +171,7 @@ fn describe(plan: &Plan, topology: &Topology, out: &mut impl Write) -> Result<()
     writeln!(
         out,
         "\n  {USERS} users ({client}),          dispatcher                 {} servers ({server}),\n  \
-         {} addresses                {v4}:{PORT}            each with its own session cache\n  \
+         {} addresses                {v4}:{PORT}            each with its own cache and ticket key\n  \
          10.1.0.10 ..               [{v6}]:{PORT}    b1 {} ..\n\n    \
          clients -------------- cl0  XDP  be0 -------- switch ---- b1, b2, ..\n\n\
          Namespaces: {}, {}, {} ..",
@@ -161,8 +184,8 @@ fn describe(plan: &Plan, topology: &Topology, out: &mut impl Write) -> Result<()
     )?;
     writeln!(
         out,
-        "Users come back from other ports, addresses and families. With TLS 1.2 their session ID leads them\n\
-         to the server that knows them; with TLS 1.3 the ID means nothing, and each visit is a miss."
+        "Users come back from other ports, addresses and families. What leads them to the server that knows\n\
+         them is their session ID (TLS 1.2), or the name of the key in their ticket (TLS 1.2 and 1.3)."
     )?;
     Ok(())
 }
@@ -178,12 +201,15 @@ fn servers(peers: Peers, topology: &Topology, authority: &Authority) -> Result<F
     Ok(match peers {
         Peers::Builtin => Farm::Builtin {
             _servers: places
-                .map(|(name, netns)| Server::start(netns, &name, PORT, authority, Manners::default()))
+                .map(|(name, netns)| {
+                    let manners = Manners { tickets: true, ..Manners::default() };
+                    Server::start(netns, &name, PORT, authority, manners)
+                })
                 .collect::<Result<_>>()?,
         },
         Peers::System => Farm::System {
             _servers: places
-                .map(|(name, netns)| Nginx::start(netns, &name, PORT, authority))
+                .map(|(name, netns)| Nginx::with_tickets(netns, &name, PORT, authority, None))
                 .collect::<Result<_>>()?,
         },
     })
@@ -204,14 +230,14 @@ struct Crowd<'a> {
 /// Someone's store and memory.
 struct Someone {
     guest: Guest,
-    /// The server that issued the session, for those whose session ID means something.
+    /// The server that issued the session.
     home: Option<String>,
     visits: u32,
 }
 
 enum Guest {
-    Rustls(User, Version),
-    Openssl(OpensslUser, Version),
+    Rustls(User),
+    Openssl(OpensslUser),
     InClear,
 }
 
@@ -324,7 +350,7 @@ impl<'a> Crowd<'a> {
                 troubles.push(format!("a session of {home} came to {}", identity.backend));
             }
         }
-        if someone.guest.is_known_by_id() {
+        if secure {
             someone.home = Some(identity.backend);
         }
     }
@@ -342,27 +368,32 @@ impl Someone {
     }
 }
 
-/// The kind of a user: of eight, six with TLS 1.2, one with TLS 1.3 and one without TLS.
+/// The kind of a user: of eight, two with session IDs and two with tickets of TLS 1.2, three with TLS 1.3
+/// and one without TLS.
 fn guest(peers: Peers, authority: &Authority, number: usize) -> Result<Guest> {
-    let version = if number % 8 == 6 { Version::Tls13 } else { Version::Tls12 };
+    let kind = number % 8;
+    let version = if matches!(kind, 1 | 4 | 6) { Version::Tls13 } else { Version::Tls12 };
+    let tickets = !matches!(kind, 0 | 3);
     Ok(match peers {
-        Peers::Builtin if number % 8 == 7 => Guest::InClear,
-        Peers::Builtin => Guest::Rustls(User::new(authority, version)?, version),
-        Peers::System => Guest::Openssl(OpensslUser::new(authority, version)?, version),
+        Peers::Builtin if kind == 7 => Guest::InClear,
+        Peers::Builtin => {
+            let user = User::new(authority, version)?;
+            Guest::Rustls(if tickets { user.with_tickets() } else { user })
+        }
+        Peers::System => {
+            let user = OpensslUser::new(authority, version)?;
+            Guest::Openssl(if tickets { user.with_tickets() } else { user })
+        }
     })
 }
 
 impl Guest {
     fn visit(&self, netns: &Netns, from: std::net::IpAddr, to: SocketAddr) -> Result<Identity, Failure> {
         match self {
-            Self::Rustls(user, _) => user.visit(netns, from, to),
-            Self::Openssl(user, _) => user.visit(netns, from, to),
+            Self::Rustls(user) => user.visit(netns, from, to),
+            Self::Openssl(user) => user.visit(netns, from, to),
             Self::InClear => visit_in_clear(netns, from, to),
         }
-    }
-
-    fn is_known_by_id(&self) -> bool {
-        matches!(self, Self::Rustls(_, Version::Tls12) | Self::Openssl(_, Version::Tls12))
     }
 }
 
