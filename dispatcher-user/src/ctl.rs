@@ -169,10 +169,10 @@ impl From<Exit> for ExitCode {
 
 /// What to do when nobody answers.
 fn hint(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::PermissionDenied => "run as root, or as a member of the daemon's control_group",
-        io::ErrorKind::NotFound => "start dispatcherd, or give its socket with --socket",
-        io::ErrorKind::ConnectionRefused => "the daemon that made this socket has ended: start dispatcherd",
+    match error.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM) => "run as root, or as a member of the daemon's control_group",
+        Some(libc::ENOENT) => "is dispatcherd running? Start it, or give its socket with --socket",
+        Some(libc::ECONNREFUSED) => "is dispatcherd running? The one that made this socket has ended",
         _ => "is this dispatcherd's socket? Give it with --socket",
     }
 }

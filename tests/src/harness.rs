@@ -330,7 +330,6 @@ impl Machine {
                         provisional_ttl: 10,
                         ticket_formats: 1,
                         affinity: [KIND_TICKET_NAME, KIND_TLS_SESSION_ID, 0, 0],
-                        ..Frontend::default()
                     };
                     d.frontends().set(index, frontend)?;
                     d.publish(VipKey::new(family.vip(), service as u16, protocol), index)?;
