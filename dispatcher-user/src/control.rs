@@ -731,7 +731,9 @@ mod tests {
     #[test]
     fn a_socket_is_private_and_goes_with_its_owner() {
         let folder = std::env::temp_dir().join(format!("dispatcher-control-{}", std::process::id()));
-        let path = folder.join("a/control.sock");
+        let path = folder.join("control.sock");
+        let far = folder.join("no/such/control.sock");
+        assert!(matches!(Socket::bind(&far, None), Err(Error::NoFolder(_))));
         let socket = Socket::bind(&path, None).expect("binds");
         let mode = fs::metadata(&path).expect("is there").permissions().mode();
         assert_eq!(mode & 0o777, 0o660);
@@ -741,6 +743,10 @@ mod tests {
         // What a crashed daemon left is in nobody's way.
         drop(StdListener::bind(&path).expect("binds"));
         drop(Socket::bind(&path, None).expect("takes over"));
+        // What is no socket is.
+        fs::write(&path, "precious").expect("writes");
+        assert!(matches!(Socket::bind(&path, None), Err(Error::NoSocket(_))));
+        assert_eq!(fs::read_to_string(&path).expect("reads"), "precious");
         fs::remove_dir_all(folder).expect("removes");
     }
 
