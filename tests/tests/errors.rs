@@ -116,6 +116,34 @@ fn native_mode_where_it_is_not_supported() {
 }
 
 #[test]
+fn an_interface_that_comes_back_is_attached_again() {
+    let netns = Netns::new("errors").expect("a namespace");
+    let make = "link add d0 type bridge\nlink set d0 up";
+    netns.ip(make).expect("a device");
+    let text =
+        service("").replace("interfaces = [\"lo\"]", "interfaces = [\"d0\", \"lo\"]\nattach = \"generic\"");
+    let daemon = Daemon::start_with(&netns, &text).expect("the daemon");
+    let index = || {
+        let status = daemon.status().expect("status");
+        status.interfaces.iter().find(|one| one.name == "d0").map(|one| one.ifindex)
+    };
+    let until = |what: &str, done: &dyn Fn() -> bool| {
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        while !done() {
+            assert!(std::time::Instant::now() < deadline, "{what}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    };
+    let before = index().expect("attached");
+    netns.ip("link del d0").expect("removes");
+    until("status still shows what is gone", &|| index().is_none());
+    netns.ip(make).expect("a device of the same name");
+    until("not attached again", &|| index().is_some_and(|now| now != before));
+    let seen = netns.execute("ip", &["link", "show", "d0"]).expect("ip link");
+    assert!(seen.contains("prog/xdp"), "{seen}");
+}
+
+#[test]
 fn an_interface_that_has_a_program_already() {
     let topology = Topology::new(Plan::default()).expect("namespaces");
     let text = config(&topology, "native", &[web()]);
