@@ -16,12 +16,12 @@ use dispatcher_common::{
     session::{ID_MAX, KIND_TICKET_NAME, KIND_TLS_SESSION_ID, SessionKey, TICKET_HEAD, TICKET_NAMED},
     stash::{OFFER_PSK, OFFER_TICKET, STAGE_BOUND, STAGE_REPLAYED, Slot},
     tcp::{ACK, RST, SYN, scale_window},
-    tls::{self, Bytes, Later},
+    tls::{self, Later},
 };
 
 use crate::{
     control, counters, emit, events, flows,
-    globals::{PAYLOAD, Scratch, globals, scratch},
+    globals::{Buffer, PAYLOAD, globals, scratch},
     identify, options,
     packet::{Frame, Tcp},
     parse::{Parsed, packet_end},
@@ -217,38 +217,6 @@ fn chunk(mss: u16, backend: u32, v4: bool, ts: bool) -> u32 {
     size & !3
 }
 
-/// The bytes of a packet, as the parsers read them.
-struct Copy<'a> {
-    scratch: &'a Scratch,
-    len: usize,
-}
-
-impl Bytes for Copy<'_> {
-    #[inline(always)]
-    fn len(&self) -> usize {
-        self.len
-    }
-    #[inline(always)]
-    fn byte(&self, at: usize) -> Option<u8> {
-        let at = opaque(at as u64) as usize;
-        if at >= PAYLOAD || at >= self.len {
-            return None;
-        }
-        // SAFETY: `at` is below the size of `payload`.
-        Some(unsafe { *self.scratch.payload.as_ptr().add(at) })
-    }
-    #[inline(always)]
-    fn byte_or_any(&self, at: usize) -> u8 {
-        let at = opaque(at as u64) as usize & (PAYLOAD - 1);
-        // SAFETY: `at` is below the size of `payload`, a power of two.
-        unsafe { *self.scratch.payload.as_ptr().add(at) }
-    }
-    #[inline(always)]
-    fn salt(&self) -> u64 {
-        self.scratch.salt
-    }
-}
-
 /// Packets with payload among which a NewSessionTicket is looked for.
 const LEARN_MAX: u8 = 16;
 
@@ -284,7 +252,7 @@ fn learn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> bool {
         }
     }
     flow.tries = flow.tries.wrapping_add(1);
-    let bytes = Copy { scratch, len };
+    let bytes = Buffer { bytes: &scratch.payload, len, salt: scratch.salt };
     match tls::new_session_ticket(&bytes, (hello >> 16) as usize, hello & OPEN != 0) {
         Later::Ticket(ticket) => {
             if ticket.len as usize >= TICKET_HEAD {
@@ -319,7 +287,8 @@ const OPEN: u32 = 1 << 5;
 extern "C" fn dispatcher_read_server_hello(len: u32) -> u32 {
     let (Ok(scratch), Ok(own)) = (scratch(), scratch()) else { return 0 };
     let len = opaque(len as u64) as usize & (PAYLOAD - 1);
-    let Some(hello) = tls::server_hello(&Copy { scratch, len }, &mut own.session_key.id) else { return 0 };
+    let bytes = Buffer { bytes: &scratch.payload, len, salt: scratch.salt };
+    let Some(hello) = tls::server_hello(&bytes, &mut own.session_key.id) else { return 0 };
     let flag = |set: bool, flag| if set { flag } else { 0 };
     IS_HELLO
         | flag(hello.tls13, TLS13)

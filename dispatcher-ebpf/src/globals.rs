@@ -8,10 +8,11 @@ use aya_ebpf::{
 use dispatcher_common::{
     flow::{Flow, FlowKey},
     globals::Globals,
+    opaque::opaque,
     reason::Reason,
     session::{Session, SessionKey, TICKET_HEAD},
     tcp::{OptionBytes, Options},
-    tls::ClientHello,
+    tls::{Bytes, ClientHello},
 };
 
 use crate::{parse::Parsed, stash::Segment};
@@ -95,4 +96,40 @@ pub fn now_ns() -> u64 {
 #[inline(always)]
 pub fn now() -> u32 {
     (now_ns() / 1_000_000_000) as u32
+}
+
+/// Bytes in scratch memory, as the parsers read them. `N` is a power of two.
+pub struct Buffer<'a, const N: usize> {
+    /// The memory.
+    pub bytes: &'a [u8; N],
+    /// How much of it counts.
+    pub len: usize,
+    /// See [`Bytes::salt`].
+    pub salt: u64,
+}
+
+impl<const N: usize> Bytes for Buffer<'_, N> {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.len
+    }
+    #[inline(always)]
+    fn byte(&self, at: usize) -> Option<u8> {
+        let at = opaque(at as u64) as usize;
+        if at >= N || at >= self.len {
+            return None;
+        }
+        // SAFETY: `at` is below `N`.
+        Some(unsafe { *self.bytes.as_ptr().add(at) })
+    }
+    #[inline(always)]
+    fn byte_or_any(&self, at: usize) -> u8 {
+        let at = opaque(at as u64) as usize & (N - 1);
+        // SAFETY: `at` is below `N`, a power of two.
+        unsafe { *self.bytes.as_ptr().add(at) }
+    }
+    #[inline(always)]
+    fn salt(&self) -> u64 {
+        self.salt
+    }
 }

@@ -10,41 +10,15 @@ use dispatcher_common::{
         TICKET_FORMATS, TICKET_HEAD,
     },
     stash::{OFFER_PSK, OFFER_TICKET, Slot},
-    tls::{self, Bytes, Span},
+    tls::{self, Span},
 };
 
 use crate::{
     bind::ANY,
-    globals::{HELLO, Scratch, now, scratch},
+    globals::{Buffer, HELLO, Scratch, now, scratch},
     services, sessions,
     stash::{self, Payload},
 };
-
-/// The hello in scratch memory, without record headers.
-struct Message<'a> {
-    scratch: &'a Scratch,
-    len: usize,
-}
-
-impl Bytes for Message<'_> {
-    #[inline(always)]
-    fn len(&self) -> usize {
-        self.len
-    }
-    #[inline(always)]
-    fn byte(&self, at: usize) -> Option<u8> {
-        let at = opaque(at as u64) as usize;
-        if at >= HELLO || at >= self.len {
-            return None;
-        }
-        // SAFETY: `at` is below the size of `hello`.
-        Some(unsafe { *self.scratch.hello.as_ptr().add(at) })
-    }
-    #[inline(always)]
-    fn salt(&self) -> u64 {
-        self.scratch.salt
-    }
-}
 
 // The three steps of reading a hello, and the search for its identifiers, are exported, so that each is
 // a global function for the verifier (kernel 5.6), which checks it once, for any arguments, and not for
@@ -73,7 +47,8 @@ extern "C" fn dispatcher_join_hello(index: u32) -> u32 {
 #[inline(never)]
 extern "C" fn dispatcher_parse_hello(len: u32) -> u32 {
     let (Ok(scratch), Ok(own)) = (scratch(), scratch()) else { return 0 };
-    tls::client_hello(&Message { scratch, len: len as usize }, &mut own.client_hello) as u32
+    let message = Buffer { bytes: &scratch.hello, len: len as usize, salt: scratch.salt };
+    tls::client_hello(&message, &mut own.client_hello) as u32
 }
 
 /// Reads the hello of a slot: what it offers goes to the slot, the start of its ticket to scratch memory.

@@ -20,7 +20,19 @@ pub fn connect(netns: &Netns, from: IpAddr, to: SocketAddr) -> io::Result<TcpStr
 
 /// Connects from an address and port (0 for any) inside a namespace.
 pub fn connect_from(netns: &Netns, from: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
-    let socket = netns.run(|| Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP)))?;
+    open(netns.run(|| unconnected(to))?, from, to)
+}
+
+/// Connects from an address in the namespace of this thread.
+pub fn connect_here(from: IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
+    open(unconnected(to)?, SocketAddr::new(from, 0), to)
+}
+
+fn unconnected(to: SocketAddr) -> io::Result<Socket> {
+    Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))
+}
+
+fn open(socket: Socket, from: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
     socket.set_reuse_address(from.port() != 0)?;
     socket.bind(&from.into())?;
     socket.connect_timeout(&to.into(), PATIENCE)?;

@@ -16,6 +16,11 @@ use crate::{
     tls::{Authority, Credentials, Failure, HOST, Identity, Version},
 };
 
+/// Asks eight times who answers, each time on a new connection, and shows the answers.
+const PAGE: &str = "<pre id=seen></pre><script>(async () => { let seen = []; for (let i = 0; i < 8; i++) { \
+     let answer = await fetch(\"/close?\" + i, { cache: \"no-store\" }); seen.push(await answer.text()); } \
+     document.getElementById(\"seen\").textContent = \"[\" + seen.join(\",\") + \"]\"; })()</script>";
+
 /// An nginx with a session cache of its own.
 #[derive(Debug)]
 pub struct Nginx {
@@ -78,6 +83,8 @@ impl Nginx {
                  ssl_certificate {};\nssl_certificate_key {};\nssl_protocols TLSv1.2 TLSv1.3;\n\
                  ssl_session_cache shared:sessions:4m;\n{tickets}\nssl_session_timeout 10m;\n\
                  location / {{ return 200 '{identity}'; }}\n\
+                 location = /close {{ keepalive_timeout 0; return 200 '{identity}'; }}\n\
+                 location = /page {{ keepalive_timeout 0; default_type text/html; return 200 '{PAGE}'; }}\n\
                }}\n\
              }}\n",
             certificate.display(),

@@ -461,7 +461,16 @@ impl User {
 
     /// Connects, asks who answers, and closes.
     pub fn visit(&self, netns: &Netns, from: IpAddr, to: SocketAddr) -> Result<Identity, Failure> {
-        let mut line = self.connect(netns, from, to)?;
+        let line = self.connect(netns, from, to)?;
+        self.ask(line)
+    }
+
+    /// The same on a TCP connection.
+    pub fn visit_on(&self, stream: TcpStream) -> Result<Identity, Failure> {
+        self.ask(self.secure(stream).map_err(Failure::Handshake)?)
+    }
+
+    fn ask(&self, mut line: Line<StreamOwned<ClientConnection, TcpStream>>) -> Result<Identity, Failure> {
         let ask = |line: &mut Line<StreamOwned<ClientConnection, TcpStream>>| {
             let identity: Identity = serde_json::from_str(&http::get(line, "/")?)?;
             let tls = &mut line.stream().conn;

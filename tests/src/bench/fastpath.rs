@@ -119,6 +119,21 @@ enum Subject {
     FloorLruSmall,
 }
 
+/// What the tables know of a hello.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Known {
+    Nothing,
+    /// Its session ID.
+    Id,
+    /// The name of the key that sealed its PSK.
+    TicketKey,
+}
+
+const HELLO: &str = "ClientHello, session known";
+const HELLO_PSK: &str = "ClientHello with PSK, key known";
+/// Name of a ticket key.
+const TICKET_KEY: [u8; 16] = [0x7e; 16];
+
 /// Words of a flow's record.
 const RECORD: usize = size_of::<Flow>() / 4;
 
@@ -151,7 +166,7 @@ enum Load {
     /// One frame, with these differences between flows (none: it is always the same).
     Template { frame: Vec<u8>, patches: Vec<[u32; 4]> },
     /// Frames that each open a connection.
-    Hellos { first_client: u32, known: bool },
+    Hellos { first_client: u32, known: Known },
 }
 
 /// Figures of a case, one a round, in nanoseconds.
@@ -396,8 +411,9 @@ impl Bench {
             ..forwarded("neither VIP nor backend".to_owned(), stranger(), Vec::new(), Reason::NotOurs, 1)
         });
         for (name, known, first_client, reason) in [
-            ("ClientHello, session known", true, 0x2_0000, Reason::BoundHit),
-            ("ClientHello, session not known", false, 0x4_0000, Reason::BoundMiss),
+            (HELLO, Known::Id, 0x2_0000, Reason::BoundHit),
+            ("ClientHello, session not known", Known::Nothing, 0x4_0000, Reason::BoundMiss),
+            (HELLO_PSK, Known::TicketKey, 0x6_0000, Reason::BoundHit),
         ] {
             cases.push(Case {
                 name: format!("{name} (each a new connection)"),
@@ -436,7 +452,7 @@ impl Bench {
     }
 
     /// Finds connections that do not meet in the stash, and checks each.
-    fn find_hellos(&mut self, case: &Case, first_client: u32, known: bool) -> Result<()> {
+    fn find_hellos(&mut self, case: &Case, first_client: u32, known: Known) -> Result<()> {
         self.call(Subject::Dispatcher)?;
         let reason = case.reason.context("first data has a reason")?;
         let mut found = Vec::new();
@@ -444,15 +460,17 @@ impl Bench {
             if found.len() == HELLOS {
                 break;
             }
-            if known {
-                let session = Session {
-                    state: STATE_CONFIRMED,
-                    created: monotonic_seconds(),
-                    ..Session::of(backend_id(number % BACKENDS))
-                };
-                self.dataplane.sessions().insert(session_key(number)?, session)?;
+            let session = Session {
+                state: STATE_CONFIRMED,
+                created: monotonic_seconds(),
+                ..Session::of(backend_id(number % BACKENDS))
+            };
+            match known {
+                Known::Id => self.dataplane.sessions().insert(session_key(number)?, session)?,
+                Known::TicketKey => self.dataplane.sessions().insert(ticket_key()?, session)?,
+                Known::Nothing => {}
             }
-            self.set_frames(&[number])?;
+            self.set_frames(&[number], known)?;
             let before = self.dataplane.reasons()?;
             let run = test_run(self.restore_each.as_fd(), &[0; 64], None, 1, 0)?;
             let counted = difference(&before, &self.dataplane.reasons()?);
@@ -473,7 +491,7 @@ impl Bench {
     }
 
     /// Undoes what a batch of first data has left.
-    fn forget(&mut self, known: bool) -> Result<()> {
+    fn forget(&mut self, known: Known) -> Result<()> {
         let d = &self.dataplane;
         for (number, slot) in &self.hellos {
             let forward = key(client(true, *number), vip(true));
@@ -483,7 +501,7 @@ impl Bench {
                 FlowKey { src: flow.dst(), dst: flow.src(), ports: ports_swapped(flow.ports), proto: 6 };
             ensure!(d.flows().remove(&forward)? && d.flows().remove(&back)?, "a flow is missing");
             d.stash().set(*slot, *self.empty)?;
-            if !known {
+            if known == Known::Nothing {
                 ensure!(d.sessions().remove(&session_key(*number)?)?, "no session was made");
             }
         }
@@ -492,11 +510,11 @@ impl Bench {
     }
 
     /// Writes the first data of connections, with cookies of now.
-    fn set_frames(&mut self, numbers: &[u32]) -> Result<()> {
+    fn set_frames(&mut self, numbers: &[u32], known: Known) -> Result<()> {
         let globals = self.dataplane.globals();
         let key = globals.cookie_keys.get(globals.epoch as usize & 1).context("no cookie key")?;
         for (index, number) in (0..).zip(numbers) {
-            let frame = first_data(*key, *number).frame();
+            let frame = first_data(*key, *number, known).frame();
             let mut each = [0; EACH_MAX + 4];
             let (len, bytes) = each.split_at_mut(4);
             len.copy_from_slice(&(frame.len() as u32).to_ne_bytes());
@@ -567,7 +585,7 @@ impl Bench {
                     self.find_hellos(case, *first_client, *known)?;
                 }
                 let numbers: Vec<u32> = self.hellos.iter().map(|(number, _)| *number).collect();
-                self.set_frames(&numbers)?;
+                self.set_frames(&numbers, *known)?;
                 self.callee.set(0, self.floor_tx.as_raw_fd().unsigned_abs(), 0)?;
                 let wrapper = test_run(self.restore_each.as_fd(), &[0; 64], None, effort.repeats, 0)?;
                 sample.with_floor.push(f64::from(wrapper.duration_ns));
@@ -575,7 +593,7 @@ impl Bench {
                 let mut durations = Vec::new();
                 for _ in 0..effort.batches {
                     // Cookies age; these are never older than a batch.
-                    self.set_frames(&numbers)?;
+                    self.set_frames(&numbers, *known)?;
                     let before = self.dataplane.reasons()?;
                     let run = test_run(self.restore_each.as_fd(), &[0; 64], None, HELLOS as u32, 0)?;
                     let counted = difference(&before, &self.dataplane.reasons()?);
@@ -641,6 +659,12 @@ fn report(cases: &[Case], samples: &[Sample], floor: &[f64]) -> Report {
         goals.push(one("SYN -> SYN-ACK", "SYN -> SYN-ACK", 2.6));
         goals.push(one("neither VIP nor backend", "non-VIP", 0.6));
     }
+    let hello = |name: &str| {
+        let found = cases.iter().zip(samples).find(|(case, _)| case.name.starts_with(name));
+        found.map(|(_, sample)| own(sample)).unwrap_or_default()
+    };
+    let psk: Vec<f64> = hello(HELLO_PSK).iter().zip(hello(HELLO)).map(|(psk, id)| psk / id).collect();
+    goals.push(Goal::at_most("ClientHello with PSK to one without", median(&psk), 1.5));
     rows.extend(ratios);
     rows.extend(wrapper);
     Report { bench: "fastpath", rows, goals }
@@ -712,6 +736,10 @@ fn session_key(number: u32) -> Result<SessionKey> {
     SessionKey::new(stable_id(SERVICE), KIND_TLS_SESSION_ID, &session_id(number)).context("32 bytes")
 }
 
+fn ticket_key() -> Result<SessionKey> {
+    SessionKey::new(stable_id(SERVICE), KIND_TICKET_NAME, &TICKET_KEY).context("16 bytes")
+}
+
 fn session_id(number: u32) -> [u8; 32] {
     let mut id = [0x5e; 32];
     id[..4].copy_from_slice(&number.to_be_bytes());
@@ -769,7 +797,7 @@ fn stranger() -> Packet {
 }
 
 /// A ClientHello with a valid cookie.
-fn first_data(cookie_key: [u64; 2], number: u32) -> Packet {
+fn first_data(cookie_key: [u64; 2], number: u32, known: Known) -> Packet {
     let (client, vip) = (client(true, number), vip(true));
     let isn = 0x3000_0000_u32.wrapping_add(number);
     // The data path's clock is up to a tick behind ours, and it knows no cookie of the future.
@@ -777,7 +805,10 @@ fn first_data(cookie_key: [u64; 2], number: u32) -> Packet {
     let hash = cookie::hash(cookie_key, &key(client, vip), now >> cookie::WINDOW_SHIFT);
     let options = cookie::Options { mss: cookie::mss_index(1440), wscale: 7, sack: true };
     let id = session_id(number);
-    let bare = hello::client_hello(&id, 0).len();
+    // Like nginx's tickets of TLS 1.3.
+    let psk = if known == Known::TicketKey { [&TICKET_KEY[..], &[0x77; 192]].concat() } else { Vec::new() };
+    let hello = |padding| hello::resuming_hello(&id, None, &psk, padding);
+    let bare = hello(0).len();
     let tcp = Tcp {
         seq: isn.wrapping_add(1),
         ack: cookie::make(hash, isn, options).wrapping_add(1),
@@ -785,7 +816,7 @@ fn first_data(cookie_key: [u64; 2], number: u32) -> Packet {
         window: 502,
         options: stamps(1001, isn),
         // The header of the padding extension has four bytes.
-        payload: hello::client_hello(&id, HELLO_LEN - bare - 4),
+        payload: hello(HELLO_LEN - bare - 4),
         ..Tcp::default()
     };
     segment(client, vip, tcp)
@@ -829,7 +860,7 @@ mod tests {
 
     #[test]
     fn hellos_have_the_length_that_the_table_names() {
-        let packet = first_data([1, 2], 3);
+        let packet = first_data([1, 2], 3, Known::Nothing);
         assert_eq!(packet.tcp().expect("TCP").payload.len(), HELLO_LEN);
         assert!(packet.frame().len() <= EACH_MAX);
     }

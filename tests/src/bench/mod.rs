@@ -1,5 +1,6 @@
 //! The measurements of `cargo xtask bench`, one file each, and their common report.
 
+pub mod affinity;
 pub mod connections;
 pub mod fastpath;
 pub mod report;

@@ -3,7 +3,7 @@
 use std::{io::stdout, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use dispatcher_tests::bench::{connections, fastpath};
+use dispatcher_tests::bench::{affinity, connections, fastpath};
 
 /// Measure the dispatcher
 #[derive(Parser)]
@@ -17,6 +17,8 @@ struct Args {
 enum Bench {
     /// Show the names of the measurements
     List,
+    /// Percent of sessions resumed, and resuming handshakes a second, beside HAProxy, nginx and nftables
+    Affinity(Common),
     /// Real connections through namespaces, beside routing and nftables
     Connections(Common),
     /// Nanoseconds a packet, by BPF_PROG_RUN
@@ -42,10 +44,13 @@ struct Common {
 fn main() -> ExitCode {
     let result = match Args::parse().bench {
         Bench::List => {
+            println!("affinity     sessions resumed, beside HAProxy, nginx and nftables");
             println!("connections  real connections through namespaces, beside routing and nftables");
             println!("fastpath     nanoseconds a packet, by BPF_PROG_RUN");
             return ExitCode::SUCCESS;
         }
+        Bench::Affinity(common) => affinity::run(common.quick)
+            .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
         Bench::Connections(common) => connections::run(common.quick)
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
         Bench::Fastpath { common, object } => fastpath::run(common.quick, object.as_deref())
