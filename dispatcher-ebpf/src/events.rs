@@ -1,10 +1,21 @@
 //! What the daemon is told.
 
 use aya_ebpf::{macros::map, maps::RingBuf};
-use dispatcher_common::{abi, event::Event, flow::FlowKey, session::SessionKey};
+use dispatcher_common::{
+    abi,
+    event::{EVENT_HELD, EVENT_REJECTED, Event},
+    flow::FlowKey,
+    session::SessionKey,
+};
 
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(abi::EVENTS_BYTES, 0);
+
+/// The daemon is woken (`BPF_RB_FORCE_WAKEUP` of bpf.h): it must act.
+const WAKE: u64 = 2;
+/// The daemon finds it when it looks by itself (`BPF_RB_NO_WAKEUP`): a wake-up costs more than all else
+/// that a miss does.
+const LEAVE: u64 = 1;
 
 /// Writes an event; false when the ring is full.
 #[inline(always)]
@@ -20,6 +31,7 @@ pub fn tell(kind: u32, frontend: u32, backend: u32, slot: u32, flow: &FlowKey, s
         (*event).flow = *flow;
         (*event).session = *session;
     }
-    entry.submit(0);
+    let acts = kind == EVENT_HELD || kind == EVENT_REJECTED;
+    entry.submit(if acts { WAKE } else { LEAVE });
     true
 }

@@ -7,6 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use aya::maps::{MapData, RingBuf};
@@ -15,7 +16,10 @@ use dispatcher_common::{
     flow::FlowKey,
     session::{KIND_TICKET_NAME, STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey},
 };
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::timeout,
+};
 
 use crate::{
     api,
@@ -24,6 +28,9 @@ use crate::{
     reconcile::Pool,
     state::Shared,
 };
+
+/// How long a record that nobody was woken for may lie in the ring: it holds 10,000.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Counts what came through the ring.
 #[derive(Debug, Default)]
@@ -62,14 +69,16 @@ pub(crate) async fn serve(shared: Arc<Shared>, ring: RingBuf<MapData>) -> io::Re
     let mut ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }?;
     let mut picker = Picker::default();
     loop {
-        let mut guard = ring.readable_mut().await?;
+        // The data path wakes us for what must be answered; the rest we look for now and then.
+        if let Ok(guard) = timeout(LOOK, ring.readable_mut()).await {
+            guard?.clear_ready();
+        }
         let mut releases = Vec::new();
-        while let Some(item) = guard.get_inner_mut().next() {
+        while let Some(item) = ring.get_mut().next() {
             if let Some(event) = read_event(&item) {
                 handle(&shared, &mut picker, &event, &mut releases);
             }
         }
-        guard.clear_ready();
         if releases.is_empty() {
             continue;
         }
