@@ -16,7 +16,7 @@ use dispatcher_user::api;
 const PORT: u16 = 443;
 
 #[test]
-#[ignore = "needs chromium (Debian: apt-get install chromium), then: cargo xtask test -- browser --ignored"]
+#[ignore = "needs chromium (Debian: apt-get install chromium), then: cargo xtask test --full"]
 fn claim_c2_chromium_resumes_at_its_server() {
     let authority = Authority::new().expect("certificates");
     let topology = Topology::new(Plan::default()).expect("namespaces");

@@ -19,6 +19,9 @@ pub(crate) struct Args {
     /// Only dispatcher-common, dispatcher-user and xtask
     #[arg(long)]
     host: bool,
+    /// Also what takes long or much: transfers of 100 MB, and a browser (chromium, which you install)
+    #[arg(long, conflicts_with = "host")]
+    full: bool,
     /// Only tests whose name contains this
     filter: Option<String>,
 }
@@ -66,6 +69,9 @@ fn full(args: &Args) -> Result<()> {
     let mut command = cargo();
     command.args(["test", "--release", "--no-fail-fast", "--workspace", "--exclude", "dispatcher-ebpf"]);
     objects.tell(&mut command).args(["--", SCENARIO_THREADS]);
+    if args.full {
+        command.env("DISPATCHER_FULL", "1").arg("--include-ignored");
+    }
     command.args(&args.filter);
     exec(&mut command, "is cargo installed?")
 }
