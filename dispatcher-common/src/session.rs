@@ -11,8 +11,9 @@ pub const KIND_TICKET: u8 = 3;
 pub const KIND_CLIENT: u8 = 4;
 
 /// Where servers put the name of the key into a ticket: offset and length in bytes. OpenSSL, nginx,
-/// HAProxy, Apache, BoringSSL, GnuTLS and rustls; s2n, behind a version; mbedTLS and JSSE.
-pub const TICKET_FORMATS: [(u8, u8); 3] = [(0, 16), (1, 16), (0, 4)];
+/// HAProxy, Apache, BoringSSL, GnuTLS and rustls, and s2n, whose version before the name does no harm;
+/// mbedTLS and JSSE.
+pub const TICKET_FORMATS: [(u8, u8); 2] = [(0, 16), (0, 4)];
 /// Bytes of a ticket that are looked at.
 pub const TICKET_HEAD: usize = 32;
 /// `Backend::ticket`: not known.

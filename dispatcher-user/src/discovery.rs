@@ -308,9 +308,9 @@ fn common_name(tickets: &[Vec<u8>]) -> Option<(usize, Vec<u8>)> {
     let common =
         others.iter().map(|other| first.iter().zip(other).take_while(|(a, b)| a == b).count()).min()?;
     // A version byte before the name (s2n) makes 17 common bytes: its first 16 will do as well.
-    let (format, (offset, len)) = [0, 2]
+    let (format, (offset, len)) = TICKET_FORMATS
         .into_iter()
-        .filter_map(|format| Some((format, *TICKET_FORMATS.get(format)?)))
+        .enumerate()
         .find(|(_, (offset, len))| common >= usize::from(offset + len))?;
     Some((format, first.get(usize::from(offset)..usize::from(offset + len))?.to_vec()))
 }
@@ -452,7 +452,7 @@ mod tests {
         assert_eq!(common_name(&[ticket(&versioned, 1), ticket(&versioned, 2)]), Some((0, name.clone())));
         assert_eq!(
             common_name(&[ticket(&name[..5], 77), ticket(&name[..5], 78)]),
-            Some((2, name[..4].to_vec()))
+            Some((1, name[..4].to_vec()))
         );
         assert_eq!(common_name(&[ticket(&[], 1), ticket(&[], 2)]), None);
         assert_eq!(common_name(&[ticket(&name[..3], 77), ticket(&name[..3], 78)]), None);

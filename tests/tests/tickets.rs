@@ -82,7 +82,8 @@ fn a_new_key_is_found_when_clients_are_turned_away() {
     let home = stage.visit(&user, Family::V4, 0).backend;
     let number: usize = home.trim_start_matches('b').parse().expect("a number");
     stage.restart(number - 1, manners);
-    // A restart makes a new key. Nobody tells us; but the user's ticket is not accepted.
+    // A restart makes a new key. Nobody tells us; but the user's ticket is not accepted. Rejections make the
+    // daemon look again no sooner than five seconds after its last look.
     std::thread::sleep(Duration::from_secs(5));
     assert_eq!(stage.visit(&user, Family::V6, 1).backend, home, "its old key is still its own");
     let old = &before.iter().find(|one| one.backend == home).expect("listed").keys;

@@ -203,7 +203,7 @@ fn claim_c11_a_ticket_issued_in_clear_is_learned() {
     let issued = ticket(&NAME, 9);
     for (port, format, kind, id) in [
         (8800, TICKET_NAMED, KIND_TICKET_NAME, &issued[..16]),
-        (8801, TICKET_NAMED + 2, KIND_TICKET_NAME, &issued[..4]),
+        (8801, TICKET_NAMED + 1, KIND_TICKET_NAME, &issued[..4]),
         (8802, TICKET_OPAQUE, KIND_TICKET, &issued[..32]),
     ] {
         set_format(&machine, format);
