@@ -90,6 +90,12 @@ pub struct Frontend {
     pub provisional_ttl: u32,
     /// `session::KIND_*` in the order in which identifiers are looked up; 0 ends.
     pub affinity: [u8; 4],
+    /// Index into `COOKIES` of the automaton that finds the service's cookie, plus 1; 0: no cookie.
+    pub cookie: u32,
+    /// Bit n: servers of the service choose QUIC connection IDs of n bytes. The data path sets it.
+    pub cid_lengths: u32,
+    /// Length of the server ID in QUIC connection IDs of configuration n; 0: not configured.
+    pub quic_lb: [u8; 8],
 }
 
 /// The endpoint can be reached: route and neighbour are known, and it is not disabled.
@@ -159,5 +165,5 @@ pub fn stable_id(name: &str) -> u32 {
 }
 
 const _: () = assert!(size_of::<VipKey>() == 20);
-const _: () = assert!(size_of::<Frontend>() == 64);
+const _: () = assert!(size_of::<Frontend>() == 80);
 const _: () = assert!(size_of::<Backend>() == 64);

@@ -9,6 +9,12 @@ pub const KIND_TICKET_NAME: u8 = 2;
 pub const KIND_TICKET: u8 = 3;
 /// Client address.
 pub const KIND_CLIENT: u8 = 4;
+/// Hash of an HTTP cookie's value, 16 bytes: the value itself, which is a secret, is kept nowhere.
+pub const KIND_COOKIE: u8 = 5;
+/// QUIC connection ID that a server chose (RFC 9000 section 5.1).
+pub const KIND_QUIC_CID: u8 = 6;
+/// Server ID in a QUIC connection ID of a QUIC-LB configuration (draft-ietf-quic-load-balancers).
+pub const KIND_QUIC_SERVER: u8 = 7;
 
 /// Where servers put the name of the key into a ticket: offset and length in bytes. OpenSSL, nginx,
 /// HAProxy, Apache, BoringSSL, GnuTLS and rustls, and s2n, whose version before the name does no harm;
