@@ -30,6 +30,8 @@ pub const MAP_BACKEND_INDEX: &str = "BACKEND_INDEX";
 pub const MAP_LB_TABLE: &str = "LB_TABLE";
 /// `SOURCES`: array of [`Addr`](crate::addr::Addr): the source addresses of `source = "dispatcher"` services.
 pub const MAP_SOURCES: &str = "SOURCES";
+/// `COOKIES`: array of [automata](crate::http::automaton), one a cookie's name.
+pub const MAP_COOKIES: &str = "COOKIES";
 /// `STASH`: array of [`Slot`](crate::stash::Slot); the number of entries is a power of two.
 pub const MAP_STASH: &str = "STASH";
 /// `GLOBALS`: array with one [`Globals`](crate::globals::Globals).
@@ -74,6 +76,8 @@ pub const DEFAULT_BACKENDS: u32 = 4096;
 pub const DEFAULT_LB_TABLE: u32 = 1_048_576;
 /// Default capacity of `SOURCES`.
 pub const DEFAULT_SOURCES: u32 = 256;
+/// Default capacity of `COOKIES`.
+pub const DEFAULT_COOKIES: u32 = 16;
 /// Size of the `EVENTS` ring in bytes.
 pub const EVENTS_BYTES: u32 = 1 << 20;
 /// Capacity of `RELEASES`: held hellos that one run of the `release` program can release.

@@ -101,7 +101,9 @@ pub struct Flow {
     pub created: u32,
     /// Index into `FRONTENDS`.
     pub frontend: u16,
-    /// SYNs sent to the backend so far.
+    /// SYNs sent to the backend so far. Toward the client, of an established flow: packets in which a
+    /// ticket was looked for, or with [`MARK_HTTP`] where a response's header stands (a state of
+    /// [`http`](crate::http)).
     pub tries: u8,
     /// `MARK_*`.
     pub marks: u8,
@@ -209,6 +211,8 @@ pub const FLAGS_SLOW: u16 =
 pub const MARK_SECURE: u8 = 1 << 0;
 /// The session identifier was known.
 pub const MARK_HIT: u8 = 1 << 1;
+/// HTTP in clear of a service that knows sessions by a cookie: responses may set one.
+pub const MARK_HTTP: u8 = 1 << 2;
 
 /// The connection has ended as far as both sides are concerned.
 #[inline(always)]

@@ -17,6 +17,7 @@ pub mod cookie;
 pub mod event;
 pub mod flow;
 pub mod globals;
+pub mod http;
 pub mod opaque;
 pub mod proxy;
 pub mod reason;

@@ -11,6 +11,8 @@ pub const KIND_TICKET: u8 = 3;
 pub const KIND_CLIENT: u8 = 4;
 /// Hash of an HTTP cookie's value, 16 bytes: the value itself, which is a secret, is kept nowhere.
 pub const KIND_COOKIE: u8 = 5;
+/// Bytes of that hash.
+pub const COOKIE_LEN: u8 = 16;
 /// QUIC connection ID that a server chose (RFC 9000 section 5.1).
 pub const KIND_QUIC_CID: u8 = 6;
 /// Server ID in a QUIC connection ID of a QUIC-LB configuration (draft-ietf-quic-load-balancers).

@@ -34,6 +34,8 @@ pub const SLOT_LIFE_NS: u64 = 3_000_000_000;
 pub const OFFER_TICKET: u8 = 1 << 0;
 /// A PSK of TLS 1.3.
 pub const OFFER_PSK: u8 = 1 << 1;
+/// An HTTP cookie, whose hash stands in place of the session ID.
+pub const OFFER_COOKIE: u8 = 1 << 2;
 
 /// What a ClientHello offers to resume, for the reading of the server's answer.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -45,7 +47,8 @@ pub struct Offer {
     pub id_len: u8,
     /// Unused, zero.
     pub pad: [u8; 2],
-    /// The session ID, zero-filled. Beside a ticket or PSK the client made it up.
+    /// The session ID, zero-filled. Beside a ticket or PSK the client made it up. Of a flow with
+    /// [`MARK_HTTP`](crate::flow::MARK_HTTP): hash of a cookie, or of the part that has come.
     pub id: [u8; ID_MAX],
 }
 
@@ -109,7 +112,7 @@ pub struct Slot {
     pub dst: Addr,
     /// Ports of packets to the backend, as on the wire.
     pub ports: u32,
-    /// Result of the scan, `flow::MARK_SECURE` or 0.
+    /// Result of the scan: `flow::MARK_SECURE`, `flow::MARK_HTTP`.
     pub marks: u32,
     /// TOS or traffic class of the client's packet.
     pub tos: u32,

@@ -6,7 +6,7 @@ use dispatcher_common::{
     event::{EVENT_LEARNED, EVENT_REJECTED},
     flow::{
         FLAG_LEARN, FLAG_NO_SACK, FLAG_NO_TS, FLAG_RESYN, FLAG_RST, FLAG_SYN_SENT, Flow, FlowKey, MARK_HIT,
-        MARK_SECURE,
+        MARK_HTTP, MARK_SECURE,
     },
     globals::GLOBAL_NO_CLONES,
     opaque::opaque,
@@ -22,7 +22,7 @@ use dispatcher_common::{
 use crate::{
     control, counters, emit, events, flows,
     globals::{Buffer, PAYLOAD, globals, scratch},
-    identify, options,
+    http, identify, options,
     packet::{Frame, Tcp},
     parse::{Parsed, packet_end},
     reply, services, sessions, stash,
@@ -52,7 +52,9 @@ pub fn packet(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
         options::read(frame, p)?;
         return replay(frame, p, flow);
     }
-    if learn(frame, p, flow) {
+    if flow.marks & MARK_HTTP != 0 {
+        learn_cookies(frame, p, flow);
+    } else if learn(frame, p, flow) {
         flow.flags &= !FLAG_LEARN;
     }
     control::conclude(frame, p, flow, flags)
@@ -139,7 +141,7 @@ fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
         // From now on clients are not offered what this service's backends do not have.
         frontend.flags |= refuses;
     }
-    let learn = if flow.marks & MARK_SECURE != 0 { FLAG_LEARN } else { 0 };
+    let learn = if flow.marks & (MARK_SECURE | MARK_HTTP) != 0 { FLAG_LEARN } else { 0 };
     forward.flags = (forward.flags | flags) & !FLAG_SYN_SENT;
     flow.flags = (flow.flags | learn) & !FLAG_SYN_SENT;
     counters::backend(flow.backend, |stats| stats.established += 1);
@@ -263,6 +265,31 @@ fn learn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> bool {
         Later::Encrypted => true,
         Later::Other => flow.tries > LEARN_MAX,
     }
+}
+
+/// Learns the cookies that a response sets.
+#[inline(never)]
+fn learn_cookies(frame: &Frame, p: &Parsed, flow: &mut Flow) -> u32 {
+    let (Ok(frontend), Ok(key), Ok(slot)) =
+        (services::frontend(flow.frontend as u32), client_key(flow, p), stash::slot(flow.slot))
+    else {
+        return 0;
+    };
+    let len = http::payload(frame, p);
+    if len == 0 {
+        return 0;
+    }
+    let ours = slot.key == *key;
+    http::begin(flow, slot, ours);
+    let mut from = 0;
+    for _ in 0..http::SET_MAX {
+        if !http::next_cookie(frontend.cookie, &mut from, len) {
+            break;
+        }
+        confirm(p, flow);
+    }
+    http::end(flow, slot, ours);
+    0
 }
 
 /// [`dispatcher_read_server_hello`]: there is a ServerHello.

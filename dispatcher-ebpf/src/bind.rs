@@ -4,8 +4,8 @@ use dispatcher_common::{
     addr::Addr,
     event::{EVENT_HELD, EVENT_MISS, EVENT_REFUSED},
     flow::{
-        FLAG_SYN_SENT, FLAG_TO_BACKEND, FLAG_VLAN, Flow, FlowKey, Link, MARK_HIT, MARK_SECURE, is_closed,
-        ports_of, ports_swapped,
+        FLAG_SYN_SENT, FLAG_TO_BACKEND, FLAG_VLAN, Flow, FlowKey, Link, MARK_HIT, MARK_HTTP, MARK_SECURE,
+        is_closed, ports_of, ports_swapped,
     },
     globals::{GLOBAL_NO_CLONES, HEARTBEAT_LIMIT_NS},
     proxy::{self, ROOM, ROOM_WORDS},
@@ -143,9 +143,11 @@ fn choose(slot: &mut Slot, index: u32, frontend: &Frontend, avoid: u32) -> Verdi
     let v4 = slot.key.src.is_v4();
     let secure = slot.marks & MARK_SECURE as u32 != 0;
     slot.session.len = 0;
-    slot.offer.flags = 0;
-    if secure {
-        identify::read(index);
+    if slot.marks & MARK_HTTP as u32 == 0 {
+        slot.offer.flags = 0;
+        if secure {
+            identify::read(index);
+        }
     }
     let mut backend = identify::find(index, avoid, secure);
     let mut reason = Reason::BoundHit;
@@ -229,7 +231,7 @@ fn open_slot(slot: &Slot, index: u32, hit: bool) -> Result<(), Reason> {
         frontend: slot.frontend,
         backend: slot.backend,
         flags: FLAG_SYN_SENT,
-        marks: slot.marks as u8 & MARK_SECURE | hit,
+        marks: slot.marks as u8 & (MARK_SECURE | MARK_HTTP) | hit,
         slot: index,
         isn: slot.isn,
         cookie: slot.cookie,

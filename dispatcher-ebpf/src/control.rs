@@ -4,7 +4,7 @@ use dispatcher_common::{
     abi::{STAGE_ANSWER, STAGE_FIRST_DATA},
     flow::{
         FLAG_FIN, FLAG_FIN_PEER, FLAG_L4, FLAG_LEARN, FLAG_RESYN, FLAG_SYN_SENT, FLAG_TO_BACKEND, Flow,
-        is_closed,
+        MARK_HTTP, is_closed,
     },
     reason::Reason,
     tcp::{ACK, FIN, RST, SYN},
@@ -13,7 +13,7 @@ use dispatcher_common::{
 use crate::{
     answer, flows,
     globals::globals,
-    icmp,
+    http, icmp,
     packet::{Frame, Tcp},
     parse::{Parsed, packet_end},
     pipeline,
@@ -46,7 +46,9 @@ pub fn handle(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
     if !to_backend {
         // The handshake with a backend, and the ServerHello, have a program of their own.
         let answers = flags & (SYN | ACK) == SYN | ACK && flow.flags & FLAG_L4 == 0;
-        if answers || flow.flags & (FLAG_SYN_SENT | FLAG_LEARN) != 0 {
+        let learns =
+            flow.flags & FLAG_LEARN != 0 && (flow.marks & MARK_HTTP == 0 || http::may_set(frame, p, flow));
+        if answers || learns || flow.flags & FLAG_SYN_SENT != 0 {
             return pipeline::stage(STAGE_ANSWER);
         }
         if flow.flags & FLAG_RESYN != 0 {

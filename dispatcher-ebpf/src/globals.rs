@@ -8,6 +8,7 @@ use aya_ebpf::{
 use dispatcher_common::{
     flow::{Flow, FlowKey},
     globals::Globals,
+    http::Reader,
     opaque::opaque,
     reason::Reason,
     session::{Session, SessionKey, TICKET_HEAD},
@@ -66,6 +67,8 @@ pub struct Scratch {
     pub ticket: [u8; TICKET_HEAD],
     /// How much of it there is, at most `TICKET_HEAD`.
     pub ticket_len: u32,
+    /// How far the reading of a header came.
+    pub reader: Reader,
     /// Something that the verifier does not know.
     pub salt: u64,
 }

@@ -6,10 +6,10 @@ use dispatcher_common::{
     proxy::ROOM,
     service::Frontend,
     session::{
-        ID_MAX, KIND_CLIENT, KIND_TICKET, KIND_TICKET_NAME, KIND_TLS_SESSION_ID, Session, SessionKey,
-        TICKET_FORMATS, TICKET_HEAD,
+        COOKIE_LEN, ID_MAX, KIND_CLIENT, KIND_COOKIE, KIND_TICKET, KIND_TICKET_NAME, KIND_TLS_SESSION_ID,
+        Session, SessionKey, TICKET_FORMATS, TICKET_HEAD,
     },
-    stash::{OFFER_PSK, OFFER_TICKET, Slot},
+    stash::{OFFER_COOKIE, OFFER_PSK, OFFER_TICKET, Slot},
     tls::{self, Span},
 };
 
@@ -141,6 +141,10 @@ fn by_kind(slot: &mut Slot, frontend: &Frontend, avoid: u32, what: u32) -> u32 {
             key.len = slot.offer.id_len;
             words(&slot.offer.id, &mut key.id);
         }
+        KIND_COOKIE if slot.offer.flags & OFFER_COOKIE != 0 => {
+            key.len = COOKIE_LEN;
+            words(&slot.offer.id, &mut key.id);
+        }
         KIND_CLIENT => client_key(slot, key),
         _ => return ANY,
     }
@@ -252,7 +256,7 @@ fn usable(slot: &Slot, frontend: &Frontend, key: &SessionKey, avoid: u32) -> u32
     let Some(session) = sessions::get(key, now) else { return ANY };
     let found = reachable(session, slot, avoid);
     if found != ANY {
-        sessions::touch(session, frontend, now);
+        sessions::touch(key.kind, session, frontend, now);
     }
     found
 }

@@ -15,6 +15,7 @@ mod emit;
 mod events;
 mod flows;
 mod globals;
+mod http;
 mod icmp;
 mod identify;
 mod l4;

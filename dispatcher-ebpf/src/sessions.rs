@@ -5,7 +5,8 @@ use dispatcher_common::{
     abi,
     service::Frontend,
     session::{
-        KIND_CLIENT, KIND_TICKET_NAME, STATE_CONFIRMED, STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey,
+        KIND_CLIENT, KIND_COOKIE, KIND_TICKET_NAME, STATE_CONFIRMED, STATE_PINNED, STATE_PROVISIONAL,
+        Session, SessionKey,
     },
 };
 
@@ -27,10 +28,10 @@ pub fn get(key: &SessionKey, now: u32) -> Option<&'static mut Session> {
 
 /// Notes that an identifier was used.
 #[inline(always)]
-pub fn touch(session: &mut Session, frontend: &Frontend, now: u32) {
+pub fn touch(kind: u8, session: &mut Session, frontend: &Frontend, now: u32) {
     session.used = now;
     session.hits = session.hits.wrapping_add(1);
-    if session.state == STATE_CONFIRMED {
+    if session.state == STATE_CONFIRMED || kind == KIND_COOKIE && session.state == STATE_PROVISIONAL {
         session.expires = now.wrapping_add(frontend.session_ttl);
     }
 }
@@ -55,7 +56,9 @@ pub fn add(
         session.expires = now.wrapping_add(frontend.session_ttl);
     } else {
         session.state = STATE_PROVISIONAL;
-        session.expires = now.wrapping_add(frontend.provisional_ttl);
+        // A server that was given a cookie confirms nothing: only one that sets it does.
+        let life = if key.kind == KIND_COOKIE { frontend.session_ttl } else { frontend.provisional_ttl };
+        session.expires = now.wrapping_add(life);
     }
     let session: &Session = session;
     if SESSIONS.insert(key, session, NOEXIST).is_ok() {

@@ -21,7 +21,7 @@ use crate::{
     bind,
     emit::sum_bytes,
     globals::{globals, now_ns, scratch},
-    options,
+    http, options,
     packet::{Frame, Ipv4, Ipv6, Tcp},
     parse::{Parsed, packet_end},
     reply::{self, pseudo},
@@ -116,6 +116,7 @@ pub struct Segment {
     now: u64,
     seq: u32,
     ack: u32,
+    index: u32,
 }
 
 /// Takes a segment of a connection that is not established.
@@ -139,7 +140,6 @@ pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
     segment.now = now_ns();
     segment.seq = u32::from_be(tcp.seq);
     segment.ack = u32::from_be(tcp.ack);
-    let segment: &Segment = segment;
     let our_isn = segment.ack.wrapping_sub(1);
 
     let hash = mix(&p.key);
@@ -152,6 +152,7 @@ pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
             && slot.stage != STAGE_FREE
             && slot.stage != STAGE_REPLAYED
         {
+            segment.index = index;
             return locked(slot, |slot| {
                 let verdict = take(frame, p, slot, segment);
                 if verdict.is(ENOUGH) { bind::bind(frame, slot, index, bind::ANY) } else { verdict }
@@ -183,6 +184,7 @@ pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
             || slot.key == p.key
             || segment.now.wrapping_sub(slot.stamp) > SLOT_LIFE_NS;
         if free {
+            segment.index = index;
             return locked(slot, |slot| {
                 claim(frame, p, slot, isn, our_isn);
                 slot.frontend = frontend;
@@ -248,7 +250,6 @@ fn take(frame: &Frame, p: &Parsed, slot: &mut Slot, segment: &Segment) -> Verdic
     if offset > OFFSET_MAX || len > SEGMENT_MAX || len == 0 || offset + len > PAYLOAD_MAX {
         if stage == STAGE_FILLING && slot.len > 0 && offset < 0x8000 {
             // Longer than the stash: bound by what was seen; the client sends the rest again.
-            slot.marks = MARK_SECURE as u32;
             return Verdict(ENOUGH);
         }
         return Verdict(Reason::StashBeyond);
@@ -293,29 +294,25 @@ fn take(frame: &Frame, p: &Parsed, slot: &mut Slot, segment: &Segment) -> Verdic
             Verdict(if slot.len == before { ENOUGH } else { Reason::Stashed })
         }
         STAGE_HELD => Verdict(if age > HELD_LIMIT_NS { ENOUGH } else { Reason::Stashed }),
-        _ => match tls::scan_client_hello(&Payload { slot }) {
-            Scan::NotTls => {
-                slot.marks = 0;
-                Verdict(ENOUGH)
+        _ => {
+            let frontend = services::frontend(slot.frontend)?;
+            let (marks, whole) = match tls::scan_client_hello(&Payload { slot }) {
+                Scan::NotTls => http::request(frontend, segment.index),
+                Scan::Complete => (MARK_SECURE, true),
+                Scan::Partial => (MARK_SECURE, false),
+            };
+            slot.marks = marks as u32;
+            // What is acknowledged must be kept, and a window that closes would stop the client.
+            if whole || slot.segments >= SEGMENTS_MAX || slot.len as usize > PAYLOAD_MAX - SEGMENT_MAX {
+                return Verdict(ENOUGH);
             }
-            Scan::Complete => {
-                slot.marks = MARK_SECURE as u32;
-                Verdict(ENOUGH)
+            // A client that waits for an acknowledgment (Nagle) would never send the rest. Where
+            // frames cannot be cloned it must be able to send everything again.
+            if slot.len == before || globals()?.flags & GLOBAL_NO_CLONES != 0 {
+                return Verdict(Reason::Stashed);
             }
-            Scan::Partial => {
-                // What is acknowledged must be kept, and a window that closes would stop the client.
-                if slot.segments >= SEGMENTS_MAX || slot.len as usize > PAYLOAD_MAX - SEGMENT_MAX {
-                    slot.marks = MARK_SECURE as u32;
-                    return Verdict(ENOUGH);
-                }
-                // A client that waits for an acknowledgment (Nagle) would never send the rest. Where
-                // frames cannot be cloned it must be able to send everything again.
-                if slot.len == before || globals()?.flags & GLOBAL_NO_CLONES != 0 {
-                    return Verdict(Reason::Stashed);
-                }
-                acknowledge(frame, p, slot)
-            }
-        },
+            acknowledge(frame, p, slot)
+        }
     }
 }
 

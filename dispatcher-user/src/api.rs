@@ -153,7 +153,7 @@ pub struct Session {
     /// The identifier, hexadecimal.
     pub id: String,
     /// `tls-session-id`, `tls-ticket-key` (the name of the key that sealed a ticket), `tls-ticket` (the
-    /// start of a ticket) or `client-address`.
+    /// start of a ticket), `http-cookie` (a hash of its value) or `client-address`.
     pub kind: String,
     /// Service.
     pub service: String,
@@ -207,6 +207,9 @@ pub struct Pin {
     pub service: String,
     /// Name of the backend.
     pub backend: String,
+    /// Kind of the identifier, as in [`Session::kind`]; `tls-session-id` when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<String>,
 }
 
 /// An element of `GET /v1/flows`.

@@ -10,8 +10,9 @@ use std::{
 };
 
 use dispatcher_common::{
+    http,
     service::stable_id,
-    session::{KIND_CLIENT, KIND_TICKET_NAME, KIND_TLS_SESSION_ID},
+    session::{KIND_CLIENT, KIND_COOKIE, KIND_TICKET_NAME, KIND_TLS_SESSION_ID},
 };
 use rustls::pki_types::ServerName;
 use serde::{Deserialize, Serialize};
@@ -132,14 +133,26 @@ pub struct Service {
     pub backends: Vec<Backend>,
 }
 
+impl Service {
+    /// Name of the cookie that sessions in clear are known by.
+    #[must_use]
+    pub fn cookie(&self) -> Option<&str> {
+        self.affinity.iter().find_map(|one| match one {
+            Affinity::HttpCookie(name) => Some(name.as_str()),
+            Affinity::TlsTicket | Affinity::TlsSessionId | Affinity::ClientAddress => None,
+        })
+    }
+}
+
 /// What a connection is known by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Affinity {
     /// Session ticket: the name of the key that sealed it, or the ticket.
     TlsTicket,
     /// TLS session ID.
     TlsSessionId,
+    /// HTTP cookie with this name, of connections in clear.
+    HttpCookie(String),
     /// Client address.
     ClientAddress,
 }
@@ -147,10 +160,11 @@ pub enum Affinity {
 impl Affinity {
     /// The kind in session keys.
     #[must_use]
-    pub const fn kind(self) -> u8 {
+    pub const fn kind(&self) -> u8 {
         match self {
             Self::TlsTicket => KIND_TICKET_NAME,
             Self::TlsSessionId => KIND_TLS_SESSION_ID,
+            Self::HttpCookie(_) => KIND_COOKIE,
             Self::ClientAddress => KIND_CLIENT,
         }
     }
@@ -418,7 +432,7 @@ impl Text<'_> {
     fn capacities(&self, raw: Option<&raw::Capacity>) -> Result<Capacities, Error> {
         let mut capacities = Capacities::default();
         let Some(raw) = raw else { return Ok(capacities) };
-        let Capacities { flows, sessions, frontends, backends, lb_table, sources, stash_slots } =
+        let Capacities { flows, sessions, frontends, backends, lb_table, sources, cookies, stash_slots } =
             &mut capacities;
         let mut spans = BTreeMap::new();
         for (name, value, target) in [
@@ -428,6 +442,7 @@ impl Text<'_> {
             ("backends", &raw.backends, backends),
             ("lb_table", &raw.lb_table, lb_table),
             ("sources", &raw.sources, sources),
+            ("cookies", &raw.cookies, cookies),
             ("stash_slots", &raw.stash_slots, stash_slots),
         ] {
             if let Some(value) = value {
@@ -527,16 +542,18 @@ impl Text<'_> {
         let mut found = Vec::new();
         for text in list.get_ref().as_slice() {
             let span = self.element(list, text);
-            let Some((_, one)) = AFFINITIES.iter().find(|(name, _)| name == text) else {
-                let names: Vec<String> = AFFINITIES.iter().map(|(name, _)| format!("\"{name}\"")).collect();
-                let problem = format!("\"{text}\" is unknown; use {}", names.join(" or "));
-                return Err(self.error(span, "service.affinity", problem));
-            };
-            if found.contains(one) {
-                let problem = format!("\"{text}\" is given twice; remove one");
+            let one =
+                affinity(text).map_err(|problem| self.error(span.clone(), "service.affinity", problem))?;
+            if found.iter().any(|other: &Affinity| other.kind() == one.kind()) {
+                let problem = match one {
+                    Affinity::HttpCookie(_) => format!("\"{text}\" is a second cookie; a service has one"),
+                    Affinity::TlsTicket | Affinity::TlsSessionId | Affinity::ClientAddress => {
+                        format!("\"{text}\" is given twice; remove one")
+                    }
+                };
                 return Err(self.error(span, "service.affinity", problem));
             }
-            found.push(*one);
+            found.push(one);
         }
         Ok(found)
     }
@@ -882,11 +899,13 @@ impl Text<'_> {
                 sources += addresses.len() as u64;
             }
         }
+        let cookies: BTreeSet<&str> = config.services.iter().filter_map(Service::cookie).collect();
         for (name, need, have, given) in [
             ("frontends", frontends, capacities.frontends, &given.frontends),
             ("backends", backends, capacities.backends, &given.backends),
             ("lb_table", table, capacities.lb_table, &given.lb_table),
             ("sources", sources, capacities.sources, &given.sources),
+            ("cookies", cookies.len() as u64, capacities.cookies, &given.cookies),
         ] {
             if need > u64::from(have) {
                 let last = raw.service.last().map_or(0..0, |service| service.name.span());
@@ -910,17 +929,33 @@ const ATTACH: [(&str, AttachMode); 3] =
 const PROTOCOLS: [(&str, Protocol); 2] = [("tcp", Protocol::Tcp), ("udp", Protocol::Udp)];
 const MODES: [(&str, Mode); 2] = [("passthrough", Mode::Passthrough), ("l4", Mode::L4)];
 const MISSES: [(&str, Miss); 2] = [("table", Miss::Table), ("daemon", Miss::Daemon)];
-const AFFINITIES: [(&str, Affinity); 3] = [
-    ("tls-ticket", Affinity::TlsTicket),
-    ("tls-session-id", Affinity::TlsSessionId),
-    ("client-address", Affinity::ClientAddress),
-];
 /// Seconds between two looks at a backend's ticket keys. Servers change keys after hours.
 const TICKETS_INTERVAL: u32 = 600;
 const SOURCES: [(&str, bool); 2] = [("client", false), ("dispatcher", true)];
 const PROXY: [(&str, bool); 2] = [("off", false), ("v2", true)];
 const STATES: [(&str, AdminState); 3] =
     [("enabled", AdminState::Enabled), ("drain", AdminState::Drain), ("disabled", AdminState::Disabled)];
+
+/// An element of `affinity`, or what is wrong with it.
+fn affinity(text: &str) -> Result<Affinity, String> {
+    Ok(match (text, text.strip_prefix("http-cookie:")) {
+        ("tls-ticket", _) => Affinity::TlsTicket,
+        ("tls-session-id", _) => Affinity::TlsSessionId,
+        ("client-address", _) => Affinity::ClientAddress,
+        (_, Some(name)) if http::is_cookie_name(name) => Affinity::HttpCookie(name.to_owned()),
+        ("http-cookie", None) | (_, Some(_)) => {
+            return Err(format!(
+                "\"{text}\" does not name a cookie; write \"http-cookie:NAME\" with a name of 1 to {} letters, digits or other characters of a token (RFC 6265)",
+                http::NAME_MAX
+            ));
+        }
+        _ => {
+            return Err(format!(
+                "\"{text}\" is unknown; use \"tls-ticket\" or \"tls-session-id\" or \"http-cookie:NAME\" or \"client-address\""
+            ));
+        }
+    })
+}
 
 /// The stable id of a backend of a service.
 #[must_use]

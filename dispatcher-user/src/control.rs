@@ -31,8 +31,8 @@ use dispatcher_common::{
     reason::Kind,
     service::{BackendStats, FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_NO_WSCALE},
     session::{
-        KIND_CLIENT, KIND_TICKET, KIND_TICKET_NAME, KIND_TLS_SESSION_ID, STATE_CONFIRMED, STATE_DISCOVERED,
-        STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey,
+        KIND_CLIENT, KIND_COOKIE, KIND_TICKET, KIND_TICKET_NAME, KIND_TLS_SESSION_ID, STATE_CONFIRMED,
+        STATE_DISCOVERED, STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey,
     },
 };
 use serde::Deserialize;
@@ -479,14 +479,26 @@ struct OneQuery {
 }
 
 /// Kinds of identifiers, as the API calls them.
-const KINDS: [(u8, &str); 4] = [
+const KINDS: [(u8, &str); 5] = [
     (KIND_TLS_SESSION_ID, "tls-session-id"),
     (KIND_TICKET_NAME, "tls-ticket-key"),
     (KIND_TICKET, "tls-ticket"),
+    (KIND_COOKIE, "http-cookie"),
     (KIND_CLIENT, "client-address"),
 ];
 
-const ALL_KINDS: [u8; 4] = [KIND_TLS_SESSION_ID, KIND_TICKET_NAME, KIND_TICKET, KIND_CLIENT];
+/// Every kind.
+fn all_kinds() -> Vec<u8> {
+    KINDS.iter().map(|(kind, _)| *kind).collect()
+}
+
+/// The kind of a name.
+fn kind(name: &str) -> Result<u8, Failure> {
+    KINDS.iter().find(|(_, one)| *one == name).map(|(kind, _)| *kind).ok_or_else(|| {
+        let names: Vec<&str> = KINDS.iter().map(|(_, name)| *name).collect();
+        bad(format!("{name} is no kind of identifier; use {}", names.join(", ")))
+    })
+}
 
 /// The keys that an identifier may have: one a service and kind.
 fn keys(shared: &Shared, id: &str, service: Option<&str>, kinds: &[u8]) -> Result<Vec<SessionKey>, Failure> {
@@ -512,7 +524,7 @@ async fn session(
         let names = Names::new(shared);
         let now = monotonic_seconds();
         let mut found = Vec::new();
-        for key in keys(shared, &id, query.service.as_deref(), &ALL_KINDS)? {
+        for key in keys(shared, &id, query.service.as_deref(), &all_kinds())? {
             if let Some(session) = shared.dataplane.sessions().get(&key)?.filter(|one| !one.expired(now)) {
                 found.push(shown(&names, &key, &session, now));
             }
@@ -537,7 +549,8 @@ async fn pin(
         }
         let now = monotonic_seconds();
         let mut found = Vec::new();
-        for key in keys(shared, &id, Some(&pin.service), &[KIND_TLS_SESSION_ID])? {
+        let kind = pin.kind.as_deref().map_or(Ok(KIND_TLS_SESSION_ID), kind)?;
+        for key in keys(shared, &id, Some(&pin.service), &[kind])? {
             let old = shared
                 .dataplane
                 .sessions()
@@ -562,7 +575,7 @@ async fn remove(
         let names = Names::new(shared);
         let now = monotonic_seconds();
         let mut removed = Vec::new();
-        for key in keys(shared, &id, query.service.as_deref(), &ALL_KINDS)? {
+        for key in keys(shared, &id, query.service.as_deref(), &all_kinds())? {
             let session = shared.dataplane.sessions().get(&key)?;
             if let Some(session) = session
                 && shared.dataplane.sessions().remove(&key)?

@@ -1,14 +1,17 @@
 //! The command line: requests to the control socket, answers as tables or JSON.
 
 use std::{
+    convert::Infallible,
     io::{self, Write},
     path::{Path, PathBuf},
     process::ExitCode,
+    str::FromStr,
     time::Duration,
 };
 
 use clap::{Parser, Subcommand, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use dispatcher_common::http;
 use http_body_util::{BodyExt as _, Full};
 use hyper::{Method, Request, body::Bytes};
 use hyper_util::rt::TokioIo;
@@ -93,18 +96,23 @@ enum Sessions {
     },
     /// Show the session of an identifier
     Show {
-        /// Identifier, hexadecimal
-        id: String,
+        /// Identifier: hexadecimal, or cookie:VALUE
+        id: Identifier,
         /// Of this service only
         #[arg(long)]
         service: Option<String>,
     },
     /// Map an identifier to a backend, whatever servers say, until it is removed or the daemon ends
     ///
-    /// Example: dispatcherctl sessions pin 6f0a…31 --service web --backend a
+    /// Examples: dispatcherctl sessions pin 6f0a…31 --service web --backend a
+    ///           dispatcherctl sessions pin cookie:4f1c --service shop --backend b
+    #[command(verbatim_doc_comment)]
     Pin {
-        /// Identifier, hexadecimal
-        id: String,
+        /// Identifier: hexadecimal, or cookie:VALUE
+        id: Identifier,
+        /// Kind of a hexadecimal identifier, as `sessions list` calls it [default: tls-session-id]
+        #[arg(long)]
+        kind: Option<String>,
         /// Service
         #[arg(long)]
         service: String,
@@ -114,8 +122,8 @@ enum Sessions {
     },
     /// Forget an identifier, pinned or not; prints what is removed
     Remove {
-        /// Identifier, hexadecimal
-        id: String,
+        /// Identifier: hexadecimal, or cookie:VALUE
+        id: Identifier,
         /// Of this service only, else of all that know it
         #[arg(long)]
         service: Option<String>,
@@ -250,8 +258,9 @@ async fn answer(args: &Args, out: &mut dyn Write) -> Result<(), Error> {
                     ask.get(&path).await?
                 }
                 Sessions::Show { id, service } => ask.get(&session(id, service.as_deref())).await?,
-                Sessions::Pin { id, service, backend } => {
-                    let pin = api::Pin { service: service.clone(), backend: backend.clone() };
+                Sessions::Pin { id, kind, service, backend } => {
+                    let kind = kind.clone().or_else(|| id.kind.map(str::to_owned));
+                    let pin = api::Pin { service: service.clone(), backend: backend.clone(), kind };
                     ask.put(&session(id, None), &pin).await?
                 }
                 Sessions::Remove { id, service } => ask.delete(&session(id, service.as_deref())).await?,
@@ -278,7 +287,28 @@ async fn answer(args: &Args, out: &mut dyn Write) -> Result<(), Error> {
     }
 }
 
-fn session(id: &str, service: Option<&str>) -> String {
+/// What a session is known by, as the operator gives it.
+#[derive(Clone, Debug)]
+struct Identifier {
+    hex: String,
+    /// Where the form says it.
+    kind: Option<&'static str>,
+}
+
+impl FromStr for Identifier {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(match text.strip_prefix("cookie:") {
+            Some(value) => {
+                Self { hex: api::to_hex(&http::cookie_id(value.as_bytes())), kind: Some("http-cookie") }
+            }
+            None => Self { hex: text.to_owned(), kind: None },
+        })
+    }
+}
+
+fn session(Identifier { hex: id, .. }: &Identifier, service: Option<&str>) -> String {
     let query = service.map(|service| format!("?service={}", escaped(service))).unwrap_or_default();
     format!("/v1/sessions/{}{query}", escaped(id))
 }

@@ -25,6 +25,7 @@ use dispatcher_common::{
     event::Release,
     flow::{Flow, FlowKey},
     globals::{GLOBAL_NO_CLONES, Globals},
+    http,
     reason::{REASONS_MAX, Reason},
     service::{Backend, BackendStats, Frontend, VipKey},
     session::{Session, SessionKey},
@@ -194,6 +195,7 @@ pub struct Dataplane {
     backend_index: Table<u32, u32>,
     lb_table: Cells<u32>,
     sources: Cells<Addr>,
+    cookies: Cells<[u8; http::TABLE]>,
     stash: Cells<Slot>,
     globals: Cells<Globals>,
     releases: Cells<Release>,
@@ -250,6 +252,7 @@ impl Dataplane {
             backend_index: Table::take(e, abi::MAP_BACKEND_INDEX)?,
             lb_table: Cells::take(e, abi::MAP_LB_TABLE)?,
             sources: Cells::take(e, abi::MAP_SOURCES)?,
+            cookies: Cells::take(e, abi::MAP_COOKIES)?,
             stash: Cells::take(e, abi::MAP_STASH)?,
             globals: Cells::take(e, abi::MAP_GLOBALS)?,
             releases: Cells::take(e, abi::MAP_RELEASES)?,
@@ -402,6 +405,12 @@ impl Dataplane {
     #[must_use]
     pub fn sources(&self) -> &Cells<Addr> {
         &self.sources
+    }
+
+    /// `COOKIES`.
+    #[must_use]
+    pub fn cookies(&self) -> &Cells<[u8; http::TABLE]> {
+        &self.cookies
     }
 
     /// The stash.

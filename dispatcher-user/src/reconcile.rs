@@ -14,6 +14,7 @@ use dispatcher_common::{
     abi::REPLAY_MAPS,
     addr::Addr,
     flow::Link,
+    http,
     service::{
         BACKEND_DRAIN, BACKEND_UP, Backend as Endpoint, FRONTEND_MISS_DAEMON, FRONTEND_NO_SACK,
         FRONTEND_NO_TS, FRONTEND_NO_WSCALE, FRONTEND_PROXY_V2, FRONTEND_SOURCE_DISPATCHER, Frontend, MODE_L4,
@@ -107,6 +108,8 @@ pub struct Actual {
     /// What stands in `LB_TABLE`, by first entry.
     tables: BTreeMap<u32, Vec<u32>>,
     replay: Vec<u32>,
+    /// Names by index into `COOKIES`.
+    cookies: Vec<String>,
     sources: Vec<IpAddr>,
     filter: BTreeSet<IpAddr>,
 }
@@ -146,6 +149,13 @@ pub enum Change {
         number: u32,
         /// The interface.
         ifindex: u32,
+    },
+    /// An automaton that finds a cookie.
+    Cookie {
+        /// Index into `COOKIES`.
+        index: u32,
+        /// The cookie's name.
+        name: String,
     },
     /// An endpoint of a backend.
     Endpoint {
@@ -223,6 +233,7 @@ pub fn diff(desired: &Desired<'_>, actual: &Actual) -> Vec<Change> {
     plan.replays();
     let lowered = plan.backends();
     plan.filter();
+    plan.cookies();
     plan.frontends(&sources);
     plan.remove_vips();
     for change in lowered {
@@ -363,6 +374,25 @@ impl<'c> Plan<'_, 'c> {
         }
     }
 
+    /// Makes an automaton for each name of a cookie, in a place that no frontend points to.
+    fn cookies(&mut self) {
+        let wanted: BTreeSet<&str> = self.config().services.iter().filter_map(Service::cookie).collect();
+        let mut used: BTreeSet<u32> =
+            self.next.frontends.values().filter_map(|slot| slot.frontend.cookie.checked_sub(1)).collect();
+        for (index, name) in (0..).zip(&self.next.cookies) {
+            if wanted.contains(name.as_str()) {
+                used.insert(index);
+            }
+        }
+        for name in wanted {
+            if self.next.cookie(name).is_none() {
+                let index = lowest_free(&used);
+                used.insert(index);
+                self.push(Change::Cookie { index, name: name.to_owned() });
+            }
+        }
+    }
+
     fn frontends(&mut self, sources: &BTreeMap<(u32, bool), (u32, u32)>) {
         for service in &self.config().services {
             let balancer = service.balance.balancer();
@@ -392,6 +422,8 @@ impl<'c> Plan<'_, 'c> {
         };
         let mut frontend = rendered(service, vip, pool);
         frontend.ticket_formats = self.desired.ticket_formats(service);
+        frontend.cookie =
+            service.cookie().and_then(|name| self.next.cookie(name)).map_or(0, |index| index + 1);
         frontend.table_base = region;
         if let Some(old) = &old {
             frontend.table_base = old.frontend.table_base;
@@ -622,6 +654,11 @@ impl Actual {
         match change {
             Change::Source { index, address } => dataplane.sources().set(*index, (*address).into()),
             Change::Replay { number, ifindex } => dataplane.set_replay(*number, *ifindex),
+            Change::Cookie { index, name } => {
+                let mut table = [0; http::TABLE];
+                http::automaton(name, &mut table);
+                dataplane.cookies().set(*index, table)
+            }
             Change::Endpoint { index, v4, endpoint, .. } => {
                 dataplane.backends().set(endpoint_index(*index, *v4), *endpoint)
             }
@@ -681,6 +718,15 @@ impl Actual {
                     *place = *ifindex;
                 }
             }
+            Change::Cookie { index, name } => {
+                let index = *index as usize;
+                if self.cookies.len() <= index {
+                    self.cookies.resize(index + 1, String::new());
+                }
+                if let Some(place) = self.cookies.get_mut(index) {
+                    place.clone_from(name);
+                }
+            }
             Change::Endpoint { id, index, v4, endpoint } => {
                 let slot = self.backends.entry(*id).or_default();
                 slot.index = *index;
@@ -712,6 +758,11 @@ impl Actual {
                 self.backends.remove(id);
             }
         }
+    }
+
+    /// Where the automaton of a cookie is.
+    fn cookie(&self, name: &str) -> Option<u32> {
+        self.cookies.iter().position(|one| one == name).map(|index| index as u32)
     }
 
     /// The table that a frontend points to.

@@ -169,6 +169,7 @@ impl Machine {
             backends: 64,
             lb_table: 64,
             sources: 4,
+            cookies: 2,
             stash_slots: 4096,
         };
         let dataplane = Dataplane::load(object(), &capacities)?;
@@ -330,6 +331,7 @@ impl Machine {
                         provisional_ttl: 10,
                         ticket_formats: 1,
                         affinity: [KIND_TICKET_NAME, KIND_TLS_SESSION_ID, 0, 0],
+                        ..Frontend::default()
                     };
                     d.frontends().set(index, frontend)?;
                     d.publish(VipKey::new(family.vip(), service as u16, protocol), index)?;

@@ -17,11 +17,13 @@ pub struct Head {
     pub length: u64,
     /// The connection ends after this message.
     pub close: bool,
+    /// The cookie that a response sets, name and value.
+    pub cookie: Option<String>,
 }
 
 /// Reads a head; `None` when the peer closed instead.
 pub fn read_head(stream: &mut impl BufRead) -> Result<Option<Head>> {
-    let mut head = Head { line: String::new(), length: 0, close: false };
+    let mut head = Head { line: String::new(), length: 0, close: false, cookie: None };
     let mut stream = stream.take(HEAD_MAX);
     loop {
         let mut line = String::new();
@@ -39,6 +41,8 @@ pub fn read_head(stream: &mut impl BufRead) -> Result<Option<Head>> {
         } else if let Some((name, value)) = line.split_once(':') {
             if name.eq_ignore_ascii_case("content-length") {
                 head.length = value.trim().parse().context("Content-Length is no number")?;
+            } else if name.eq_ignore_ascii_case("set-cookie") {
+                head.cookie = value.split(';').next().map(|pair| pair.trim().to_owned());
             } else if name.eq_ignore_ascii_case("connection") {
                 head.close = value.trim().eq_ignore_ascii_case("close");
             }

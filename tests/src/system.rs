@@ -21,6 +21,9 @@ const PAGE: &str = "<pre id=seen></pre><script>(async () => { let seen = []; for
      let answer = await fetch(\"/close?\" + i, { cache: \"no-store\" }); seen.push(await answer.text()); } \
      document.getElementById(\"seen\").textContent = \"[\" + seen.join(\",\") + \"]\"; })()</script>";
 
+/// Port of an [`Nginx`] in clear: `/login` sets the cookie `sid`.
+pub const CLEAR: u16 = 80;
+
 /// An nginx with a session cache of its own.
 #[derive(Debug)]
 pub struct Nginx {
@@ -85,6 +88,11 @@ impl Nginx {
                  location / {{ return 200 '{identity}'; }}\n\
                  location = /close {{ keepalive_timeout 0; return 200 '{identity}'; }}\n\
                  location = /page {{ keepalive_timeout 0; default_type text/html; return 200 '{PAGE}'; }}\n\
+               }}\n\
+               server {{\n\
+                 listen {CLEAR};\nlisten [::]:{CLEAR};\n\
+                 location / {{ return 200 '{identity}'; }}\n\
+                 location = /login {{ add_header Set-Cookie \"sid=$request_id; Path=/; HttpOnly\"; return 200 '{identity}'; }}\n\
                }}\n\
              }}\n",
             certificate.display(),

@@ -36,9 +36,17 @@ pub(crate) fn cargo_proxy() -> Command {
     find("cargo").map_or_else(cargo, |path| at_root(Command::new(path)))
 }
 
-/// The command, run in the workspace's root and with [`search_path`].
+/// The command, run in the workspace's root and with [`search_path`]. It does not see what cargo says of
+/// this package: with it, build scripts would run again after every call without it, and back.
 pub(crate) fn at_root(mut command: Command) -> Command {
     command.current_dir(root()).env("PATH", search_path());
+    let own = |name: &OsString| {
+        name.to_str()
+            .is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_"))
+    };
+    for (name, _) in env::vars_os().filter(|(name, _)| own(name)) {
+        command.env_remove(name);
+    }
     command
 }
 

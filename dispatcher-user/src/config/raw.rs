@@ -54,6 +54,7 @@ pub(super) struct Capacity {
     pub(super) backends: Number,
     pub(super) lb_table: Number,
     pub(super) sources: Number,
+    pub(super) cookies: Number,
     pub(super) stash_slots: Number,
 }
 

@@ -106,6 +106,20 @@ fn mistakes_name_line_key_and_remedy() {
         ),
         (
             "name = \"web\"",
+            "name = \"web\"\naffinity = [\"tls-ticket\", \"http-cookie:a b\"]",
+            6,
+            "service.affinity",
+            "does not name a cookie; write \"http-cookie:NAME\"",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\naffinity = [\"http-cookie:a\", \"http-cookie:b\"]",
+            6,
+            "service.affinity",
+            "is a second cookie; a service has one",
+        ),
+        (
+            "name = \"web\"",
             "name = \"web\"\naffinity = [\"tls-ticket\", \"tls-ticket\"]",
             6,
             "service.affinity",

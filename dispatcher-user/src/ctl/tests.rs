@@ -80,7 +80,10 @@ fn json_has_the_promised_names() {
 
 #[test]
 fn paths_are_escaped() {
-    assert_eq!(session("00ff", Some("a b/c")), "/v1/sessions/00ff?service=a%20b%2Fc");
+    let hex = Identifier { hex: "00ff".to_owned(), kind: None };
+    assert_eq!(session(&hex, Some("a b/c")), "/v1/sessions/00ff?service=a%20b%2Fc");
+    let cookie: Identifier = "cookie:abc".parse().expect("any text is an identifier");
+    assert_eq!((cookie.hex.len(), cookie.kind), (32, Some("http-cookie")));
 }
 
 #[test]

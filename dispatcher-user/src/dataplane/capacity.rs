@@ -6,6 +6,7 @@ use dispatcher_common::{
     event::Release,
     flow::{Flow, FlowKey},
     globals::Globals,
+    http,
     reason::REASONS_MAX,
     service::{Backend, BackendStats, Frontend, VipKey},
     session::{Session, SessionKey},
@@ -29,6 +30,8 @@ pub struct Capacities {
     pub lb_table: u32,
     /// Source addresses.
     pub sources: u32,
+    /// Names of cookies that services know sessions by.
+    pub cookies: u32,
     /// Connections whose first bytes can wait at the same time: a power of two.
     pub stash_slots: u32,
 }
@@ -42,6 +45,7 @@ impl Default for Capacities {
             backends: abi::DEFAULT_BACKENDS,
             lb_table: abi::DEFAULT_LB_TABLE,
             sources: abi::DEFAULT_SOURCES,
+            cookies: abi::DEFAULT_COOKIES,
             stash_slots: abi::DEFAULT_STASH_SLOTS,
         }
     }
@@ -58,6 +62,7 @@ impl Capacities {
             ("backends", self.backends),
             ("lb_table", self.lb_table),
             ("sources", self.sources),
+            ("cookies", self.cookies),
             ("stash_slots", self.stash_slots),
         ];
         for (name, value) in all {
@@ -72,6 +77,9 @@ impl Capacities {
         if self.frontends > 1 << 16 {
             return wrong("frontends", self.frontends, "is more than 65536");
         }
+        if self.cookies > MAX_COOKIES {
+            return wrong("cookies", self.cookies, "is more than 1024");
+        }
         if self.backends > MAX_BACKENDS {
             return wrong("backends", self.backends, "is more than 16384");
         }
@@ -82,7 +90,7 @@ impl Capacities {
     }
 
     /// The maps whose size is ours to say.
-    pub(super) fn maps(&self) -> [(&'static str, u32); 13] {
+    pub(super) fn maps(&self) -> [(&'static str, u32); 14] {
         [
             (abi::MAP_FLOWS, self.flows),
             (abi::MAP_SESSIONS, self.sessions),
@@ -92,6 +100,7 @@ impl Capacities {
             (abi::MAP_BACKEND_INDEX, self.backends),
             (abi::MAP_LB_TABLE, self.lb_table),
             (abi::MAP_SOURCES, self.sources),
+            (abi::MAP_COOKIES, self.cookies),
             (abi::MAP_STASH, self.stash_slots),
             (abi::MAP_BACKEND_STATS, self.backends),
             (abi::MAP_REASONS, REASONS_MAX),
@@ -101,6 +110,8 @@ impl Capacities {
     }
 }
 
+/// Most names of cookies; one takes 64 KiB.
+const MAX_COOKIES: u32 = 1024;
 /// Most backends that one dispatcher keeps.
 pub(super) const MAX_BACKENDS: u32 = 16_384;
 
@@ -122,6 +133,7 @@ pub fn memory_bytes(capacities: &Capacities) -> u64 {
         + array::<Backend>(c.backends * 2)
         + array::<u32>(c.lb_table)
         + array::<Addr>(c.sources)
+        + array::<[u8; http::TABLE]>(c.cookies)
         + array::<Slot>(c.stash_slots)
         + array::<Globals>(1)
         + array::<Release>(abi::RELEASES_MAX)
@@ -160,6 +172,7 @@ mod tests {
         for (capacities, key) in [
             (Capacities { stash_slots: 1000, ..base }, "stash_slots"),
             (Capacities { flows: 0, ..base }, "flows"),
+            (Capacities { cookies: 1025, ..base }, "cookies"),
             (Capacities { backends: MAX_BACKENDS + 1, ..base }, "backends"),
             (Capacities { frontends: 65_537, ..base }, "frontends"),
             (Capacities { sessions: u32::MAX, ..base }, "sessions"),

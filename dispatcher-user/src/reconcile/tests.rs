@@ -69,6 +69,7 @@ fn kinds(changes: &[Change]) -> Vec<&'static str> {
         .map(|change| match change {
             Change::Source { .. } => "source",
             Change::Replay { .. } => "replay",
+            Change::Cookie { .. } => "cookie",
             Change::Endpoint { endpoint, .. } if endpoint.flags & BACKEND_UP != 0 => "up",
             Change::Endpoint { .. } => "down",
             Change::Index { .. } => "index",
@@ -240,6 +241,22 @@ fn sources_are_written_per_family() {
     let (_, v6) = actual.frontend(&vip("[2001:db8::10]:443")).expect("is there");
     assert_eq!((v6.source_base, v6.source_len), (2, 1));
     assert_eq!(v6.flags, FRONTEND_SOURCE_DISPATCHER);
+}
+
+#[test]
+fn a_cookie_gets_a_place_that_no_frontend_points_to() {
+    let with = |cookie: &str| TEXT.replace("table_size", &format!("affinity = \"{cookie}\"\ntable_size"));
+    let mut actual = Actual::default();
+    let place = |actual: &Actual| actual.frontend(&vip("192.0.2.10:443")).expect("is there").1.cookie;
+    World::new(&with("http-cookie:a")).settle(&mut actual);
+    assert_eq!(place(&actual), 1);
+    let changes = World::new(&with("http-cookie:b")).settle(&mut actual);
+    assert_eq!(kinds(&changes), ["cookie", "frontend", "frontend"]);
+    assert_eq!(place(&actual), 2, "connections of a moment ago may still use the first");
+    World::new(&with("http-cookie:c")).settle(&mut actual);
+    assert_eq!((place(&actual), actual.cookies.clone()), (1, vec!["c".to_owned(), "b".to_owned()]));
+    assert_eq!(kinds(&World::new(TEXT).settle(&mut actual)), ["frontend", "frontend"]);
+    assert_eq!(place(&actual), 0);
 }
 
 #[test]

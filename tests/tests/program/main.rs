@@ -2,6 +2,7 @@
 //! comes out, field by field. Needs root, and a build by `cargo xtask`.
 
 mod bind;
+mod cookies;
 mod established;
 mod handshake;
 mod icmp;
