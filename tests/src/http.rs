@@ -160,7 +160,7 @@ mod tests {
         let mut text =
             "GET / HTTP/1.1\r\nHOST: a\r\ncontent-LENGTH: 7\r\nConnection: Close\r\n\r\nrest".as_bytes();
         let head = read_head(&mut text).expect("well formed").expect("not empty");
-        assert_eq!(head, Head { line: "GET / HTTP/1.1".into(), length: 7, close: true });
+        assert_eq!(head, Head { line: "GET / HTTP/1.1".into(), length: 7, close: true, cookie: None });
         assert_eq!(text, b"rest");
         assert!(read_head(&mut "".as_bytes()).expect("an end is no error").is_none());
         assert!(read_head(&mut "GET".as_bytes()).is_err());
