@@ -61,6 +61,11 @@ pub const REPLAY_MAPS: u32 = 8;
 /// Entries of a replay map: clones of one frame that can become segments, plus the frame itself.
 pub const REPLAY_WIDTH: u32 = 5;
 
+/// Prefix of `SINGLE0` .. `SINGLE7`: as the replay maps, for what fits one segment.
+pub const MAP_SINGLE_PREFIX: &str = "SINGLE";
+/// Entries of those: a clone, and the frame itself.
+pub const SINGLE_WIDTH: u32 = 2;
+
 /// Default capacity of `FLOWS` in entries.
 pub const DEFAULT_FLOWS: u32 = 262_144;
 /// Default capacity of `SESSIONS` in entries.

@@ -144,6 +144,7 @@ fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
     let learn = if flow.marks & (MARK_SECURE | MARK_HTTP) != 0 { FLAG_LEARN } else { 0 };
     forward.flags = (forward.flags | flags) & !FLAG_SYN_SENT;
     flow.flags = (flow.flags | learn) & !FLAG_SYN_SENT;
+    flow.tries = 0;
     counters::backend(flow.backend, |stats| stats.established += 1);
 
     if ours {
@@ -177,9 +178,8 @@ fn replay(frame: &Frame, p: &Parsed, flow: &Flow) -> Verdict {
             frame.redirect(slot.link.ifindex);
             return Verdict(reason);
         }
-        slot.emitted = 0;
         let backend = services::endpoint(flow.backend, key.src.is_v4()).ok_or(Reason::NoBackend)?;
-        emit::broadcast(frame, flow.slot, backend.replay as u32)?;
+        emit::replay(frame, slot, flow.slot, backend.replay as u32)?;
         return Verdict(Reason::Replayed);
     }
     acknowledge(frame, p, slot, key)

@@ -100,7 +100,6 @@ pub fn bind(frame: &Frame, slot: &mut Slot, index: u32, pick: u32) -> Verdict {
 #[inline(always)]
 fn send_syn(frame: &Frame, slot: &mut Slot, index: u32) -> Result<(), Reason> {
     slot.stage = STAGE_BOUND;
-    slot.emitted = 0;
     match emit::syn(frame, slot) {
         Ok(()) => {
             frame.redirect(slot.link.ifindex);
@@ -111,7 +110,7 @@ fn send_syn(frame: &Frame, slot: &mut Slot, index: u32) -> Result<(), Reason> {
                 return Err(reason);
             }
             let endpoint = services::endpoint(slot.backend, slot.key.src.is_v4()).ok_or(Reason::NoBackend)?;
-            emit::broadcast(frame, index, endpoint.replay as u32)
+            emit::replay(frame, slot, index, endpoint.replay as u32)
         }
     }
 }

@@ -11,7 +11,7 @@ use aya_ebpf::{
     maps::DevMap,
 };
 use dispatcher_common::{
-    abi::REPLAY_WIDTH,
+    abi::{REPLAY_WIDTH, SINGLE_WIDTH},
     addr::V4_MAPPED,
     checksum::fold,
     cookie::NO_WSCALE,
@@ -26,12 +26,13 @@ use crate::{
 };
 
 macro_rules! replay_maps {
-    ($($name:ident)*) => {$(
+    ($width:ident: $($name:ident)*) => {$(
         #[map]
-        static $name: DevMap = DevMap::with_max_entries(REPLAY_WIDTH, 0);
+        static $name: DevMap = DevMap::with_max_entries($width, 0);
     )*};
 }
-replay_maps!(REPLAY0 REPLAY1 REPLAY2 REPLAY3 REPLAY4 REPLAY5 REPLAY6 REPLAY7);
+replay_maps!(REPLAY_WIDTH: REPLAY0 REPLAY1 REPLAY2 REPLAY3 REPLAY4 REPLAY5 REPLAY6 REPLAY7);
+replay_maps!(SINGLE_WIDTH: SINGLE0 SINGLE1 SINGLE2 SINGLE3 SINGLE4 SINGLE5 SINGLE6 SINGLE7);
 
 /// Send to every entry of the device map (kernel 5.14).
 const BPF_F_BROADCAST: u64 = 8;
@@ -260,24 +261,42 @@ pub fn in_place(frame: &Frame, slot: &Slot) -> Result<Reason, Reason> {
     Ok(Reason::AckedBackend)
 }
 
-/// Marks the frame as belonging to a slot and broadcasts it to the replay map of its interface.
+/// Sends what a slot has to send, the SYN or the stashed data, through a replay map of the interface
+/// (see `Backend::replay`).
+#[inline(always)]
+pub fn replay(frame: &Frame, slot: &mut Slot, index: u32, replay: u32) -> Result<(), Reason> {
+    slot.emitted = 0;
+    let single = slot.stage == STAGE_BOUND || ROOM as u32 + slot.len - slot.start <= slot.chunk;
+    broadcast(frame, index, replay, single)
+}
+
+/// Marks the frame as belonging to a slot and broadcasts it: for each clone that is not needed the kernel
+/// would take a page all the same.
 #[inline(never)]
-pub fn broadcast(frame: &Frame, index: u32, replay: u32) -> Result<(), Reason> {
+fn broadcast(frame: &Frame, index: u32, replay: u32, single: bool) -> Result<(), Reason> {
     if frame.view().len() > 256 && !frame.resize(64) {
         return Err(Reason::NoRoom);
     }
     let mark = frame.view().ptr::<[u32; 3]>(0).ok_or(Reason::ShortFrame)?;
     // SAFETY: `ptr` checked the bounds.
     unsafe { *mark = [MARK, index, MARK] };
-    let map: *const DevMap = match replay {
-        0 => &raw const REPLAY0,
-        1 => &raw const REPLAY1,
-        2 => &raw const REPLAY2,
-        3 => &raw const REPLAY3,
-        4 => &raw const REPLAY4,
-        5 => &raw const REPLAY5,
-        6 => &raw const REPLAY6,
-        _ => &raw const REPLAY7,
+    let map: *const DevMap = match (replay, single) {
+        (0, true) => &raw const SINGLE0,
+        (1, true) => &raw const SINGLE1,
+        (2, true) => &raw const SINGLE2,
+        (3, true) => &raw const SINGLE3,
+        (4, true) => &raw const SINGLE4,
+        (5, true) => &raw const SINGLE5,
+        (6, true) => &raw const SINGLE6,
+        (_, true) => &raw const SINGLE7,
+        (0, false) => &raw const REPLAY0,
+        (1, false) => &raw const REPLAY1,
+        (2, false) => &raw const REPLAY2,
+        (3, false) => &raw const REPLAY3,
+        (4, false) => &raw const REPLAY4,
+        (5, false) => &raw const REPLAY5,
+        (6, false) => &raw const REPLAY6,
+        (_, false) => &raw const REPLAY7,
     };
     // SAFETY: the map lives as long as the program.
     let action = unsafe { bpf_redirect_map(map.cast_mut().cast(), 0, BPF_F_BROADCAST) };

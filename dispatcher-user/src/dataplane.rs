@@ -202,6 +202,7 @@ pub struct Dataplane {
     reasons: PerCpuArray<MapData, u64>,
     backend_stats: PerCpuArray<MapData, BackendStats>,
     replay: Vec<Mutex<DevMap<MapData>>>,
+    single: Vec<Mutex<DevMap<MapData>>>,
     events: Mutex<Option<RingBuf<MapData>>>,
     /// The kernel empties a program array when its last descriptor is closed.
     _stages: ProgramArray<MapData>,
@@ -258,9 +259,8 @@ impl Dataplane {
             releases: Cells::take(e, abi::MAP_RELEASES)?,
             reasons: take_map(e, abi::MAP_REASONS)?,
             backend_stats: take_map(e, abi::MAP_BACKEND_STATS)?,
-            replay: (0..abi::REPLAY_MAPS)
-                .map(|n| take_map(e, &format!("{}{n}", abi::MAP_REPLAY_PREFIX)).map(Mutex::new))
-                .collect::<Result<_, _>>()?,
+            replay: replay_maps(e, abi::MAP_REPLAY_PREFIX)?,
+            single: replay_maps(e, abi::MAP_SINGLE_PREFIX)?,
             _stages: stages,
             events: Mutex::new(Some(take_map(e, abi::MAP_EVENTS)?)),
             links: Mutex::default(),
@@ -484,24 +484,29 @@ impl Dataplane {
         }))
     }
 
-    /// Points a replay map at an interface.
+    /// Points the replay maps with a number at an interface.
     pub fn set_replay(&self, number: u32, ifindex: u32) -> Result<(), Error> {
-        let name = || format!("{}{number}", abi::MAP_REPLAY_PREFIX);
-        let Some(map) = self.replay.get(number as usize) else {
-            return Err(Error::Map {
-                map: name(),
-                action: "writing",
-                source: MapError::OutOfBounds { index: number, max_entries: abi::REPLAY_MAPS },
-            });
-        };
         let mut ebpf = lock(&self.ebpf);
         let emit = xdp(&mut ebpf, abi::PROGRAM_EMIT)?.fd().map_err(layout(abi::PROGRAM_EMIT))?;
-        let mut map = lock(map);
-        for entry in 0..abi::REPLAY_WIDTH {
-            map.set(entry, ifindex, Some(emit), 0).map_err(|error| Error::Layout {
-                name: name(),
-                reason: format!("pointing it at interface {ifindex}: {}", crate::one_line(&error)),
-            })?;
+        for (prefix, width, maps) in [
+            (abi::MAP_REPLAY_PREFIX, abi::REPLAY_WIDTH, &self.replay),
+            (abi::MAP_SINGLE_PREFIX, abi::SINGLE_WIDTH, &self.single),
+        ] {
+            let name = || format!("{prefix}{number}");
+            let Some(map) = maps.get(number as usize) else {
+                return Err(Error::Map {
+                    map: name(),
+                    action: "writing",
+                    source: MapError::OutOfBounds { index: number, max_entries: abi::REPLAY_MAPS },
+                });
+            };
+            let mut map = lock(map);
+            for entry in 0..width {
+                map.set(entry, ifindex, Some(emit), 0).map_err(|error| Error::Layout {
+                    name: name(),
+                    reason: format!("pointing it at interface {ifindex}: {}", crate::one_line(&error)),
+                })?;
+            }
         }
         Ok(())
     }
@@ -592,6 +597,10 @@ pub fn interface_index(name: &str) -> Option<u32> {
     // SAFETY: `name` is a string that ends with a zero byte and outlives the call.
     let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
     (index != 0).then_some(index)
+}
+
+fn replay_maps(ebpf: &mut Ebpf, prefix: &str) -> Result<Vec<Mutex<DevMap<MapData>>>, Error> {
+    (0..abi::REPLAY_MAPS).map(|n| take_map(ebpf, &format!("{prefix}{n}")).map(Mutex::new)).collect()
 }
 
 fn load_maps(object: &[u8], capacities: &Capacities) -> Result<Ebpf, Error> {
