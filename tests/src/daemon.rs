@@ -4,6 +4,7 @@
 use std::{
     env,
     io::{BufRead as _, BufReader, Read},
+    net::SocketAddr,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio, id},
@@ -22,6 +23,7 @@ use serde::de::DeserializeOwned;
 
 use crate::{
     netns::{Netns, PREFIX, execute, leftovers},
+    sockets,
     topology::{Place, Topology, VIP},
 };
 
@@ -174,6 +176,19 @@ impl Process {
             }));
         }
         Ok(Self { child, log, readers })
+    }
+
+    /// Waits until something listens at this address of the namespace, as long as the process lives.
+    pub fn listens(&mut self, netns: &Netns, at: SocketAddr) -> Result<()> {
+        let deadline = Instant::now() + sockets::PATIENCE;
+        while sockets::connect(netns, at.ip(), at).is_err() {
+            if let Some(status) = self.ended() {
+                bail!("{status}; it said:\n{}", self.log());
+            }
+            ensure!(Instant::now() < deadline, "nothing listens at {at}; it said:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
     }
 
     /// What it has said so far.

@@ -12,6 +12,7 @@ pub mod hello;
 pub mod http;
 pub mod netns;
 pub mod packet;
+pub mod servers;
 pub mod sockets;
 pub mod stage;
 pub mod system;

@@ -4,7 +4,6 @@ use std::{
     io::ErrorKind,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
-    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -12,7 +11,6 @@ use anyhow::{Context as _, Result, bail};
 use crate::{
     daemon::{Folder, Process},
     netns::{Netns, execute},
-    sockets,
     tls::{Authority, Credentials, Failure, HOST, Identity, Version},
 };
 
@@ -102,17 +100,7 @@ impl Nginx {
         let mut command = netns.command("nginx");
         command.arg("-p").arg(folder.path()).arg("-c").arg(&config);
         let mut process = Process::start(command, None).context("starting nginx; is it installed?")?;
-        let deadline = Instant::now() + sockets::PATIENCE;
-        let local = IpAddr::from([127, 0, 0, 1]);
-        while sockets::connect(netns, local, SocketAddr::new(local, port)).is_err() {
-            if let Some(status) = process.ended() {
-                bail!("nginx: {status}; it said:\n{}", process.log());
-            }
-            if Instant::now() > deadline {
-                bail!("nginx does not listen on port {port}; it said:\n{}", process.log());
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        process.listens(netns, SocketAddr::from(([127, 0, 0, 1], port))).context("nginx")?;
         Ok(Self { _process: process, _folder: folder })
     }
 }

@@ -1,7 +1,7 @@
 //! TLS servers that tell their name, and users that come back with their session.
 
 use std::{
-    io::{BufReader, Read, Write},
+    io::{BufReader, ErrorKind, Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc,
@@ -19,7 +19,7 @@ use rustls::{
     client::{ClientSessionMemoryCache, Resumption, Tls12Resumption},
     crypto::{CryptoProvider, ring},
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName},
-    server::ServerSessionMemoryCache,
+    server::{ProducesTickets, ServerSessionMemoryCache},
 };
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +27,9 @@ use crate::{http, netns::Netns, sockets};
 
 /// The name that all servers have a certificate for.
 pub const HOST: &str = "service.test";
+
+/// Longest page that is read.
+const PAGE_MAX: u64 = 65_536;
 
 /// What a server says about itself and the connection. nginx can say the same.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -109,6 +112,8 @@ pub struct Manners {
     pub retry: bool,
     /// It issues tickets sealed with a key of its own, which has a name.
     pub tickets: bool,
+    /// Its tickets begin with random bytes instead of the key's name, as those of Go from 1.21 on.
+    pub nameless: bool,
 }
 
 /// A server with session cache and keys of its own. It stops when dropped.
@@ -246,11 +251,38 @@ fn server_config(authority: &Authority, name: &str, manners: Manners) -> Result<
             PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(credentials.key)),
         )?;
     if manners.tickets {
-        config.ticketer = ring::Ticketer::new()?;
+        let own = ring::Ticketer::new()?;
+        config.ticketer = if manners.nameless { Arc::new(NameLast(own)) } else { own };
     }
     // Without a ticketer, sessions are found by their ID in this server's cache only.
     config.session_storage = ServerSessionMemoryCache::new(65_536);
     Ok(config)
+}
+
+/// Seals tickets as another does, but puts the first 16 bytes, the key's name, last.
+#[derive(Debug)]
+struct NameLast(Arc<dyn ProducesTickets>);
+
+impl NameLast {
+    const NAME: usize = 16;
+}
+
+impl ProducesTickets for NameLast {
+    fn enabled(&self) -> bool {
+        self.0.enabled()
+    }
+    fn lifetime(&self) -> u32 {
+        self.0.lifetime()
+    }
+    fn encrypt(&self, plain: &[u8]) -> Option<Vec<u8>> {
+        let ticket = self.0.encrypt(plain)?;
+        let (name, rest) = ticket.split_at_checked(Self::NAME)?;
+        Some([rest, name].concat())
+    }
+    fn decrypt(&self, ticket: &[u8]) -> Option<Vec<u8>> {
+        let (rest, name) = ticket.split_at_checked(ticket.len().checked_sub(Self::NAME)?)?;
+        self.0.decrypt(&[name, rest].concat())
+    }
 }
 
 /// Reads a PROXY protocol v2 header; the client's address in it.
@@ -468,6 +500,25 @@ impl User {
     /// The same on a TCP connection.
     pub fn visit_on(&self, stream: TcpStream) -> Result<Identity, Failure> {
         self.ask(self.secure(stream).map_err(Failure::Handshake)?)
+    }
+
+    /// Connects, asks any HTTP server for a page, and reads to the end: was the session resumed?
+    pub fn resumes(&self, netns: &Netns, from: IpAddr, to: SocketAddr) -> Result<bool, Failure> {
+        let mut line = self.connect(netns, from, to)?;
+        let ask = |line: &mut Line<StreamOwned<ClientConnection, TcpStream>>| {
+            write!(line, "GET / HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n\r\n")?;
+            line.flush()?;
+            let mut page = Vec::new();
+            // Not every server says that it closes.
+            if let Err(error) = line.take(PAGE_MAX).read_to_end(&mut page)
+                && error.kind() != ErrorKind::UnexpectedEof
+            {
+                return Err(error).context("reading a page");
+            }
+            ensure!(page.starts_with(b"HTTP/1."), "no page: {}", String::from_utf8_lossy(&page));
+            Ok(line.stream().conn.handshake_kind() == Some(HandshakeKind::Resumed))
+        };
+        ask(&mut line).map_err(Failure::Request)
     }
 
     fn ask(&self, mut line: Line<StreamOwned<ClientConnection, TcpStream>>) -> Result<Identity, Failure> {

@@ -66,6 +66,13 @@ pub(crate) const TOOLS: &[Tool] = &[
     tool("openssl", Need::Test, ["openssl", "openssl", "openssl"], "certificates, TLS clients and servers"),
     tool("curl", Need::Test, ["curl", "curl", "curl"], "HTTP clients"),
     tool("nginx", Need::Test, ["nginx-light", "nginx", "nginx"], "TLS backends"),
+    tool("gnutls-serv", Need::Test, ["gnutls-bin", "gnutls-utils", "gnutls"], "TLS backends with GnuTLS"),
+    tool(
+        "lighttpd",
+        Need::Test,
+        ["lighttpd-mod-mbedtls", "lighttpd-mod_mbedtls", "lighttpd"],
+        "TLS backends with mbedTLS",
+    ),
     tool("haproxy", Need::Test, ["haproxy", "haproxy", "haproxy"], "the proxy we compare with"),
     tool("tcpdump", Need::Test, ["tcpdump", "tcpdump", "tcpdump"], "captures of failed scenarios"),
     tool("python3", Need::Test, ["python3", "python3", "python"], "small peers with odd manners"),
