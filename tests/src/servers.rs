@@ -70,6 +70,8 @@ pub enum Make {
     Nginx,
     /// `gnutls-serv`.
     Gnutls,
+    /// The same without tickets: `--noticket`.
+    Ticketless,
     /// rustls, in this process.
     Rustls,
     /// lighttpd with mbedTLS 2.28: TLS 1.2 at most, key names of 4 bytes, no session cache.
@@ -83,8 +85,15 @@ pub enum Make {
 
 impl Make {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Nginx, Self::Gnutls, Self::Rustls, Self::Mbedtls, Self::Stateful, Self::Nameless];
+    pub const ALL: [Self; 7] = [
+        Self::Nginx,
+        Self::Gnutls,
+        Self::Rustls,
+        Self::Mbedtls,
+        Self::Nameless,
+        Self::Stateful,
+        Self::Ticketless,
+    ];
 
     /// For people.
     #[must_use]
@@ -92,6 +101,7 @@ impl Make {
         match self {
             Self::Nginx => "nginx",
             Self::Gnutls => "gnutls-serv",
+            Self::Ticketless => "gnutls-noticket",
             Self::Rustls => "rustls",
             Self::Mbedtls => "lighttpd-mbedtls",
             Self::Stateful => "openssl-no-ticket",
@@ -113,6 +123,9 @@ impl Make {
             }
             Self::Stateful => Expected { versions: &["TLSv1.3"], ..opaque },
             Self::Nameless => opaque,
+            Self::Ticketless => {
+                Expected { state: "no-tickets", versions: &[], resumed: [All, All, Never], ..opaque }
+            }
         }
     }
 
@@ -126,12 +139,15 @@ impl Make {
             Self::Nginx => Nginx::with_tickets(netns, name, port, authority, None).map(Running::Nginx),
             Self::Rustls => rustls(false),
             Self::Nameless => rustls(true),
-            Self::Gnutls => program("gnutls-serv", "gnutls-bin", netns, name, port, authority, |_| {
-                words(&format!(
-                    "--http --quiet --disable-client-cert --port {port} \
-                     --x509certfile {CERTIFICATE} --x509keyfile {KEY}"
-                ))
-            }),
+            Self::Gnutls | Self::Ticketless => {
+                let tickets = if self == Self::Ticketless { "--noticket" } else { "" };
+                program("gnutls-serv", "gnutls-bin", netns, name, port, authority, |_| {
+                    words(&format!(
+                        "--http --quiet --disable-client-cert --port {port} {tickets} \
+                         --x509certfile {CERTIFICATE} --x509keyfile {KEY}"
+                    ))
+                })
+            }
             Self::Stateful => program("openssl", "openssl", netns, name, port, authority, |_| {
                 words(&format!("s_server -www -no_ticket -accept {port} -cert {CERTIFICATE} -key {KEY}"))
             }),

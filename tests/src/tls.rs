@@ -4,7 +4,7 @@ use std::{
     io::{BufReader, ErrorKind, Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::JoinHandle,
@@ -121,6 +121,7 @@ pub struct Manners {
 pub struct Server {
     /// Its name.
     pub name: String,
+    keys: Arc<Keyring>,
     served: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -135,7 +136,8 @@ impl Server {
         authority: &Authority,
         manners: Manners,
     ) -> Result<Self> {
-        let config = Arc::new(server_config(authority, name, manners)?);
+        let keys = Arc::new(Keyring::new(manners.nameless)?);
+        let config = Arc::new(server_config(authority, name, manners, &keys)?);
         let listener =
             sockets::listen(netns, port).with_context(|| format!("{name}: listening on port {port}"))?;
         socket2::SockRef::from(&listener).set_read_timeout(Some(Duration::from_millis(50)))?;
@@ -145,7 +147,12 @@ impl Server {
             let stop = Arc::clone(&stop);
             move || accept(&listener, &stop, &Arc::new(desk))
         }));
-        Ok(Self { name: name.to_owned(), served, stop, thread })
+        Ok(Self { name: name.to_owned(), keys, served, stop, thread })
+    }
+
+    /// Seals tickets with a new key from now on; those of the old ones are still accepted.
+    pub fn rotate(&self) -> Result<()> {
+        self.keys.rotate()
     }
 
     /// Connections on which a request was answered.
@@ -237,7 +244,12 @@ impl Desk {
     }
 }
 
-fn server_config(authority: &Authority, name: &str, manners: Manners) -> Result<ServerConfig> {
+fn server_config(
+    authority: &Authority,
+    name: &str,
+    manners: Manners,
+    keys: &Arc<Keyring>,
+) -> Result<ServerConfig> {
     let credentials = authority.issue(name)?;
     let mut provider = ring::default_provider();
     if manners.retry {
@@ -251,37 +263,63 @@ fn server_config(authority: &Authority, name: &str, manners: Manners) -> Result<
             PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(credentials.key)),
         )?;
     if manners.tickets {
-        let own = ring::Ticketer::new()?;
-        config.ticketer = if manners.nameless { Arc::new(NameLast(own)) } else { own };
+        config.ticketer = Arc::clone(keys) as _;
     }
     // Without a ticketer, sessions are found by their ID in this server's cache only.
     config.session_storage = ServerSessionMemoryCache::new(65_536);
     Ok(config)
 }
 
-/// Seals tickets as another does, but puts the first 16 bytes, the key's name, last.
+/// Ticket keys, the newest first: it seals, all open.
 #[derive(Debug)]
-struct NameLast(Arc<dyn ProducesTickets>);
-
-impl NameLast {
-    const NAME: usize = 16;
+struct Keyring {
+    keys: Mutex<Vec<Arc<dyn ProducesTickets>>>,
+    /// The first 16 bytes of a ticket, the key's name, are put last.
+    nameless: bool,
 }
 
-impl ProducesTickets for NameLast {
+impl Keyring {
+    const NAME: usize = 16;
+
+    fn new(nameless: bool) -> Result<Self> {
+        let ring = Self { keys: Mutex::default(), nameless };
+        ring.rotate()?;
+        Ok(ring)
+    }
+
+    fn keys(&self) -> MutexGuard<'_, Vec<Arc<dyn ProducesTickets>>> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn rotate(&self) -> Result<()> {
+        let new = ring::Ticketer::new()?;
+        self.keys().insert(0, new);
+        Ok(())
+    }
+}
+
+impl ProducesTickets for Keyring {
     fn enabled(&self) -> bool {
-        self.0.enabled()
+        true
     }
     fn lifetime(&self) -> u32 {
-        self.0.lifetime()
+        self.keys().first().map_or(0, |key| key.lifetime())
     }
     fn encrypt(&self, plain: &[u8]) -> Option<Vec<u8>> {
-        let ticket = self.0.encrypt(plain)?;
-        let (name, rest) = ticket.split_at_checked(Self::NAME)?;
-        Some([rest, name].concat())
+        let mut ticket = self.keys().first()?.encrypt(plain)?;
+        if self.nameless {
+            let name = Self::NAME.min(ticket.len());
+            ticket.rotate_left(name);
+        }
+        Some(ticket)
     }
     fn decrypt(&self, ticket: &[u8]) -> Option<Vec<u8>> {
-        let (rest, name) = ticket.split_at_checked(ticket.len().checked_sub(Self::NAME)?)?;
-        self.0.decrypt(&[name, rest].concat())
+        let mut ticket = ticket.to_vec();
+        if self.nameless {
+            let name = Self::NAME.min(ticket.len());
+            ticket.rotate_right(name);
+        }
+        self.keys().iter().find_map(|key| key.decrypt(&ticket))
     }
 }
 

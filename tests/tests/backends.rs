@@ -128,6 +128,11 @@ fn claim_c2_gnutls() {
 }
 
 #[test]
+fn gnutls_without_tickets() {
+    check(Make::Ticketless);
+}
+
+#[test]
 fn claim_c2_rustls() {
     check(Make::Rustls);
 }

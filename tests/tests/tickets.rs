@@ -96,6 +96,45 @@ fn a_new_key_is_found_when_clients_are_turned_away() {
 }
 
 #[test]
+fn claim_c11_rotated_keys_are_learned_from_what_servers_accept() {
+    let manners = Manners { tickets: true, ..Manners::default() };
+    let stage = Stage::new(Plan::default(), "native", &web(), manners);
+    let before: BTreeSet<String> = identities(&stage.daemon, |one| one.state == "routable")
+        .into_iter()
+        .flat_map(|one| one.keys)
+        .collect();
+    let user = stage.user(Version::Tls13);
+    let home = stage.visit(&user, Family::V4, 0);
+    // As GnuTLS does every 18 hours, rustls every 6: the old key still opens. The daemon looks every ten
+    // minutes and is not told.
+    for server in &stage.servers {
+        server.rotate().expect("a key");
+    }
+    let again = stage.visit(&user, Family::V6, 1);
+    assert_eq!((again.backend, again.reused.as_str()), (home.backend, "r"), "the old key leads home");
+    let learned = || {
+        let sessions = stage.daemon.sessions().expect("sessions");
+        let keys = sessions.into_iter().filter(|one| one.kind == "tls-ticket-key");
+        keys.filter(|one| !before.contains(&one.id)).count()
+    };
+    // A ticket of a new key goes anywhere, until it happens to come home.
+    let mut visits = 0;
+    while learned() < 3 {
+        let user = stage.user(Version::Tls13);
+        for turn in 0..4 {
+            let _ = stage.visit(&user, Family::BOTH[turn % 2], turn);
+        }
+        visits += 1;
+        assert!(visits < 50, "{} of 3 new keys are known", learned());
+    }
+    for turn in 0..6 {
+        let user = stage.user(Version::Tls13);
+        let visit = |visit: usize| stage.visit(&user, Family::BOTH[visit % 2], visit + turn);
+        came_home(&(0..4).map(visit).collect::<Vec<_>>());
+    }
+}
+
+#[test]
 fn claim_c2_nginx_and_openssl_with_shared_and_own_keys() {
     let authority = Authority::new().expect("certificates");
     let topology = Topology::new(Plan::default()).expect("namespaces");
