@@ -275,8 +275,14 @@ mod extension {
 
 /// Most extensions that are looked at. Browsers send up to twenty.
 const EXTENSIONS_MAX: usize = 40;
-/// Offsets in a handshake message are below this.
+/// Offsets in a handshake message are at most this; so long a message is not read to its end.
 const AT_MASK: usize = 0x3fff;
+
+/// An offset so far behind another, which the verifier forgets; the largest one when that is too far.
+#[inline(always)]
+fn behind(at: usize, by: usize, salt: u64) -> usize {
+    forget((at + by).min(AT_MASK), salt) & AT_MASK
+}
 
 /// Sixteen bits at an offset.
 #[inline(always)]
@@ -319,16 +325,15 @@ pub fn client_hello<B: Bytes + ?Sized>(bytes: &B, hello: &mut ClientHello) -> bo
         return true;
     }
     hello.session_id = span(bytes, at, id_len as usize);
-    at = forget(at + id_len as usize, bytes.salt()) & AT_MASK;
+    at = behind(at, id_len as usize, bytes.salt());
     let Some(suites) = word(bytes, at) else { return true };
-    at = forget(at + 2 + suites, bytes.salt()) & AT_MASK;
+    at = behind(at, 2 + suites, bytes.salt());
     let Some(compressions) = bytes.byte(at) else { return true };
-    at = forget(at + 1 + compressions as usize, bytes.salt()) & AT_MASK;
+    at = behind(at, 1 + compressions as usize, bytes.salt());
     let Some(all) = word(bytes, at) else { return true };
     at += 2;
     let mut end = at + all;
     for _ in 0..EXTENSIONS_MAX {
-        at = forget(at, bytes.salt()) & AT_MASK;
         end = forget(end, bytes.salt());
         if at + 4 > end {
             hello.whole = (at == end && end <= bytes.len()) as u8;
@@ -350,7 +355,7 @@ pub fn client_hello<B: Bytes + ?Sized>(bytes: &B, hello: &mut ClientHello) -> bo
             }
             _ => {}
         }
-        at += len;
+        at = behind(at, len, bytes.salt());
     }
     true
 }
@@ -621,6 +626,25 @@ mod tests {
         bytes[at + 2] = 0xff;
         assert!(client_hello(&bytes[..], &mut found));
         assert_eq!((found.psk.len, found.ticket.len, found.whole), (0, 100, 0));
+    }
+
+    #[test]
+    fn nothing_beyond_the_end_is_read_at_the_start() {
+        let hello = resuming_hello(32, &[1; 100], &[2; 100]);
+        let suites = SESSION_ID_LEN_AT + 1 + 32;
+        let all = suites + 2 + 2 + 2;
+        let name = all + 2 + 4 + 2;
+        // Offsets are kept below AT_MASK + 1: these wrap around to where they should be.
+        for (what, lies) in [("suites", &[suites][..]), ("all extensions and one", &[all, name])] {
+            let mut bytes = hello.clone();
+            for at in lies {
+                bytes[*at] += 0x40;
+            }
+            let mut found = ClientHello::default();
+            assert!(client_hello(&bytes[..], &mut found));
+            assert_eq!((found.ticket.len, found.psk.len, found.whole), (0, 0, 0), "{what}");
+            assert_eq!(found.session_id.len, 32, "{what}");
+        }
     }
 
     #[test]

@@ -19,33 +19,55 @@ pub fn client_hello(session_id: &[u8], padding: usize) -> Vec<u8> {
 pub fn resuming_hello(session_id: &[u8], ticket: Option<&[u8]>, psk: &[u8], padding: usize) -> Vec<u8> {
     let mut extensions = Vec::new();
     if let Some(ticket) = ticket {
-        extensions.extend(extension(35, ticket));
+        extensions.push((35, ticket.to_vec()));
     }
-    let name = [&[0][..], &length16(HOST.as_bytes())].concat();
-    extensions.extend(extension(0, &length16(&name)));
-    // x25519, secp256r1
-    extensions.extend(extension(10, &length16(&[0, 29, 0, 23])));
-    extensions.extend(extension(11, &[1, 0]));
-    // ECDSA and RSA with SHA-256
-    extensions.extend(extension(13, &length16(&[4, 3, 8, 4, 4, 1])));
-    // extended master secret
-    extensions.extend(extension(23, &[]));
+    extensions.extend(usual_extensions());
     if padding > 0 {
-        extensions.extend(extension(21, &vec![0; padding]));
+        extensions.push((21, vec![0; padding]));
     }
     if !psk.is_empty() {
-        extensions.extend(extension(43, &[4, 3, 4, 3, 3]));
-        let identities = length16(&[&length16(psk)[..], &[0, 0, 0, 9]].concat());
-        let binders = length16(&[&[32][..], &[0xb1; 32]].concat());
-        extensions.extend(extension(41, &[identities, binders].concat()));
+        extensions.push((43, vec![4, 3, 4, 3, 3]));
+        extensions.push((41, pre_shared_key(psk)));
     }
+    // ECDHE with ECDSA or RSA, AES-128-GCM
+    hello_of(session_id, &[0xc0, 0x2b, 0xc0, 0x2f], &extensions)
+}
+
+/// What every server here needs: a host name, groups and signature algorithms.
+#[must_use]
+pub fn usual_extensions() -> Vec<(u16, Vec<u8>)> {
+    let name = [&[0][..], &length16(HOST.as_bytes())].concat();
+    vec![
+        (0, length16(&name)),
+        // x25519, secp256r1
+        (10, length16(&[0, 29, 0, 23])),
+        (11, vec![1, 0]),
+        // ECDSA and RSA with SHA-256
+        (13, length16(&[4, 3, 8, 4, 4, 1])),
+        // extended master secret
+        (23, Vec::new()),
+    ]
+}
+
+/// The content of a pre_shared_key extension with one identity.
+#[must_use]
+pub fn pre_shared_key(identity: &[u8]) -> Vec<u8> {
+    let identities = length16(&[&length16(identity)[..], &[0, 0, 0, 9]].concat());
+    let binders = length16(&[&[32][..], &[0xb1; 32]].concat());
+    [identities, binders].concat()
+}
+
+/// A ClientHello of these cipher suites and extensions, in one record.
+#[must_use]
+pub fn hello_of(session_id: &[u8], suites: &[u8], extensions: &[(u16, Vec<u8>)]) -> Vec<u8> {
     let mut body = vec![3, 3];
     body.extend([0x5a; 32]);
     body.push(session_id.len() as u8);
     body.extend(session_id);
-    // ECDHE with ECDSA or RSA, AES-128-GCM
-    body.extend(length16(&[0xc0, 0x2b, 0xc0, 0x2f]));
+    body.extend(length16(suites));
     body.extend([1, 0]);
+    let extensions: Vec<u8> =
+        extensions.iter().flat_map(|(kind, content)| extension(*kind, content)).collect();
     body.extend(length16(&extensions));
     record(&handshake(1, &body))
 }
@@ -166,7 +188,9 @@ fn handshake(kind: u8, body: &[u8]) -> Vec<u8> {
     [&[kind, a, b, c][..], body].concat()
 }
 
-fn extension(kind: u16, body: &[u8]) -> Vec<u8> {
+/// An extension: type, length, content.
+#[must_use]
+pub fn extension(kind: u16, body: &[u8]) -> Vec<u8> {
     [&kind.to_be_bytes()[..], &length16(body)].concat()
 }
 

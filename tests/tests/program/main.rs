@@ -5,6 +5,7 @@ mod bind;
 mod cookies;
 mod established;
 mod handshake;
+mod hellos;
 mod icmp;
 mod l4;
 mod life;
