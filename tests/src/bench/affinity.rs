@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Three nginx, each with a session cache and a ticket key of its own. Each variant has namespaces and
-//! servers of its own.
+//! servers of its own. Then, with the dispatcher only, three servers of each other make.
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -27,9 +27,9 @@ use crate::{
     bench::report::{Goal, Report, Row, median},
     daemon::{Daemon, Folder, Process, Service},
     netns::Netns,
+    servers::{Make, Resumed, Running, Way},
     sockets,
-    system::Nginx,
-    tls::{Authority, User, Version},
+    tls::{Authority, User},
     topology::{Family, Plan, Topology, VIP, cable},
 };
 
@@ -46,27 +46,6 @@ const RETURNS: usize = 10;
 const THREADS: usize = 6;
 /// Sockets in TIME_WAIT do not pile up.
 const FORGET: &str = "ipv4/tcp_max_tw_buckets=0";
-
-/// What a client comes back with.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Way {
-    name: &'static str,
-    version: Version,
-    tickets: bool,
-}
-
-const WAYS: [Way; 3] = [
-    Way { name: "TLS 1.2 session ID", version: Version::Tls12, tickets: false },
-    Way { name: "TLS 1.2 ticket", version: Version::Tls12, tickets: true },
-    Way { name: "TLS 1.3 ticket", version: Version::Tls13, tickets: true },
-];
-
-impl Way {
-    fn user(self, authority: &Authority) -> Result<User> {
-        let user = User::new(authority, self.version)?;
-        Ok(if self.tickets { user.with_tickets() } else { user })
-    }
-}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -98,7 +77,7 @@ pub fn run(quick: bool) -> Result<Report> {
     let mut variants = Vec::new();
     let mut rows = Vec::new();
     for kind in Kind::ALL {
-        match Variant::new(kind, &authority) {
+        match Variant::new(kind, Make::Nginx, &authority) {
             Ok(variant) => variants.push(variant),
             // The others are worth something without it.
             Err(error) if matches!(kind, Kind::Haproxy | Kind::NginxStream) => {
@@ -107,19 +86,59 @@ pub fn run(quick: bool) -> Result<Report> {
             Err(error) => return Err(error.context(kind.name())),
         }
     }
-    let mut samples = vec![[const { Samples::NONE }; WAYS.len()]; variants.len()];
+    let mut samples = vec![[const { Samples::NONE }; Way::ALL.len()]; variants.len()];
     for round in 0..rounds {
         for step in 0..variants.len() {
             let at = (round + step) % variants.len();
             let (Some(variant), Some(samples)) = (variants.get(at), samples.get_mut(at)) else { continue };
-            for (way, samples) in WAYS.into_iter().zip(samples) {
+            for (way, samples) in Way::ALL.into_iter().zip(samples) {
                 let what = || format!("{}, {}", variant.kind.name(), way.name);
                 samples.percent.push(variant.returning(way, &authority).with_context(what)?);
                 samples.rate.push(variant.rate(way, &authority, seconds).with_context(what)?);
             }
         }
     }
-    Ok(report(rows, &variants, &samples))
+    let mut report = report(rows, &variants, &samples);
+    drop(variants);
+    for make in Make::ALL.into_iter().filter(|make| *make != Make::Nginx) {
+        returning_to(make, &authority, &mut report).context(make.name())?;
+    }
+    Ok(report)
+}
+
+/// Rounds with servers of each other make.
+const MAKE_ROUNDS: usize = 3;
+
+/// Clients that return through the dispatcher to three servers of a make.
+fn returning_to(make: Make, authority: &Authority, report: &mut Report) -> Result<()> {
+    let variant = match Variant::new(Kind::Dispatcher, make, authority) {
+        Ok(variant) => variant,
+        // The others are worth something without it.
+        Err(error) => {
+            report.rows.push(Row::not_run("all", make.name(), &format!("{error:#}"), "percent"));
+            return Ok(());
+        }
+    };
+    for (way, expected) in Way::ALL.into_iter().zip(make.expected().resumed) {
+        if expected == Resumed::Unspoken {
+            report.rows.push(Row::not_run(way.name, make.name(), "it does not speak that", "percent"));
+            continue;
+        }
+        let rounds = (0..MAKE_ROUNDS).map(|_| variant.returning(way, authority));
+        let percent = rounds.collect::<Result<Vec<f64>>>().context(way.name)?;
+        report.rows.push(Row::new(
+            way.name,
+            make.name(),
+            "resumed behind the dispatcher",
+            "percent",
+            &percent,
+        ));
+        if expected == Resumed::All {
+            let goal = format!("{}, {}: percent resumed", way.name, make.name());
+            report.goals.push(Goal::at_least(&goal, median(&percent), 100.0));
+        }
+    }
+    Ok(())
 }
 
 /// What was measured, one value a round.
@@ -133,13 +152,13 @@ impl Samples {
     const NONE: Self = Self { percent: Vec::new(), rate: Vec::new() };
 }
 
-fn report(mut rows: Vec<Row>, variants: &[Variant], samples: &[[Samples; WAYS.len()]]) -> Report {
+fn report(mut rows: Vec<Row>, variants: &[Variant], samples: &[[Samples; Way::ALL.len()]]) -> Report {
     let of = |kind: Kind, way: usize| {
         let found = variants.iter().zip(samples).find(|(variant, _)| variant.kind == kind);
         found.and_then(|(_, samples)| samples.get(way))
     };
     let mut goals = Vec::new();
-    for (at, way) in WAYS.iter().enumerate() {
+    for (at, way) in Way::ALL.iter().enumerate() {
         for (variant, samples) in variants.iter().zip(samples) {
             let Some(samples) = samples.get(at) else { continue };
             rows.push(Row::new(way.name, variant.kind.name(), "resumed", "percent", &samples.percent));
@@ -147,7 +166,7 @@ fn report(mut rows: Vec<Row>, variants: &[Variant], samples: &[[Samples; WAYS.le
         let percent = of(Kind::Dispatcher, at).map(|samples| median(&samples.percent));
         goals.push(Goal::at_least(&format!("{}: percent resumed", way.name), percent.flatten(), 100.0));
     }
-    for (at, way) in WAYS.iter().enumerate() {
+    for (at, way) in Way::ALL.iter().enumerate() {
         let direct = of(Kind::Direct, at).map(|samples| samples.rate.clone()).unwrap_or_default();
         for (variant, samples) in variants.iter().zip(samples) {
             let Some(samples) = samples.get(at) else { continue };
@@ -170,7 +189,7 @@ struct Variant {
     kind: Kind,
     // In the order in which they must end.
     _balancer: Balancer,
-    _servers: Vec<Nginx>,
+    _servers: Vec<Running>,
     near: Option<Netns>,
     topology: Arc<Topology>,
 }
@@ -183,11 +202,11 @@ enum Balancer {
 }
 
 impl Variant {
-    fn new(kind: Kind, authority: &Authority) -> Result<Self> {
+    fn new(kind: Kind, make: Make, authority: &Authority) -> Result<Self> {
         let topology = Topology::new(Plan { backends: BACKENDS, clients: CLIENTS, ..Plan::default() })?;
         let servers = (1..)
             .zip(&topology.backends)
-            .map(|(n, place)| Nginx::with_tickets(&place.netns, &format!("b{n}"), PORT, authority, None))
+            .map(|(n, place)| make.start(&place.netns, &format!("b{n}"), PORT, authority))
             .collect::<Result<Vec<_>>>()?;
         let places = topology.backends.iter().map(|place| &place.netns);
         for netns in places.chain([&topology.clients, &topology.dispatcher]) {
@@ -205,7 +224,7 @@ impl Variant {
                 near = Some(netns);
                 Balancer::None
             }
-            Kind::Dispatcher => dispatcher(&topology)?,
+            Kind::Dispatcher => dispatcher(&topology, make.expected().state)?,
             Kind::Haproxy => haproxy(&topology)?,
             Kind::NginxStream => nginx_stream(&topology)?,
             Kind::Nft => nft(&topology)?,
@@ -235,10 +254,8 @@ impl Variant {
             let user = way.user(authority)?;
             for visit in 0..=RETURNS {
                 let (from, to) = self.path(number, visit);
-                let identity = user.visit(self.clients(), from, to)?;
-                if visit > 0 && identity.reused == "r" {
-                    resumed += 1;
-                }
+                let again = user.resumes(self.clients(), from, to)?;
+                resumed += u32::from(visit > 0 && again);
             }
         }
         Ok(f64::from(resumed) / (USERS * RETURNS) as f64 * 100.0)
@@ -282,13 +299,14 @@ fn handshakes(user: &User, paths: &[(IpAddr, SocketAddr)], stop: &AtomicBool) ->
     Ok(resumed)
 }
 
-fn dispatcher(topology: &Topology) -> Result<Balancer> {
+/// `state`: what must be known of all ticket keys before it begins.
+fn dispatcher(topology: &Topology, state: &str) -> Result<Balancer> {
     let service = Service::new("web", PORT).with("tickets = { server_names = [\"service.test\"] }");
     let daemon = Daemon::start(topology, "native", &[service])?;
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         let found: Vec<api::Identity> = daemon.ask(&["identities"])?;
-        if found.iter().all(|one| one.state == "routable") {
+        if found.iter().all(|one| one.state == state) {
             return Ok(Balancer::Dispatcher { _daemon: Box::new(daemon) });
         }
         ensure!(Instant::now() < deadline, "ticket keys were not found out: {found:#?}");
