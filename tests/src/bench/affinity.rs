@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! direct         client --- switch --- backends: each user always at one server
+//! routed         client --- router, nothing but routes --- switch --- backends: each user always at one server
 //! dispatcher     client --- router, the dispatcher in native mode --- switch --- backends
 //! haproxy-tcp    client --- router, HAProxy with its session-ID recipe --- switch --- backends
 //! nginx-stream   client --- router, nginx stream, round robin --- switch --- backends
@@ -50,6 +51,7 @@ const FORGET: &str = "ipv4/tcp_max_tw_buckets=0";
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Direct,
+    Routed,
     Dispatcher,
     Haproxy,
     NginxStream,
@@ -57,11 +59,13 @@ enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 5] = [Self::Direct, Self::Dispatcher, Self::Haproxy, Self::NginxStream, Self::Nft];
+    const ALL: [Self; 6] =
+        [Self::Direct, Self::Routed, Self::Dispatcher, Self::Haproxy, Self::NginxStream, Self::Nft];
 
     fn name(self) -> &'static str {
         match self {
             Self::Direct => "direct",
+            Self::Routed => "routed",
             Self::Dispatcher => "dispatcher",
             Self::Haproxy => "haproxy-tcp",
             Self::NginxStream => "nginx-stream",
@@ -178,6 +182,11 @@ fn report(mut rows: Vec<Row>, variants: &[Variant], samples: &[[Samples; Way::AL
             if variant.kind == Kind::Dispatcher {
                 let goal = format!("{}: resuming handshakes a second, to direct", way.name);
                 goals.push(Goal::at_least(&goal, median(&ratios), 0.95));
+                // What two more devices on the way cost, nobody in between can save.
+                let routed = of(Kind::Routed, at).map(|samples| samples.rate.clone()).unwrap_or_default();
+                let ratios: Vec<f64> =
+                    samples.rate.iter().zip(&routed).map(|(own, routed)| own / routed).collect();
+                rows.push(Row::new(way.name, name, "ratio to routed", "ratio", &ratios));
             }
         }
     }
@@ -224,6 +233,7 @@ impl Variant {
                 near = Some(netns);
                 Balancer::None
             }
+            Kind::Routed => Balancer::None,
             Kind::Dispatcher => dispatcher(&topology, make.expected().state)?,
             Kind::Haproxy => haproxy(&topology)?,
             Kind::NginxStream => nginx_stream(&topology)?,
@@ -234,13 +244,15 @@ impl Variant {
 
     /// Where a user's connection with this number comes from, and goes to.
     fn path(&self, user: usize, visit: usize) -> (IpAddr, SocketAddr) {
-        if self.kind == Kind::Direct {
-            let places = &self.topology.backends;
-            let to = places.get(user % places.len()).map_or(VIP[0], |place| place.address(Family::V4));
-            return (NEAR.into(), SocketAddr::new(to, PORT));
-        }
-        let from = self.topology.client(Family::V4, (user * 5 + visit) % usize::from(CLIENTS));
-        (from, SocketAddr::new(VIP[0], PORT))
+        let far = self.topology.client(Family::V4, (user * 5 + visit) % usize::from(CLIENTS));
+        let places = &self.topology.backends;
+        let own = places.get(user % places.len()).map_or(VIP[0], |place| place.address(Family::V4));
+        let (from, to) = match self.kind {
+            Kind::Direct => (NEAR.into(), own),
+            Kind::Routed => (far, own),
+            Kind::Dispatcher | Kind::Haproxy | Kind::NginxStream | Kind::Nft => (far, VIP[0]),
+        };
+        (from, SocketAddr::new(to, PORT))
     }
 
     fn clients(&self) -> &Netns {
