@@ -479,7 +479,7 @@ struct OneQuery {
 }
 
 /// Kinds of identifiers, as the API calls them.
-const KINDS: [(u8, &str); 5] = [
+pub(crate) const KINDS: [(u8, &str); 5] = [
     (KIND_TLS_SESSION_ID, "tls-session-id"),
     (KIND_TICKET_NAME, "tls-ticket-key"),
     (KIND_TICKET, "tls-ticket"),
@@ -628,6 +628,14 @@ impl<'s> Names<'s> {
     }
 }
 
+/// States of sessions, as the API calls them.
+pub(crate) const STATES: [(u8, &str); 4] = [
+    (STATE_PROVISIONAL, "provisional"),
+    (STATE_CONFIRMED, "confirmed"),
+    (STATE_PINNED, "pinned"),
+    (STATE_DISCOVERED, "discovered"),
+];
+
 fn shown(names: &Names<'_>, key: &SessionKey, session: &Session, now: u32) -> api::Session {
     api::Session {
         id: api::to_hex(key.id()),
@@ -639,13 +647,10 @@ fn shown(names: &Names<'_>, key: &SessionKey, session: &Session, now: u32) -> ap
         backend: session.ids().map(|id| names.backend(id)).collect::<Vec<_>>().join(","),
         tunnel: session.tunnel,
         class: session.class,
-        state: match session.state {
-            STATE_PROVISIONAL => "provisional".to_owned(),
-            STATE_CONFIRMED => "confirmed".to_owned(),
-            STATE_PINNED => "pinned".to_owned(),
-            STATE_DISCOVERED => "discovered".to_owned(),
-            other => format!("state-{other}"),
-        },
+        state: STATES
+            .iter()
+            .find(|(state, _)| *state == session.state)
+            .map_or_else(|| format!("state-{}", session.state), |(_, name)| (*name).to_owned()),
         hits: session.hits,
         age_seconds: now.saturating_sub(session.created),
         idle_seconds: now.saturating_sub(session.used),

@@ -21,6 +21,7 @@ use tokio::net::UnixStream;
 use crate::{
     api::{self, Problem},
     config::{AdminState, DEFAULT_CONTROL},
+    explain,
 };
 
 /// Ask and steer a running dispatcherd
@@ -78,6 +79,20 @@ enum Command {
         #[arg(long)]
         all: bool,
     },
+    /// Why the packets of a capture go where they go (root; needs no daemon)
+    ///
+    /// Runs every packet through the real program, in maps of its own, and says of each flow: secure or
+    /// not, what its hello offers, which backend it goes to and for what reason. With --json, a line a flow.
+    ///
+    /// The program answers a client's SYN with a sequence number of its own, so the capture's numbers are
+    /// moved; the captured server's packets are taken as the chosen backend's. Capture on the client's side,
+    /// whole packets, from the first SYN on. The capture is held in memory; time does not pass.
+    ///
+    /// Example:
+    ///   tcpdump -i eth0 -s 0 -w file.pcap 'tcp port 443'
+    ///   dispatcherctl explain file.pcap --config /etc/dispatcher.toml
+    #[command(verbatim_doc_comment)]
+    Explain(explain::Options),
 }
 
 #[derive(Debug, Subcommand)]
@@ -161,7 +176,7 @@ fn backend_name(text: &str) -> Result<(String, String), String> {
 pub enum Exit {
     /// The request was carried out.
     Good = 0,
-    /// The daemon refused it.
+    /// The daemon refused it, or a capture cannot be explained, or not to its end.
     Refused = 1,
     /// The command line is wrong (clap's own code).
     Usage = 2,
@@ -203,9 +218,18 @@ pub enum Error {
     /// The daemon says no.
     #[error("{0}")]
     Refused(String),
+    /// A capture cannot be explained.
+    #[error(transparent)]
+    Explain(explain::Error),
     /// The answer cannot be printed.
     #[error("printing: {0}")]
     Output(#[from] io::Error),
+}
+
+impl From<explain::Error> for Error {
+    fn from(error: explain::Error) -> Self {
+        if let explain::Error::Output(error) = error { Self::Output(error) } else { Self::Explain(error) }
+    }
 }
 
 impl Error {
@@ -214,7 +238,7 @@ impl Error {
     pub fn exit(&self) -> Exit {
         match self {
             Self::Unreachable { .. } => Exit::Unreachable,
-            Self::Protocol(_) | Self::Refused(_) | Self::Output(_) => Exit::Refused,
+            Self::Protocol(_) | Self::Refused(_) | Self::Explain(_) | Self::Output(_) => Exit::Refused,
         }
     }
 }
@@ -283,6 +307,16 @@ async fn answer(args: &Args, out: &mut dyn Write) -> Result<(), Error> {
                 tokio::time::sleep(Duration::from_secs((*seconds).max(1))).await;
                 before = Some(now);
             }
+        }
+        Command::Explain(options) => {
+            let known = if options.live {
+                let sessions: Vec<api::Session> = ask.get("/v1/sessions").await?;
+                let identities: Vec<api::Identity> = ask.get("/v1/identities").await?;
+                explain::Known::new(&sessions, &identities)
+            } else {
+                explain::Known::default()
+            };
+            Ok(explain::run(options, known, json, out)?)
         }
     }
 }

@@ -91,7 +91,7 @@ pub(crate) async fn serve(shared: Arc<Shared>, ring: RingBuf<MapData>) -> io::Re
     }
 }
 
-fn read_event(bytes: &[u8]) -> Option<Event> {
+pub(crate) fn read_event(bytes: &[u8]) -> Option<Event> {
     if bytes.len() < size_of::<Event>() {
         return None;
     }

@@ -13,6 +13,7 @@ pub mod daemon;
 pub mod dataplane;
 mod discovery;
 mod events;
+pub mod explain;
 pub mod netlink;
 pub mod privileges;
 pub mod reconcile;
