@@ -5,6 +5,7 @@
 //! on panic. Nothing touches the interfaces of the host.
 
 pub mod bench;
+pub mod capture;
 pub mod daemon;
 pub mod demo;
 pub mod harness;

@@ -514,7 +514,7 @@ mod tests {
             let parsed = parse(&frame, false).expect("TCP");
             let pieces = parsed.split(&frame, 1024);
             assert_eq!(pieces.len(), 11);
-            let mut all = Vec::new();
+            let mut all: Vec<u8> = Vec::new();
             for (number, piece) in pieces.iter().enumerate() {
                 let part = parse(piece, false).expect("TCP");
                 assert_eq!((part.sum, part.tcp.seq), (Sum::Right, 100 + all.len() as u32));

@@ -77,6 +77,15 @@ impl Sniffer {
         }
     }
 
+    /// The next frame as it is, if there is one: as long as segmentation offload makes them.
+    #[must_use]
+    pub fn frame(&self) -> Option<Vec<u8>> {
+        let mut frame = vec![0; 1 << 17];
+        let length = self.receive(&mut frame)?;
+        frame.truncate(length);
+        Some(frame)
+    }
+
     fn receive(&self, frame: &mut [u8]) -> Option<usize> {
         // SAFETY: the pointer and the length are those of `frame`.
         let length = unsafe { libc::recv(self.0.as_raw_fd(), frame.as_mut_ptr().cast(), frame.len(), 0) };

@@ -1,0 +1,605 @@
+//! `dispatcherctl explain` on captures: those of made connections, and one of a real exchange.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+use clap::Parser as _;
+use dispatcher_tests::{
+    bench::sniff::Sniffer,
+    capture::{self, Scene},
+    daemon::Folder,
+    hello,
+    netns::Netns,
+    packet::{Body, Icmp, Packet, Udp},
+    tls::{Authority, HOST, Manners, Server, User, Version},
+    topology::cable,
+};
+use dispatcher_user::ctl;
+use serde_json::{Value, json};
+
+const VIP: &str = "192.0.2.10:443";
+const CONFIG: &str = r#"
+interfaces = ["eth0"]
+[[service]]
+name = "web"
+vip = ["192.0.2.10:443", "[2001:db8::10]:443"]
+EXTRA
+[[service.backend]]
+name = "a"
+address = ["10.0.0.1:8443", "[fd00::1]:8443"]
+[[service.backend]]
+name = "b"
+address = ["10.0.0.2:8443", "[fd00::2]:8443"]
+[[service]]
+name = "mail"
+vip = "192.0.2.10:25"
+mode = "l4"
+[[service.backend]]
+name = "m"
+address = "10.0.0.3:25"
+"#;
+
+fn address(text: &str) -> SocketAddr {
+    text.parse().expect("an address")
+}
+
+fn client(port: u16) -> SocketAddr {
+    SocketAddr::new([203, 0, 113, 7].into(), port)
+}
+
+fn scene(port: u16) -> Scene {
+    Scene::new(client(port), address(VIP))
+}
+
+fn hexed(bytes: &[u8]) -> String {
+    dispatcher_user::api::to_hex(bytes)
+}
+
+/// A place for captures and a configuration.
+struct Desk {
+    folder: Folder,
+    extra: &'static str,
+}
+
+impl Desk {
+    fn new() -> Self {
+        Self { folder: Folder::new().expect("a folder"), extra: "" }
+    }
+
+    /// With lines for the service `web`.
+    fn with(extra: &'static str) -> Self {
+        Self { extra, ..Self::new() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn run(&self, file: &Path, arguments: &[&str]) -> (String, Result<(), ctl::Error>) {
+        let line = ["dispatcherctl", "explain", file.to_str().expect("a name")];
+        let args = ctl::Args::try_parse_from(line.iter().chain(arguments)).expect("a command line");
+        let mut out = Vec::new();
+        let result = ctl::run(&args, &mut out);
+        (String::from_utf8(out).expect("text"), result)
+    }
+
+    fn capture<F: AsRef<[u8]>>(&self, frames: &[F]) -> PathBuf {
+        let path = self.path("file.pcap");
+        capture::write(&path, frames).expect("writing a capture");
+        path
+    }
+
+    fn config(&self) -> String {
+        let path = self.path("dispatcher.toml");
+        std::fs::write(&path, CONFIG.replace("EXTRA", self.extra)).expect("writing a configuration");
+        path.to_str().expect("a name").to_owned()
+    }
+
+    /// The lines of JSON for frames, with the configuration.
+    fn json<F: AsRef<[u8]>>(&self, frames: &[F]) -> Vec<Value> {
+        let (out, result) = self.run(&self.capture(frames), &["--json", "--config", &self.config()]);
+        result.unwrap_or_else(|error| panic!("{error}\n{out}"));
+        lines(&out)
+    }
+
+    /// The lines of JSON for frames, without.
+    fn alone<F: AsRef<[u8]>>(&self, frames: &[F]) -> Vec<Value> {
+        let (out, result) = self.run(&self.capture(frames), &["--json"]);
+        result.unwrap_or_else(|error| panic!("{error}\n{out}"));
+        lines(&out)
+    }
+
+    fn text<F: AsRef<[u8]>>(&self, frames: &[F]) -> String {
+        let (out, result) = self.run(&self.capture(frames), &["--packets", "--config", &self.config()]);
+        result.unwrap_or_else(|error| panic!("{error}\n{out}"));
+        out
+    }
+}
+
+fn lines(out: &str) -> Vec<Value> {
+    out.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+}
+
+/// `1 syn_answered, made replayed`.
+fn steps(line: &Value) -> String {
+    let steps = line["packets"].as_array().expect("packets").iter().map(|step| {
+        let number = step["number"].as_u64().map_or_else(|| "made".to_owned(), |number| number.to_string());
+        format!("{number} {}", step["reason"].as_str().expect("a reason"))
+    });
+    steps.collect::<Vec<_>>().join(", ")
+}
+
+fn notes(line: &Value) -> String {
+    line["notes"].as_array().expect("notes").iter().map(|note| note.as_str().expect("text")).collect()
+}
+
+#[test]
+fn a_session_id_is_missed_learned_and_found_again() {
+    let id = [0x5c; 32];
+    let visit = |port| {
+        let hello = hello::client_hello(&id, 0);
+        scene(port).open().says(&hello).answers(&hello::server_hello(&id, false)).close()
+    };
+    let frames = [visit(4001).frames(), visit(4002).frames()].concat();
+    let found = Desk::new().json(&frames);
+    let [first, second] = &found[..] else { panic!("{found:#?}") };
+    let backend = first["backend"].as_str().expect("a backend");
+    let session = json!({"kind": "tls-session-id", "id": hexed(&id), "backends": [backend]});
+    let wanted = json!({
+        "flow": "203.0.113.7:4001 -> 192.0.2.10:443/tcp",
+        "service": "web",
+        "secure": true,
+        "complete": true,
+        "tls_version": "1.2",
+        "session_id": hexed(&id),
+        "ticket_len": 0,
+        "psk_identity_len": 0,
+        "key_name": null,
+        "sni": HOST,
+        "cookie": null,
+        "quic_version": null,
+        "dcid": null,
+        "scid": null,
+        "accepted_version": "1.2",
+        "resumed": true,
+        "looked_up": session,
+        "learned": [session],
+        "verdict": "forward",
+        "backend": backend,
+        "reason": "bound_miss",
+        "notes": [],
+        "packets": [
+            {"number": 1, "reason": "syn_answered"},
+            {"number": 3, "reason": "cookie_ack"},
+            {"number": 4, "reason": "bound_miss"},
+            {"number": 2, "reason": "replayed"},
+            {"number": 5, "reason": "to_client"},
+            {"number": 6, "reason": "control"},
+            {"number": 7, "reason": "control"},
+            {"number": 8, "reason": "to_backend"},
+        ],
+    });
+    assert_eq!(*first, wanted);
+    assert_eq!((&second["reason"], &second["backend"]), (&json!("bound_hit"), &json!(backend)), "{second:#}");
+}
+
+#[test]
+fn tickets_and_psks_are_shown_and_learned() {
+    let (ticket, psk): (Vec<u8>, Vec<u8>) = ((1..=180).collect(), (20..=219).collect());
+    let old = hello::resuming_hello(&[], Some(&ticket), &[], 0);
+    let issued = hello::new_session_ticket(&[0xaa; 100]);
+    let offer = hello::server_hello_with(&[], &[(35, &[])]);
+    let tls12 = scene(4001).open().says(&old).answers(&[offer, issued].concat());
+    // The PSK comes in the second segment.
+    let new = hello::resuming_hello(&[7; 32], None, &psk, 1400);
+    let (one, two) = new.split_at(1400);
+    let accepted = hello::server_hello_with(&[7; 32], &[(43, &[3, 4]), (41, &[0, 0])]);
+    let tls13 = scene(4002).open().says(one).says(two).answers(&accepted);
+    let found = Desk::new().json(&[tls12.frames(), tls13.frames()].concat());
+    let [tls12, tls13] = &found[..] else { panic!("{found:#?}") };
+
+    assert_eq!(tls12["tls_version"], "1.2");
+    assert_eq!((&tls12["ticket_len"], &tls12["psk_identity_len"]), (&json!(180), &json!(0)));
+    assert_eq!(tls12["key_name"], hexed(&ticket[..16]));
+    assert_eq!(tls12["looked_up"]["kind"], "tls-ticket-key");
+    assert_eq!(tls12["looked_up"]["backends"], json!([]), "nobody has asked the servers for their keys");
+    assert_eq!((&tls12["session_id"], &tls12["resumed"]), (&json!(""), &json!(false)));
+    assert_eq!(tls12["learned"][0]["kind"], "tls-ticket");
+    assert_eq!(tls12["learned"][0]["id"], hexed(&[0xaa; 32]));
+    assert_eq!(tls12["learned"][0]["backends"], json!([tls12["backend"]]));
+
+    assert_eq!((&tls13["tls_version"], &tls13["accepted_version"]), (&json!("1.3"), &json!("1.3")));
+    assert_eq!((&tls13["ticket_len"], &tls13["psk_identity_len"]), (&json!(0), &json!(200)));
+    assert_eq!(tls13["key_name"], hexed(&psk[..16]));
+    assert_eq!((&tls13["resumed"], &tls13["complete"]), (&json!(true), &json!(true)));
+    assert_eq!(
+        steps(tls13),
+        "6 syn_answered, 8 cookie_ack, 9 acked_part, 10 bound_miss, 7 replayed, 11 to_client"
+    );
+}
+
+#[test]
+fn what_is_not_tls_goes_by_the_table() {
+    let request = b"GET / HTTP/1.1\r\nHost: x\r\nCookie: id=very-secret\r\n\r\n";
+    let scene = scene(4001).open().says(request).answers(b"HTTP/1.1 200 OK\r\n\r\n");
+    let desk = Desk::new();
+    let found = desk.json(&scene.frames());
+    assert_eq!(found[0]["reason"], "bound_nonsecure");
+    assert_eq!((&found[0]["secure"], &found[0]["complete"]), (&json!(false), &json!(false)));
+    assert_eq!(found[0]["cookie"], json!({"len": 14}));
+    for field in ["tls_version", "session_id", "ticket_len", "psk_identity_len", "key_name", "sni", "resumed"]
+    {
+        assert_eq!(found[0][field], Value::Null, "{field}");
+    }
+    let text = desk.text(&scene.frames());
+    assert!(!text.contains("very-secret"), "{text}");
+    assert!(text.contains("cookie     yes (14 bytes)"), "{text}");
+}
+
+#[test]
+fn hellos_that_are_not_whole() {
+    let hello = hello::client_hello(&[1; 32], 300);
+    // The client says no more.
+    let stalled = scene(4001).open().says(&hello[..200]);
+    let desk = Desk::new();
+    let found = desk.json(&stalled.frames());
+    assert_eq!((&found[0]["reason"], &found[0]["verdict"]), (&json!("acked_part"), &json!("forward")));
+    assert_eq!((&found[0]["secure"], &found[0]["complete"]), (&json!(true), &json!(false)));
+    assert_eq!(found[0]["session_id"], hexed(&[1; 32]));
+    assert_eq!(found[0]["backend"], Value::Null);
+    // The capture holds 128 bytes of each packet.
+    let whole = scene(4002).open().says(&hello).answers(&hello::server_hello(&[1; 32], false));
+    let mut file = capture::pcap::<Vec<u8>>(capture::ETHERNET, &[]);
+    for frame in whole.frames() {
+        let kept = &frame[..frame.len().min(128)];
+        for word in [0, 0, kept.len() as u32, frame.len() as u32] {
+            file.extend(word.to_le_bytes());
+        }
+        file.extend(kept);
+    }
+    let path = desk.path("cut.pcap");
+    std::fs::write(&path, file).expect("writing a capture");
+    let (out, result) = desk.run(&path, &["--json"]);
+    result.expect("explained");
+    let found = lines(&out);
+    assert_eq!((&found[0]["reason"], &found[0]["verdict"]), (&json!("cut_in_capture"), &json!("unknown")));
+    assert_eq!((&found[0]["secure"], &found[0]["complete"]), (&json!(true), &json!(false)));
+    assert!(notes(&found[0]).contains("tcpdump -s 0"), "{found:#?}");
+    assert_eq!(
+        steps(&found[0]),
+        "1 syn_answered, 3 cookie_ack, 4 cut_in_capture, 5 cut_in_capture, 2 not_run"
+    );
+}
+
+#[test]
+fn what_a_capture_lacks_is_made() {
+    let id = [9; 32];
+    let hello = hello::client_hello(&id, 0);
+    let whole = scene(4001).open().says(&hello).answers(&hello::server_hello(&id, false));
+    // From the hello on, and from the answer to it on.
+    let found = Desk::new().json(&whole.frames()[3..]);
+    assert_eq!(steps(&found[0]), "made syn_answered, 1 bound_miss, made replayed, 2 to_client", "{found:#?}");
+    assert_eq!((&found[0]["complete"], &found[0]["sni"]), (&json!(true), &json!(HOST)));
+    assert_eq!(found[0]["learned"][0]["id"], hexed(&id));
+    assert!(notes(&found[0]).contains("no SYN in the capture"));
+    let found = Desk::new().json(&whole.frames()[4..]);
+    assert_eq!((&found[0]["reason"], &found[0]["verdict"]), (&json!("not_run"), &json!("unknown")));
+    // The server's SYN-ACK went another way.
+    let mut frames = whole.frames();
+    frames.remove(1);
+    let found = Desk::new().json(&frames);
+    assert_eq!(
+        steps(&found[0]),
+        "1 syn_answered, 2 cookie_ack, 3 bound_miss, made replayed, 4 to_client",
+        "{found:#?}"
+    );
+}
+
+#[test]
+fn segments_of_offload_are_cut_and_checksums_finished() {
+    // A hello longer than a segment, and 20 kB of data, as captured where they were sent: in one piece,
+    // with checksums that the network card would write.
+    let hello = hello::client_hello(&[2; 32], 2000);
+    let large =
+        scene(4001).open().says(&hello).answers(&hello::server_hello(&[2; 32], false)).says(&[23; 20_000]);
+    let desk = Desk::new();
+    for wrong in [false, true] {
+        let mut frames = large.frames();
+        for frame in &mut frames {
+            if wrong {
+                frame[14 + 20 + 16] ^= 0x55;
+            }
+        }
+        let found = desk.json(&frames);
+        let line = &found[0];
+        assert_eq!(line["reason"], "bound_miss", "{line:#}");
+        let all = steps(line);
+        assert!(
+            all.starts_with(
+                "1 syn_answered, 3 cookie_ack, 4 acked_part, 4 bound_miss, 2 replayed, 5 to_client, "
+            ),
+            "{all}"
+        );
+        assert_eq!(all.matches("6 to_backend").count(), 14, "20,000 bytes at 1448 a segment: {all}");
+        assert!(notes(line).contains("cut to the MSS"), "{line:#}");
+        assert_eq!(notes(line).contains("unfinished checksums"), wrong, "{line:#}");
+    }
+    // One wrong checksum of many is no offload: it is what the program sees.
+    let mut frames = scene(4001).open().says(&hello::client_hello(&[2; 32], 0)).says(b"more").frames();
+    frames[3][14 + 20 + 16] ^= 0x55;
+    let found = desk.json(&frames);
+    assert_eq!((&found[0]["reason"], &found[0]["verdict"]), (&json!("bad_checksum"), &json!("drop")));
+}
+
+#[test]
+fn both_families_tags_and_other_link_types() {
+    let hello = hello::client_hello(&[3; 32], 0);
+    let answer = hello::server_hello(&[3; 32], false);
+    let v6 = Scene::new(address("[2001:db8::7]:4001"), address("[2001:db8::10]:443"));
+    let desk = Desk::new();
+    for tags in [vec![], vec![[0x81, 0, 0, 7]], vec![[0x88, 0xa8, 0, 9], [0x81, 0, 0, 7]]] {
+        for scene in [scene(4001), v6.clone()] {
+            let scene = Scene { tags: tags.clone(), ..scene }.open().says(&hello).answers(&answer);
+            let found = desk.json(&scene.frames());
+            assert_eq!(
+                steps(&found[0]),
+                "1 syn_answered, 3 cookie_ack, 4 bound_miss, 2 replayed, 5 to_client",
+                "{found:#?}"
+            );
+            assert_eq!(found[0]["flow"], format!("{} -> {}/tcp", scene.client, scene.server));
+            if tags.is_empty() {
+                let raw: Vec<Vec<u8>> = scene.packets.iter().map(Packet::ip).collect();
+                let path = desk.path("raw.pcap");
+                std::fs::write(&path, capture::pcap(101, &raw)).expect("writing a capture");
+                let (out, result) = desk.run(&path, &["--json", "--config", &desk.config()]);
+                result.expect("explained");
+                assert_eq!(lines(&out), found);
+            }
+        }
+    }
+    let tags = vec![[0x81, 0, 0, 7]; 3];
+    let found = desk.json(&Scene { tags, ..scene(4001) }.open().frames());
+    assert_eq!((&found[0]["reason"], &found[0]["verdict"]), (&json!("too_many_tags"), &json!("drop")));
+}
+
+#[test]
+fn services_of_all_kinds() {
+    let hello = hello::client_hello(&[4; 32], 0);
+    let visit =
+        || scene(4001).open().says(&hello).answers(&hello::server_hello(&[4; 32], false)).says(b"more");
+    for (extra, note) in [
+        ("miss = \"daemon\"", "the daemon would pick"),
+        ("timestamps = false\nsack = false", ""),
+        (
+            "source = \"dispatcher\"\nsource_addresses = [\"10.0.0.9\", \"fd00::9\"]\nproxy_protocol = \"v2\"",
+            "",
+        ),
+        ("balance = \"weighted-round-robin\"\naffinity = [\"client-address\"]", ""),
+    ] {
+        let found = Desk::with(extra).json(&visit().frames());
+        let all = steps(&found[0]);
+        assert_eq!(
+            all.replace("miss", "x"),
+            "1 syn_answered, 3 cookie_ack, 4 bound_x, 2 replayed, 5 to_client, 6 to_backend",
+            "{extra}: {found:#?}"
+        );
+        assert!(notes(&found[0]).contains(note), "{extra}: {found:#?}");
+    }
+    // A server that speaks first: lost on passthrough, served by l4.
+    let speaks = |server: &str| {
+        Scene::new(client(4001), address(server)).open().answers(b"220 mail\r\n").says(b"EHLO x\r\n")
+    };
+    let found = Desk::new().json(&speaks(VIP).frames());
+    assert_eq!(steps(&found[0]), "1 syn_answered, 3 cookie_ack, 5 not_run, 2 not_run, 4 not_run");
+    assert!(notes(&found[0]).contains("mode = \"l4\""), "{found:#?}");
+    let found = Desk::new().json(&speaks("192.0.2.10:25").frames());
+    assert_eq!((&found[0]["reason"], &found[0]["backend"]), (&json!("bound_l4"), &json!("m")), "{found:#?}");
+    assert!(steps(&found[0]).contains("4 to_client"), "{found:#?}");
+}
+
+#[test]
+fn ports_that_are_used_again() {
+    let hello = hello::client_hello(&[4; 32], 0);
+    let visit = |isn: u32| {
+        let scene = Scene { isns: [isn, isn ^ 0x5555], ..scene(4001) };
+        scene.open().says(&hello).answers(&hello::server_hello(&[4; 32], false))
+    };
+    let found = Desk::new().json(&[visit(1000).close().frames(), visit(2000).frames()].concat());
+    let reasons: Vec<&Value> = found.iter().map(|line| &line["reason"]).collect();
+    assert_eq!(reasons, ["bound_miss", "bound_hit"]);
+    // The first connection's end is not in the capture.
+    let found = Desk::new().json(&[visit(1000).frames(), visit(2000).frames()].concat());
+    assert_eq!(found[1]["reason"], "bound_hit", "{found:#?}");
+    assert!(notes(&found[1]).contains("does not end in the capture"));
+    // A SYN and a hello that are sent again are one connection's.
+    let mut frames = visit(1000).frames();
+    frames.insert(1, frames[0].clone());
+    let again = frames[4].clone();
+    frames.insert(5, again);
+    let found = Desk::new().json(&frames);
+    assert_eq!(found.len(), 1, "{found:#?}");
+    assert_eq!(found[0]["reason"], "bound_miss", "{found:#?}");
+}
+
+#[test]
+fn what_is_nobodys_is_summed_up() {
+    let mut frames = scene(4001).open().says(&hello::client_hello(&[4; 32], 0)).frames();
+    let other = address("198.51.100.99:443");
+    frames.extend(Scene::new(client(4002), other).open().frames());
+    frames.extend(Scene::new(client(4003), address("192.0.2.10:8080")).open().frames());
+    let icmp = Icmp { kind: 8, code: 0, rest: [0; 4], payload: vec![1; 8] };
+    frames.push(Packet::new(client(1).ip(), other.ip(), Body::Icmp(icmp)).frame());
+    frames.push([&[0xff; 12][..], &[8, 6], &[0; 46]].concat());
+    let desk = Desk::new();
+    let found = desk.json(&frames);
+    let told: Vec<(&str, &str, &str)> = found
+        .iter()
+        .map(|line| {
+            let text = |field: &str| line[field].as_str().expect("text");
+            (text("flow"), text("reason"), text("verdict"))
+        })
+        .collect();
+    assert_eq!(
+        told[1..],
+        [
+            ("203.0.113.7:4002 -> 198.51.100.99:443/tcp", "not_ours", "pass"),
+            ("203.0.113.7:4003 -> 192.0.2.10:8080/tcp", "no_service", "pass"),
+            ("203.0.113.7 -> 198.51.100.99/icmp", "icmp_other", "pass"),
+            ("not IP", "not_ip", "pass"),
+        ]
+    );
+    let text = desk.text(&frames);
+    assert!(text.starts_with("203.0.113.7:4001 -> 192.0.2.10:443/tcp\n  service    web\n"), "{text}");
+    assert!(text.contains("  secure     TLS, offers 1.2, whole hello\n"), "{text}");
+    assert!(text.contains(": bound_miss\n             First data with an unknown identifier"), "{text}");
+    assert!(text.contains("  packets    1 syn_answered, 3 cookie_ack, 4 bound_miss, 2 replayed\n"), "{text}");
+    let last = text.lines().last().expect("a line");
+    assert_eq!(
+        last,
+        "4 more flows go to the kernel (1 backend_other, 1 icmp_other, 2 no_service, 1 not_ip, 3 not_ours)"
+    );
+}
+
+#[test]
+fn without_a_configuration_every_server_is_a_service() {
+    let hello = hello::client_hello(&[4; 32], 0);
+    let mut frames = Vec::new();
+    // One client port, two servers.
+    for server in ["192.0.2.10:443", "192.0.2.11:443"] {
+        frames.extend(Scene::new(client(4001), address(server)).open().says(&hello).frames());
+    }
+    let quic = [&[0xc3, 0, 0, 0, 1, 8][..], &[0xd1; 8], &[4], &[0x5c; 4], &[0; 1190]].concat();
+    let datagram = |src: SocketAddr, dst: SocketAddr, payload: &[u8]| {
+        let udp = Udp { src: src.port(), dst: dst.port(), unchecked: false, payload: payload.to_vec() };
+        Packet::new(src.ip(), dst.ip(), Body::Udp(udp)).frame()
+    };
+    let (near, far) = (address("[2001:db8::7]:50000"), address("[2001:db8::10]:443"));
+    frames.push(datagram(near, far, &quic));
+    frames.push(datagram(far, near, b"answer"));
+    frames.push(datagram(client(5000), address("192.0.2.53:53"), b"question"));
+    let found = Desk::new().alone(&frames);
+    let reasons: Vec<&str> = found.iter().map(|line| line["reason"].as_str().expect("a reason")).collect();
+    assert_eq!(reasons, ["bound_miss", "bound_miss", "bound_l4", "bound_l4"], "{found:#?}");
+    assert!(found.iter().all(|line| line["backend"] == "backend"), "{found:#?}");
+    assert_eq!(found[0]["service"], "192.0.2.10:443/tcp");
+    let quic = &found[2];
+    assert_eq!(quic["flow"], "[2001:db8::7]:50000 -> [2001:db8::10]:443/udp");
+    assert_eq!((&quic["secure"], &quic["complete"]), (&json!(true), &json!(true)));
+    assert_eq!(quic["quic_version"], "00000001");
+    assert_eq!((&quic["dcid"], &quic["scid"]), (&json!("d1".repeat(8)), &json!("5c".repeat(4))));
+    assert_eq!(steps(quic), "9 bound_l4, 10 to_client");
+    assert_eq!(found[3]["secure"], false);
+}
+
+#[test]
+fn bad_files_are_said_and_lies_are_counted() {
+    let desk = Desk::new();
+    let frames = scene(4001).open().says(&hello::client_hello(&[4; 32], 0)).frames();
+    let file = std::fs::read(desk.capture(&frames)).expect("a capture");
+    // Cut in the last packet.
+    let path = desk.path("short.pcap");
+    std::fs::write(&path, &file[..file.len() - 5]).expect("writing a capture");
+    let (out, result) = desk.run(&path, &["--json"]);
+    let error = result.expect_err("cut short");
+    assert_eq!(error.exit(), ctl::Exit::Refused);
+    assert!(error.to_string().contains("short.pcap: after packet 3, at byte"), "{error}");
+    assert_eq!(steps(&lines(&out)[0]), "1 syn_answered, 3 cookie_ack, 2 not_run");
+    for (name, content, says) in [
+        ("text", b"#!/bin/sh\n".to_vec(), "neither pcap nor pcapng"),
+        ("empty", Vec::new(), "neither pcap nor pcapng"),
+        ("head", file[..20].to_vec(), "cut short"),
+        ("radio", capture::pcap(127, &frames), "link type is 127"),
+    ] {
+        let path = desk.path(name);
+        std::fs::write(&path, content).expect("writing a file");
+        let (out, result) = desk.run(&path, &[]);
+        let error = result.expect_err(name).to_string();
+        assert!(error.contains(name) && error.contains(says) && out.is_empty(), "{error}");
+    }
+    let (_, result) = desk.run(&desk.path("nowhere"), &[]);
+    assert!(result.expect_err("no file").to_string().contains("nowhere: No such file"));
+    let (_, result) = desk.run(&desk.capture(&frames), &["--config", "/no/such.toml"]);
+    assert!(result.expect_err("no configuration").to_string().contains("/no/such.toml"));
+
+    // A length that lies, another version of IP, and any changed byte: a reason for every packet.
+    let mut lie = frames[3].clone();
+    lie[14 + 2] = 0x3f;
+    let mut other = frames[3].clone();
+    other[14] = 0x55;
+    let found = desk.json(&[lie, other]);
+    let told = found.iter().map(|line| (&line["flow"], &line["reason"], &line["secure"]));
+    assert_eq!(
+        told.collect::<Vec<_>>(),
+        [
+            (&json!("203.0.113.7 -> 192.0.2.10/tcp without ports"), &json!("reset_client"), &json!(false)),
+            (&json!("not IP"), &json!("bad_ip"), &json!(false)),
+        ]
+    );
+    let mut changed = vec![vec![], vec![0; 13], vec![0; 5000]];
+    for frame in &frames {
+        for at in 12..frame.len() {
+            for value in [0, 0x7f, 0xff] {
+                let mut frame = frame.clone();
+                frame[at] = value;
+                changed.push(frame.clone());
+                changed.push(frame[..at].to_vec());
+            }
+        }
+    }
+    let found = desk.json(&changed);
+    let mut told: Vec<u64> = found
+        .iter()
+        .flat_map(|line| line["packets"].as_array().expect("packets"))
+        .filter_map(|step| step["number"].as_u64())
+        .collect();
+    told.sort_unstable();
+    told.dedup();
+    assert_eq!(told, (1..=changed.len() as u64).collect::<Vec<_>>(), "each packet has a reason");
+}
+
+#[test]
+fn a_real_exchange_with_unfinished_checksums_and_large_segments() {
+    let authority = Authority::new().expect("certificates");
+    let (near, far) = (Netns::new("near").expect("a namespace"), Netns::new("far").expect("a namespace"));
+    cable(&near, "eth0", &far, "eth0").expect("a link");
+    near.ip("addr add 10.9.0.1/24 dev eth0\nlink set eth0 up").expect("an address");
+    far.ip("addr add 10.9.0.2/24 dev eth0\nlink set eth0 up").expect("an address");
+    for end in [&near, &far] {
+        end.execute("ethtool", &["-K", "eth0", "tx", "on", "gso", "on", "tso", "on"]).expect("offload");
+    }
+    let manners = Manners { tickets: true, ..Manners::default() };
+    let _server = Server::start(&far, "s", 443, &authority, manners).expect("a server");
+    let sniffer = near.run(|| Sniffer::new("eth0")).expect("a packet socket");
+    let to = address("10.9.0.2:443");
+    let from: IpAddr = [10, 9, 0, 1].into();
+    for version in Version::BOTH {
+        let user = User::new(&authority, version).expect("a user").with_tickets().with_long_hello(1300);
+        for _ in 0..2 {
+            user.visit(&near, from, to).expect("an answer");
+        }
+    }
+    let frames: Vec<Vec<u8>> = std::iter::from_fn(|| sniffer.frame()).collect();
+    let found: Vec<Value> = Desk::new()
+        .alone(&frames)
+        .into_iter()
+        .filter(|line| line["flow"].as_str().is_some_and(|flow| flow.ends_with("10.9.0.2:443/tcp")))
+        .collect();
+    assert_eq!(found.len(), 4, "{found:#?}");
+    for (number, line) in found.iter().enumerate() {
+        assert_eq!(line["backend"], "backend", "{line:#}");
+        assert_eq!((&line["sni"], &line["complete"]), (&json!(HOST), &json!(true)), "{line:#}");
+        assert_eq!(line["resumed"], number % 2 == 1, "{line:#}");
+        assert!(notes(line).contains("unfinished checksums"), "{line:#}");
+        assert!(notes(line).contains("cut to the MSS"), "{line:#}");
+        let all = steps(line);
+        assert!(all.contains("replayed") && all.contains("to_client") && all.contains("to_backend"), "{all}");
+        for bad in ["bad_", "reset_", "before_first", "not_run", "cut_in"] {
+            assert!(!all.contains(bad), "{all}");
+        }
+    }
+    let versions: Vec<&Value> = found.iter().map(|line| &line["accepted_version"]).collect();
+    let [first, second] = Version::BOTH.map(|version| if version == Version::Tls13 { "1.3" } else { "1.2" });
+    assert_eq!(versions, [first, first, second, second]);
+}
