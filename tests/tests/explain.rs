@@ -9,7 +9,7 @@ use clap::Parser as _;
 use dispatcher_tests::{
     bench::sniff::Sniffer,
     capture::{self, Scene},
-    daemon::Folder,
+    daemon::{Daemon, Folder},
     hello,
     netns::Netns,
     packet::{Body, Icmp, Packet, Udp},
@@ -277,91 +277,108 @@ fn hellos_that_are_not_whole() {
 fn what_a_capture_lacks_is_made() {
     let id = [9; 32];
     let hello = hello::client_hello(&id, 0);
-    let whole = scene(4001).open().says(&hello).answers(&hello::server_hello(&id, false));
-    // From the hello on, and from the answer to it on.
-    let found = Desk::new().json(&whole.frames()[3..]);
-    assert_eq!(steps(&found[0]), "made syn_answered, 1 bound_miss, made replayed, 2 to_client", "{found:#?}");
-    assert_eq!((&found[0]["complete"], &found[0]["sni"]), (&json!(true), &json!(HOST)));
-    assert_eq!(found[0]["learned"][0]["id"], hexed(&id));
-    assert!(notes(&found[0]).contains("no SYN in the capture"));
-    let found = Desk::new().json(&whole.frames()[4..]);
-    assert_eq!((&found[0]["reason"], &found[0]["verdict"]), (&json!("not_run"), &json!("unknown")));
-    // The server's SYN-ACK went another way.
-    let mut frames = whole.frames();
-    frames.remove(1);
+    let whole = |port| scene(port).open().says(&hello).answers(&hello::server_hello(&id, false)).frames();
+    // From the hello on; from the answer to it on; the server's SYN-ACK went another way.
+    let mut one_way = whole(4003);
+    one_way.remove(1);
+    let frames = [&whole(4001)[3..], &whole(4002)[4..], &one_way].concat();
     let found = Desk::new().json(&frames);
+    let [hello, answer, one_way] = &found[..] else { panic!("{found:#?}") };
+    assert_eq!(steps(hello), "made syn_answered, 1 bound_miss, made replayed, 2 to_client", "{hello:#}");
+    assert_eq!((&hello["complete"], &hello["sni"]), (&json!(true), &json!(HOST)));
+    assert_eq!(hello["learned"][0]["id"], hexed(&id));
+    assert!(notes(hello).contains("no SYN in the capture"));
+    assert_eq!((&answer["reason"], &answer["verdict"]), (&json!("not_run"), &json!("unknown")));
+    assert!(notes(answer).contains("was not bound"));
     assert_eq!(
-        steps(&found[0]),
-        "1 syn_answered, 2 cookie_ack, 3 bound_miss, made replayed, 4 to_client",
-        "{found:#?}"
+        steps(one_way),
+        "4 syn_answered, 5 cookie_ack, 6 bound_hit, made replayed, 7 to_client",
+        "{one_way:#}"
     );
 }
 
 #[test]
 fn segments_of_offload_are_cut_and_checksums_finished() {
+    /// Offset of the TCP checksum.
+    const SUM: usize = 14 + 20 + 16;
     // A hello longer than a segment, and 20 kB of data, as captured where they were sent: in one piece,
     // with checksums that the network card would write.
     let hello = hello::client_hello(&[2; 32], 2000);
-    let large =
-        scene(4001).open().says(&hello).answers(&hello::server_hello(&[2; 32], false)).says(&[23; 20_000]);
-    let desk = Desk::new();
-    for wrong in [false, true] {
-        let mut frames = large.frames();
-        for frame in &mut frames {
-            if wrong {
-                frame[14 + 20 + 16] ^= 0x55;
-            }
-        }
-        let found = desk.json(&frames);
-        let line = &found[0];
-        assert_eq!(line["reason"], "bound_miss", "{line:#}");
-        let all = steps(line);
-        assert!(
-            all.starts_with(
-                "1 syn_answered, 3 cookie_ack, 4 acked_part, 4 bound_miss, 2 replayed, 5 to_client, "
-            ),
-            "{all}"
-        );
-        assert_eq!(all.matches("6 to_backend").count(), 14, "20,000 bytes at 1448 a segment: {all}");
-        assert!(notes(line).contains("cut to the MSS"), "{line:#}");
-        assert_eq!(notes(line).contains("unfinished checksums"), wrong, "{line:#}");
-    }
+    let answer = hello::server_hello(&[2; 32], false);
+    let large = |host| {
+        let client = SocketAddr::new([203, 0, 113, host].into(), 4001);
+        Scene::new(client, address(VIP)).open().says(&hello).answers(&answer).says(&[23; 20_000])
+    };
+    let mut frames = large(1).frames();
+    frames.extend(large(2).packets.iter().map(|packet| {
+        let mut frame = packet.frame();
+        frame[SUM] ^= if packet.src == address(VIP).ip() { 0 } else { 0x55 };
+        frame
+    }));
     // One wrong checksum of many is no offload: it is what the program sees.
-    let mut frames = scene(4001).open().says(&hello::client_hello(&[2; 32], 0)).says(b"more").frames();
-    frames[3][14 + 20 + 16] ^= 0x55;
-    let found = desk.json(&frames);
-    assert_eq!((&found[0]["reason"], &found[0]["verdict"]), (&json!("bad_checksum"), &json!("drop")));
+    let short = hello::client_hello(&[2; 32], 0);
+    let client = SocketAddr::new([203, 0, 113, 3].into(), 4001);
+    frames.extend(Scene::new(client, address(VIP)).open().says(&short).frames());
+    let last = frames.last_mut().expect("a frame");
+    last[SUM] ^= 0x55;
+    let found = Desk::new().json(&frames);
+    let [right, wrong, one] = &found[..] else { panic!("{found:#?}") };
+    for (line, from, bound) in [(right, 0, "bound_miss"), (wrong, 6, "bound_hit")] {
+        let [syn, syn_ack, ack, hello, answer, data] = [1, 2, 3, 4, 5, 6].map(|number| from + number);
+        let all = steps(line);
+        let start = format!(
+            "{syn} syn_answered, {ack} cookie_ack, {hello} acked_part, {hello} {bound}, {syn_ack} replayed, {answer} to_client, "
+        );
+        assert!(all.starts_with(&start), "{all}");
+        let pieces = all.matches(&format!("{data} to_backend")).count();
+        assert_eq!(pieces, 14, "20,000 bytes at 1448 a segment: {all}");
+        assert!(notes(line).contains("cut to the MSS"), "{line:#}");
+        assert_eq!(notes(line).contains("unfinished checksums"), from > 0, "{line:#}");
+    }
+    assert_eq!((&one["reason"], &one["verdict"]), (&json!("bad_checksum"), &json!("drop")));
 }
 
 #[test]
 fn both_families_tags_and_other_link_types() {
-    let hello = hello::client_hello(&[3; 32], 0);
+    let hello = hello::client_hello(&[], 0);
     let answer = hello::server_hello(&[3; 32], false);
-    let v6 = Scene::new(address("[2001:db8::7]:4001"), address("[2001:db8::10]:443"));
-    let desk = Desk::new();
+    let mut scenes = Vec::new();
     for tags in [vec![], vec![[0x81, 0, 0, 7]], vec![[0x88, 0xa8, 0, 9], [0x81, 0, 0, 7]]] {
-        for scene in [scene(4001), v6.clone()] {
-            let scene = Scene { tags: tags.clone(), ..scene }.open().says(&hello).answers(&answer);
-            let found = desk.json(&scene.frames());
-            assert_eq!(
-                steps(&found[0]),
-                "1 syn_answered, 3 cookie_ack, 4 bound_miss, 2 replayed, 5 to_client",
-                "{found:#?}"
-            );
-            assert_eq!(found[0]["flow"], format!("{} -> {}/tcp", scene.client, scene.server));
-            if tags.is_empty() {
-                let raw: Vec<Vec<u8>> = scene.packets.iter().map(Packet::ip).collect();
-                let path = desk.path("raw.pcap");
-                std::fs::write(&path, capture::pcap(101, &raw)).expect("writing a capture");
-                let (out, result) = desk.run(&path, &["--json", "--config", &desk.config()]);
-                result.expect("explained");
-                assert_eq!(lines(&out), found);
-            }
+        let port = 4001 + tags.len() as u16;
+        let v6 =
+            Scene::new(SocketAddr::new(address("[2001:db8::7]:1").ip(), port), address("[2001:db8::10]:443"));
+        for scene in [scene(port), v6] {
+            let scene = Scene { tags: tags.clone(), ..scene };
+            scenes.push(scene.open().says(&hello).answers(&answer));
         }
     }
+    let mut frames: Vec<Vec<u8>> = scenes.iter().flat_map(Scene::frames).collect();
     let tags = vec![[0x81, 0, 0, 7]; 3];
-    let found = desk.json(&Scene { tags, ..scene(4001) }.open().frames());
-    assert_eq!((&found[0]["reason"], &found[0]["verdict"]), (&json!("too_many_tags"), &json!("drop")));
+    frames.extend(Scene { tags, ..scene(5000) }.open().frames());
+    let desk = Desk::new();
+    let found = desk.json(&frames);
+    let check = |line: &Value, number: usize, scene: &Scene| {
+        let [syn, syn_ack, ack, hello, answer] = [1, 2, 3, 4, 5].map(|packet| number * 5 + packet);
+        let wanted = format!(
+            "{syn} syn_answered, {ack} cookie_ack, {hello} bound_fresh, {syn_ack} replayed, {answer} to_client"
+        );
+        assert_eq!(steps(line), wanted, "{line:#}");
+        assert_eq!(line["flow"], format!("{} -> {}/tcp", scene.client, scene.server));
+    };
+    for (number, scene) in scenes.iter().enumerate() {
+        check(&found[number], number, scene);
+    }
+    let last = found.last().expect("a line");
+    assert_eq!((&last["reason"], &last["verdict"]), (&json!("too_many_tags"), &json!("drop")));
+    // The same without tags, captured as IP packets.
+    let raw: Vec<Vec<u8>> = scenes[..2].iter().flat_map(|scene| &scene.packets).map(Packet::ip).collect();
+    let path = desk.path("raw.pcap");
+    std::fs::write(&path, capture::pcap(101, &raw)).expect("writing a capture");
+    let (out, result) = desk.run(&path, &["--json", "--config", &desk.config()]);
+    result.expect("explained");
+    for (number, line) in lines(&out).iter().enumerate() {
+        check(line, number, &scenes[number]);
+    }
 }
 
 #[test]
@@ -387,40 +404,44 @@ fn services_of_all_kinds() {
         );
         assert!(notes(&found[0]).contains(note), "{extra}: {found:#?}");
     }
-    // A server that speaks first: lost on passthrough, served by l4.
+}
+
+#[test]
+fn a_server_that_speaks_first_is_lost_on_passthrough_and_served_by_l4() {
     let speaks = |server: &str| {
         Scene::new(client(4001), address(server)).open().answers(b"220 mail\r\n").says(b"EHLO x\r\n")
     };
-    let found = Desk::new().json(&speaks(VIP).frames());
-    assert_eq!(steps(&found[0]), "1 syn_answered, 3 cookie_ack, 5 not_run, 2 not_run, 4 not_run");
-    assert!(notes(&found[0]).contains("mode = \"l4\""), "{found:#?}");
-    let found = Desk::new().json(&speaks("192.0.2.10:25").frames());
-    assert_eq!((&found[0]["reason"], &found[0]["backend"]), (&json!("bound_l4"), &json!("m")), "{found:#?}");
-    assert!(steps(&found[0]).contains("4 to_client"), "{found:#?}");
+    let found = Desk::new().json(&[speaks(VIP).frames(), speaks("192.0.2.10:25").frames()].concat());
+    let [passthrough, l4] = &found[..] else { panic!("{found:#?}") };
+    assert_eq!(steps(passthrough), "1 syn_answered, 3 cookie_ack, 5 not_run, 2 not_run, 4 not_run");
+    assert!(notes(passthrough).contains("mode = \"l4\""), "{passthrough:#}");
+    assert_eq!((&l4["reason"], &l4["backend"]), (&json!("bound_l4"), &json!("m")), "{l4:#}");
+    assert_eq!(steps(l4), "6 bound_l4, 7 control, 8 to_backend, 9 to_client, 10 to_backend");
 }
 
 #[test]
 fn ports_that_are_used_again() {
     let hello = hello::client_hello(&[4; 32], 0);
-    let visit = |isn: u32| {
-        let scene = Scene { isns: [isn, isn ^ 0x5555], ..scene(4001) };
+    let visit = |port, isn: u32| {
+        let scene = Scene { isns: [isn, isn ^ 0x5555], ..scene(port) };
         scene.open().says(&hello).answers(&hello::server_hello(&[4; 32], false))
     };
-    let found = Desk::new().json(&[visit(1000).close().frames(), visit(2000).frames()].concat());
-    let reasons: Vec<&Value> = found.iter().map(|line| &line["reason"]).collect();
-    assert_eq!(reasons, ["bound_miss", "bound_hit"]);
-    // The first connection's end is not in the capture.
-    let found = Desk::new().json(&[visit(1000).frames(), visit(2000).frames()].concat());
-    assert_eq!(found[1]["reason"], "bound_hit", "{found:#?}");
-    assert!(notes(&found[1]).contains("does not end in the capture"));
+    // The end of the second client's first connection is not in the capture.
+    let mut frames = [visit(4001, 1000).close().frames(), visit(4001, 2000).frames()].concat();
+    frames.extend([visit(4002, 1000).frames(), visit(4002, 2000).frames()].concat());
     // A SYN and a hello that are sent again are one connection's.
-    let mut frames = visit(1000).frames();
-    frames.insert(1, frames[0].clone());
-    let again = frames[4].clone();
-    frames.insert(5, again);
+    let mut again = visit(4003, 1000).frames();
+    again.insert(4, again[3].clone());
+    again.insert(1, again[0].clone());
+    frames.extend(again);
     let found = Desk::new().json(&frames);
-    assert_eq!(found.len(), 1, "{found:#?}");
-    assert_eq!(found[0]["reason"], "bound_miss", "{found:#?}");
+    let reasons: Vec<&Value> = found.iter().map(|line| &line["reason"]).collect();
+    assert_eq!(reasons, ["bound_miss", "bound_hit", "bound_hit", "bound_hit", "bound_hit"], "{found:#?}");
+    let told: Vec<bool> =
+        found.iter().map(|line| notes(line).contains("does not end in the capture")).collect();
+    assert_eq!(told, [false, false, false, true, false], "{found:#?}");
+    let all = steps(&found[4]);
+    assert_eq!(all.matches("syn_answered").count(), 2, "{all}");
 }
 
 #[test]
@@ -602,4 +623,34 @@ fn a_real_exchange_with_unfinished_checksums_and_large_segments() {
     let versions: Vec<&Value> = found.iter().map(|line| &line["accepted_version"]).collect();
     let [first, second] = Version::BOTH.map(|version| if version == Version::Tls13 { "1.3" } else { "1.2" });
     assert_eq!(versions, [first, first, second, second]);
+}
+
+#[test]
+fn what_the_daemon_knows_decides_with_live() {
+    let (near, far) = (Netns::new("near").expect("a namespace"), Netns::new("far").expect("a namespace"));
+    cable(&near, "eth0", &far, "eth0").expect("a link");
+    let daemon = Daemon::start_with(&near, &CONFIG.replace("EXTRA", "")).expect("the daemon");
+    let desk = Desk::new();
+    let (file, config) = (desk.path("file.pcap"), desk.config());
+    // Whichever the table would pick for the one, it is not the pinned one for both.
+    let ids = [[6; 32], [7; 32]];
+    let mut frames = Vec::new();
+    for ((id, backend), port) in ids.iter().zip(["a", "b"]).zip(4001..) {
+        let pin = ["sessions", "pin", &hexed(id), "--service", "web", "--backend", backend];
+        daemon.ask::<Value>(&pin).expect("pinned");
+        frames.extend(scene(port).open().says(&hello::client_hello(id, 0)).frames());
+    }
+    capture::write(&file, &frames).expect("writing a capture");
+    let socket = daemon.socket().to_str().expect("a name");
+    let arguments = ["--json", "--config", &config, "--live", "--socket", socket];
+    let (out, result) = desk.run(&file, &arguments);
+    result.expect("explained");
+    let told: Vec<(Value, Value, Value)> = lines(&out)
+        .iter()
+        .map(|line| (line["reason"].clone(), line["backend"].clone(), line["looked_up"]["backends"].clone()))
+        .collect();
+    let wanted = |backend: &str| (json!("bound_hit"), json!(backend), json!([backend]));
+    assert_eq!(told, [wanted("a"), wanted("b")]);
+    let (_, result) = desk.run(&file, &["--config", &config, "--live", "--socket", "/no/such/socket"]);
+    assert_eq!(result.expect_err("no daemon").exit(), ctl::Exit::Unreachable);
 }

@@ -16,6 +16,8 @@ fn command_lines() {
         "dispatcherctl identities --json",
         "dispatcherctl counters --watch",
         "dispatcherctl counters --watch 5 --all",
+        "dispatcherctl explain file.pcap",
+        "dispatcherctl explain file.pcap --json --packets --live --config dispatcher.toml",
     ] {
         parse(line).unwrap_or_else(|error| panic!("{line}: {error}"));
     }
@@ -24,6 +26,8 @@ fn command_lines() {
         "dispatcherctl backend web drain",
         "dispatcherctl sessions pin 00ff --service web",
         "dispatcherctl flows --limit x",
+        "dispatcherctl explain",
+        "dispatcherctl explain file.pcap --live",
     ] {
         assert_eq!(parse(line).expect_err(line).exit_code(), i32::from(Exit::Usage as u8), "{line}");
     }
