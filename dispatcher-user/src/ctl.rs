@@ -85,8 +85,9 @@ enum Command {
     /// not, what its hello offers, which backend it goes to and for what reason. With --json, a line a flow.
     ///
     /// The program answers a client's SYN with a sequence number of its own, so the capture's numbers are
-    /// moved; the captured server's packets are taken as the chosen backend's. Capture on the client's side,
-    /// whole packets, from the first SYN on. The capture is held in memory; time does not pass.
+    /// moved; the captured server's packets are taken as the chosen backend's. Capture at a client or on the
+    /// way to the dispatcher (on the dispatcher tcpdump does not see what the program takes), whole packets,
+    /// from the first SYN on. The capture is held in memory; time does not pass.
     ///
     /// Example:
     ///   tcpdump -i eth0 -s 0 -w file.pcap 'tcp port 443'

@@ -128,8 +128,14 @@ fn pcapng(bytes: &[u8]) -> Result<Capture, String> {
             }
             Block::EnhancedPacket(packet) => take(packet.if_id, packet.origlen, packet.packet_data()),
             Block::SimplePacket(packet) => take(0, packet.origlen, packet.packet_data()),
-            // Statistics, names, secrets, and the blocks of single tools.
-            _ => true,
+            // No packets.
+            Block::NameResolution(_)
+            | Block::InterfaceStatistics(_)
+            | Block::SystemdJournalExport(_)
+            | Block::DecryptionSecrets(_)
+            | Block::ProcessInformation(_)
+            | Block::Custom(_)
+            | Block::Unknown(_) => true,
         };
         if !good {
             return Ok(capture.broken_here(bytes.len() - rest.len()));

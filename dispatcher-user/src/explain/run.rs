@@ -227,15 +227,16 @@ impl<'r> Runner<'r> {
         }
         if !parsed.whole {
             talk.results.push((Some(index), Why::Cut));
-            if parsed.src == *client && !matches!(talk.stage, Stage::Bound(_)) {
+            let first = parsed.src == *client && !matches!(talk.stage, Stage::Bound(_));
+            if first && mode == Mode::Passthrough {
                 talk.stop("the client's first data are cut in the capture: capture with `tcpdump -s 0`");
             }
             return Ok(());
         }
         match (mode, parsed.src == *client) {
             (Mode::L4, true) => self.direct(one),
-            (Mode::Passthrough, true) => self.from_client(one),
-            (_, false) => self.from_server(one),
+            (Mode::Passthrough, true) => self.client_says(one),
+            (_, false) => self.server_says(one),
         }
     }
 
@@ -262,7 +263,7 @@ impl<'r> Runner<'r> {
     }
 
     /// A client's segment to a passthrough service.
-    fn from_client(&mut self, one: One<'_>) -> Result<(), Error> {
+    fn client_says(&mut self, one: One<'_>) -> Result<(), Error> {
         let tcp = &one.parsed.tcp;
         if matches!(self.talks[one.flow].stage, Stage::New) {
             self.end_earlier(&one)?;
@@ -371,6 +372,8 @@ impl<'r> Runner<'r> {
             parsed.seal(&mut frame);
             self.step(one.flow, number, &frame)?;
         }
+        // The ring holds what misses tell the daemon too: it must not fill up.
+        self.learn(one.flow);
         for index in std::mem::take(&mut self.talks[one.flow].held) {
             self.packet(index)?;
         }
@@ -378,7 +381,7 @@ impl<'r> Runner<'r> {
     }
 
     /// A server's packet, as the backend's.
-    fn from_server(&mut self, one: One<'_>) -> Result<(), Error> {
+    fn server_says(&mut self, one: One<'_>) -> Result<(), Error> {
         let flow = &self.flows.flows[one.flow];
         let talk = &mut self.talks[one.flow];
         let ends = match talk.stage {
