@@ -266,6 +266,34 @@ mod tests {
     }
 
     #[test]
+    fn simple_packets_are_as_long_as_the_interface_captures() {
+        for big in [false, true] {
+            let section = [&word(big, 0x1a2b_3c4d)[..], &half(big, 1), &half(big, 0), &[0xff; 8]].concat();
+            let interface = [&half(big, 1)[..], &half(big, 0), &word(big, 62)].concat();
+            let packet =
+                |original: u32, data: &[u8]| block(big, 3, &[&word(big, original)[..], data].concat());
+            let file = [
+                block(big, 0x0a0d_0d0a, &section),
+                block(big, 1, &interface),
+                packet(61, &[7; 61]),
+                packet(1500, &[8; 62]),
+                // Of an interface that nothing describes.
+                block(
+                    big,
+                    6,
+                    &[word(big, 9), word(big, 0), word(big, 0), word(big, 0), word(big, 0)].concat(),
+                ),
+            ]
+            .concat();
+            let capture = parse(&file).expect("a capture");
+            let wanted =
+                [Packet { frame: vec![7; 61], cut: false }, Packet { frame: vec![8; 62], cut: true }];
+            assert_eq!(capture.packets, wanted);
+            assert!(capture.broken.expect("a reason").contains("after packet 2,"));
+        }
+    }
+
+    #[test]
     fn every_prefix_keeps_the_packets_that_are_whole() {
         let packets: [(&[u8], u32); 3] = [(&[7; 60], 60), (&[8; 61], 61), (&[9; 62], 62)];
         for file in [pcap_file(false, 0xa1b2_c3d4, 1, &packets), pcapng_file(true, 1, &packets)] {
