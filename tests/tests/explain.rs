@@ -239,6 +239,28 @@ fn what_is_not_tls_goes_by_the_table() {
 }
 
 #[test]
+fn a_cookie_is_followed_from_the_response_that_sets_it() {
+    let sets = b"HTTP/1.1 200 OK\r\nSet-Cookie: sid=very-secret; Path=/\r\n\r\n";
+    let first = scene(4001).open().says(b"GET /login HTTP/1.1\r\n\r\n").answers(sets);
+    let request = b"GET / HTTP/1.1\r\nHost: x\r\nCookie: a=b; sid=very-secret\r\n\r\n";
+    let second = scene(4002).open().says(request);
+    let desk = Desk::with("affinity = \"http-cookie:sid\"");
+    let frames = [first.frames(), second.frames()].concat();
+    let found = desk.json(&frames);
+    let known = json!({
+        "kind": "http-cookie",
+        "id": hexed(&dispatcher_common::http::cookie_id(b"very-secret")),
+        "backends": [found[0]["backend"]],
+    });
+    assert_eq!(found[0]["learned"], json!([known]));
+    assert_eq!(found[1]["looked_up"], known);
+    assert_eq!((&found[1]["reason"], &found[1]["backend"]), (&json!("bound_hit"), &found[0]["backend"]));
+    assert_eq!((&found[0]["secure"], &found[1]["secure"]), (&json!(false), &json!(true)));
+    assert_eq!(found[1]["cookie"], json!({"len": 20}));
+    assert!(!desk.text(&frames).contains("very-secret"));
+}
+
+#[test]
 fn hellos_that_are_not_whole() {
     let hello = hello::client_hello(&[1; 32], 300);
     // The client says no more.

@@ -84,6 +84,7 @@ impl Machine {
             backends: count(services.iter().map(|one| one.backends.len()).sum()),
             lb_table: u32::try_from(table.max(1)).unwrap_or(u32::MAX),
             sources: config.capacities.sources,
+            cookies: config.capacities.cookies,
             stash_slots: STASH_SLOTS,
         };
         let dataplane = Dataplane::load(object(), &capacities)?;

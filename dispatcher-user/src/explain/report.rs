@@ -8,7 +8,7 @@ use std::{
 
 use dispatcher_common::{
     reason::Kind,
-    session::{KIND_TICKET_NAME, SessionKey},
+    session::{KIND_COOKIE, KIND_TICKET_NAME, SessionKey},
 };
 use serde::Serialize;
 
@@ -97,7 +97,8 @@ impl Line {
         Ok(Self {
             flow: name(&flow.who),
             service: flow.service.and_then(|index| machine.service(index)).map(|one| one.name.clone()),
-            secure: client.secure,
+            // Declared so by a cookie, if it is not TLS.
+            secure: client.secure || talk.identifier.as_ref().is_some_and(|key| key.kind == KIND_COOKIE),
             complete: client.complete,
             tls_version: client.tls_version,
             session_id: hex(client.session_id.as_ref()),
