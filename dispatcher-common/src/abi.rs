@@ -9,6 +9,8 @@ pub const PROGRAM: &str = "dispatcher";
 pub const PROGRAM_FIRST_DATA: &str = "first_data";
 /// Name of the XDP program for the first answers of a backend; `dispatcher` calls it through `STAGES`.
 pub const PROGRAM_ANSWER: &str = "answer";
+/// Name of the XDP program for datagrams of QUIC services; `dispatcher` calls it through `STAGES`.
+pub const PROGRAM_DATAGRAM: &str = "datagram";
 /// Name of the XDP program that runs on frames leaving through a replay map.
 pub const PROGRAM_EMIT: &str = "emit";
 /// Name of the XDP program through which the daemon releases held hellos.
@@ -44,14 +46,16 @@ pub const MAP_BACKEND_STATS: &str = "BACKEND_STATS";
 pub const MAP_EVENTS: &str = "EVENTS";
 /// `RELEASES`: array of [`Release`](crate::event::Release), read by the `release` program.
 pub const MAP_RELEASES: &str = "RELEASES";
-/// `STAGES`: program array; the daemon puts `first_data` and `answer` at their indexes.
+/// `STAGES`: program array; the daemon puts [`STAGE_PROGRAMS`] at their indexes.
 pub const MAP_STAGES: &str = "STAGES";
 /// Index of the `first_data` program in `STAGES`.
 pub const STAGE_FIRST_DATA: u32 = 0;
 /// Index of the `answer` program in `STAGES`.
 pub const STAGE_ANSWER: u32 = 1;
+/// Index of the `datagram` program in `STAGES`.
+pub const STAGE_DATAGRAM: u32 = 2;
 /// The programs of `STAGES`, in order of their indexes.
-pub const STAGE_PROGRAMS: [&str; 2] = [PROGRAM_FIRST_DATA, PROGRAM_ANSWER];
+pub const STAGE_PROGRAMS: [&str; 3] = [PROGRAM_FIRST_DATA, PROGRAM_ANSWER, PROGRAM_DATAGRAM];
 /// Prefix of the replay device maps `REPLAY0` .. `REPLAY7`, one an interface through which backends
 /// are reached. Every one has [`REPLAY_WIDTH`] entries, all the same interface with the `emit` program.
 pub const MAP_REPLAY_PREFIX: &str = "REPLAY";

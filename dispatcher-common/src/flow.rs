@@ -77,7 +77,8 @@ pub struct Flow {
     /// ignore it.
     pub generation: u16,
     /// Toward the client: added to the sequence number. Toward the backend: added to the
-    /// acknowledgment number and the edges of SACK blocks (RFC 2018). Wraps.
+    /// acknowledgment number and the edges of SACK blocks (RFC 2018). Wraps. With [`FLAG_QUIC`]: the
+    /// first four bytes of the connection ID in the flow's last packet.
     pub seq_add: u32,
     /// Toward the client: added to TSval. Toward the backend: added to TSecr (RFC 7323). Wraps.
     pub ts_add: u32,
@@ -95,19 +96,20 @@ pub struct Flow {
     pub vlans: [u32; 2],
     /// Backend index (not endpoint index).
     pub backend: u32,
-    /// Stash slot of a flow that is not established yet.
+    /// Stash slot of a flow that is not established yet. With [`FLAG_QUIC`]: the backend of packets whose
+    /// connection ID nobody knows.
     pub slot: u32,
     /// Entry created, seconds of CLOCK_MONOTONIC.
     pub created: u32,
     /// Index into `FRONTENDS`.
     pub frontend: u16,
     /// SYNs sent to the backend so far. Toward the client, of an established flow: packets in which a
-    /// ticket was looked for, or with [`MARK_HTTP`] where a response's header stands (a state of
-    /// [`http`](crate::http)).
+    /// ticket was looked for; with [`MARK_HTTP`] where a response's header stands (a state of
+    /// [`http`](crate::http)); of QUIC the length of [`Flow::given_cid`], 0 for none.
     pub tries: u8,
     /// `MARK_*`.
     pub marks: u8,
-    /// Unused, zero; keeps an entry of the hash at three whole cache lines.
+    /// The rest of [`Flow::given_cid`], else zero; keeps an entry of the hash at three whole cache lines.
     pub reserved: [u32; 4],
 }
 
@@ -126,6 +128,25 @@ impl Flow {
     #[inline(always)]
     pub const fn set_win_shift(&mut self, shift: i8) {
         self.flags = self.flags & ((1 << SHIFT_BIT) - 1) | (shift as u16) << SHIFT_BIT;
+    }
+
+    /// QUIC, toward the client: the connection ID that the server gave last, zero-filled.
+    #[inline(always)]
+    #[must_use]
+    pub const fn given_cid(&self) -> [u32; 5] {
+        let [b, c, d, e] = self.reserved;
+        [self.seq_add, b, c, d, e]
+    }
+
+    /// Notes the connection ID that the server gave.
+    #[inline(always)]
+    pub const fn set_given_cid(&mut self, len: u8, words: &[u32; 5]) {
+        self.tries = len;
+        self.seq_add = words[0];
+        self.reserved[0] = words[1];
+        self.reserved[1] = words[2];
+        self.reserved[2] = words[3];
+        self.reserved[3] = words[4];
     }
 
     /// New source address.
@@ -186,7 +207,7 @@ impl Flow {
 pub const FLAG_TO_BACKEND: u16 = 1 << 0;
 /// The SYN went to the backend, its SYN-ACK is not here yet.
 pub const FLAG_SYN_SENT: u16 = 1 << 1;
-/// The next packet with payload holds the ServerHello.
+/// The next packet with payload holds the ServerHello; QUIC: the server's connection ID.
 pub const FLAG_LEARN: u16 = 1 << 2;
 /// A FIN was seen in this entry's direction.
 pub const FLAG_FIN: u16 = 1 << 3;
@@ -204,6 +225,9 @@ pub const FLAG_VLAN: u16 = 1 << 8;
 pub const FLAG_L4: u16 = 1 << 9;
 /// The backend did not agree to timestamps: the option toward it becomes NOPs.
 pub const FLAG_NO_TS: u16 = 1 << 10;
+/// UDP toward the backend, where there is no window to shift: packets with another connection ID than the
+/// last leave the fast path.
+pub const FLAG_QUIC: u16 = 1 << SHIFT_BIT;
 /// Any of these sends a packet off the fast path.
 pub const FLAGS_SLOW: u16 =
     FLAG_SYN_SENT | FLAG_LEARN | FLAG_RESYN | FLAG_NO_SACK | FLAG_NO_TS | FLAG_VLAN | FLAG_RST;

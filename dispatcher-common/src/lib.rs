@@ -20,6 +20,7 @@ pub mod globals;
 pub mod http;
 pub mod opaque;
 pub mod proxy;
+pub mod quic;
 pub mod reason;
 pub mod service;
 pub mod session;

@@ -58,7 +58,7 @@ reasons! {
         ToClient = 1 "to_client",
         /// SYN answered with a SYN-ACK that holds a cookie.
         SynAnswered = 2 "syn_answered",
-        /// First data bound by a known session; the SYN went to its backend.
+        /// First data or datagram bound by a known session; the SYN, or the datagram, went to its backend.
         BoundHit = 3 "bound_hit",
         /// First data with an unknown identifier bound by the table.
         BoundMiss = 4 "bound_miss",
@@ -66,7 +66,7 @@ reasons! {
         BoundFresh = 5 "bound_fresh",
         /// First data that is not TLS, bound by the table.
         BoundNonsecure = 6 "bound_nonsecure",
-        /// First packet of a flow of an l4 service.
+        /// First packet of a flow of an l4 service, bound by the table.
         BoundL4 = 7 "bound_l4",
         /// The SYN to the backend was sent again.
         SynRepeated = 8 "syn_repeated",
@@ -169,6 +169,8 @@ reasons! {
         StaleRelease = 84 "stale_release",
         /// The program for the packet's stage could not be called: `STAGES` lacks it.
         NoStage = 85 "no_stage",
+        /// QUIC long header that is cut short, or longer connection IDs than its version has.
+        BadQuic = 86 "bad_quic",
     }
 }
 
