@@ -1,10 +1,10 @@
 //! Packets of known flows that are not plain data: handshake, SYN, FIN, RST, tags, a ServerHello.
 
 use dispatcher_common::{
-    abi::{STAGE_ANSWER, STAGE_FIRST_DATA},
+    abi::{STAGE_ANSWER, STAGE_DATAGRAM, STAGE_FIRST_DATA},
     flow::{
-        FLAG_FIN, FLAG_FIN_PEER, FLAG_L4, FLAG_LEARN, FLAG_RESYN, FLAG_SYN_SENT, FLAG_TO_BACKEND, Flow,
-        MARK_HTTP, is_closed,
+        FLAG_FIN, FLAG_FIN_PEER, FLAG_L4, FLAG_LEARN, FLAG_QUIC, FLAG_RESYN, FLAG_SYN_SENT, FLAG_TO_BACKEND,
+        Flow, MARK_HTTP, is_closed,
     },
     reason::Reason,
     tcp::{ACK, FIN, RST, SYN},
@@ -16,7 +16,7 @@ use crate::{
     http, icmp,
     packet::{Frame, Tcp},
     parse::{Parsed, packet_end},
-    pipeline,
+    pipeline, quic,
     rewrite::{self, leave},
     services,
     verdict::Verdict,
@@ -38,6 +38,11 @@ pub fn handle(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
         refresh(p, flow)?;
     }
     if !p.is_tcp() {
+        // The connection ID of a packet that is not plain may be the usual one.
+        let strange = flow.flags & FLAG_QUIC != 0 && quic::strange(frame.view(), p.l4(), flow) != 0;
+        if strange || flow.flags & FLAG_LEARN != 0 {
+            return pipeline::stage(STAGE_DATAGRAM);
+        }
         return forward(frame, p, flow, rewrite::direction(flow));
     }
     let tcp = frame.view().ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;

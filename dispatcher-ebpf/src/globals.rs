@@ -10,6 +10,7 @@ use dispatcher_common::{
     globals::Globals,
     http::Reader,
     opaque::opaque,
+    quic::Head,
     reason::Reason,
     session::{Session, SessionKey, TICKET_HEAD},
     tcp::{OptionBytes, Options},
@@ -69,6 +70,8 @@ pub struct Scratch {
     pub ticket_len: u32,
     /// How far the reading of a header came.
     pub reader: Reader,
+    /// The first header of a QUIC datagram, which `payload` begins with.
+    pub quic: Head,
     /// Something that the verifier does not know.
     pub salt: u64,
 }

@@ -23,6 +23,7 @@ mod options;
 mod packet;
 mod parse;
 mod pipeline;
+mod quic;
 mod release;
 mod reply;
 mod rewrite;
@@ -76,6 +77,12 @@ fn first_data(ctx: XdpContext) -> u32 {
 #[xdp]
 fn answer(ctx: XdpContext) -> u32 {
     finish(pipeline::answer(&Frame::new(&ctx)))
+}
+
+/// A datagram of a QUIC service that may tell a connection ID; called by `dispatcher`.
+#[xdp]
+fn datagram(ctx: XdpContext) -> u32 {
+    finish(pipeline::datagram(&Frame::new(&ctx)))
 }
 
 /// Frames that the daemon makes to release held hellos.

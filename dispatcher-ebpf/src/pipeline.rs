@@ -7,8 +7,8 @@
 //! ```
 
 use dispatcher_common::{
-    abi::STAGE_FIRST_DATA,
-    flow::{FLAG_TO_BACKEND, FLAGS_SLOW, Flow},
+    abi::{STAGE_DATAGRAM, STAGE_FIRST_DATA},
+    flow::{FLAG_QUIC, FLAG_TO_BACKEND, FLAGS_SLOW, Flow},
     globals::Globals,
     reason::Reason,
     service::MODE_L4,
@@ -22,7 +22,7 @@ use crate::{
     icmp, l4,
     packet::{Frame, Ipv4, Ipv6, Tcp, View},
     parse::{self, ICMP, ICMP6, Layout, Parsed, Plain, TCP, UDP},
-    reply, rewrite, services, stash, syn,
+    quic, reply, rewrite, services, stash, syn,
     verdict::Verdict,
 };
 
@@ -96,6 +96,8 @@ fn plain<const V4: bool>(frame: &Frame, view: View, globals: &Globals, p: &mut P
         let Some(tcp) = view.ptr::<Tcp>(layout.l4()) else { return Reason::BadTransport.into() };
         // SAFETY: `ptr` checked the bounds.
         slow |= unsafe { ((*tcp).flags & (SYN | FIN | RST | ACK)) ^ ACK } as u32;
+    } else if flow.flags & FLAG_QUIC != 0 {
+        slow |= quic::strange(view, layout.l4(), flow);
     }
     if slow != 0 || hops(view, layout) <= 1 {
         return Step::Known(flow);
@@ -179,7 +181,7 @@ pub fn new_connection(frame: &Frame, p: &Parsed, globals: &Globals) -> Verdict {
         return icmp::time_exceeded(frame, p, &p.key.dst);
     }
     if frontend.mode == MODE_L4 {
-        return stage(STAGE_FIRST_DATA);
+        return stage(if quic::serves(frontend) { STAGE_DATAGRAM } else { STAGE_FIRST_DATA });
     }
     let tcp = view.ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
     // SAFETY: `ptr` checked the bounds.
@@ -251,6 +253,22 @@ pub fn first_data(frame: &Frame) -> Verdict {
         return Verdict(Reason::ResetNoBackend);
     }
     verdict
+}
+
+/// The stage of datagrams that may tell a connection ID.
+#[inline(always)]
+pub fn datagram(frame: &Frame) -> Verdict {
+    let p = parse_again(frame)?;
+    quic::read(frame, p)?;
+    if let Some(flow) = flows::get(&p.key)
+        && flow.flags & FLAG_TO_BACKEND == 0
+    {
+        return quic::answer(frame, p, flow);
+    }
+    let Some((index, frontend)) = services::frontend_of(globals()?, &p.key) else {
+        return Verdict(Reason::NoService);
+    };
+    quic::bind(frame, p, index, frontend)
 }
 
 /// The stage of a backend's first packets.

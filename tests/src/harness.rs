@@ -15,7 +15,7 @@ use dispatcher_common::{
         BACKEND_UP, Backend, FRONTEND_MISS_DAEMON, FRONTEND_PROXY_V2, FRONTEND_SOURCE_DISPATCHER, Frontend,
         MODE_L4, MODE_PASSTHROUGH, VipKey, endpoint_index, stable_id,
     },
-    session::{KIND_TICKET_NAME, KIND_TLS_SESSION_ID, Session, SessionKey},
+    session::{KIND_QUIC_CID, KIND_TICKET_NAME, KIND_TLS_SESSION_ID, Session, SessionKey},
 };
 use dispatcher_user::dataplane::{Capacities, Dataplane, monotonic_ns, object};
 
@@ -87,14 +87,26 @@ pub enum Service {
     Empty = 447,
     /// `l4`, TCP and UDP.
     L4 = 80,
+    /// `l4`, UDP, `affinity = "quic-cid"`.
+    Quic = 4433,
 }
 
 impl Service {
-    const ALL: [Self; 6] = [Self::Plain, Self::Pool, Self::Proxy, Self::Held, Self::Empty, Self::L4];
+    const ALL: [Self; 7] =
+        [Self::Plain, Self::Pool, Self::Proxy, Self::Held, Self::Empty, Self::L4, Self::Quic];
+
+    /// The IP protocol numbers of its frontends.
+    fn protocols(self) -> &'static [u8] {
+        match self {
+            Self::Plain | Self::Pool | Self::Proxy | Self::Held | Self::Empty => &[6],
+            Self::L4 => &[6, 17],
+            Self::Quic => &[17],
+        }
+    }
 
     fn flags(self) -> u32 {
         match self {
-            Self::Plain | Self::Empty | Self::L4 => 0,
+            Self::Plain | Self::Empty | Self::L4 | Self::Quic => 0,
             Self::Pool => FRONTEND_SOURCE_DISPATCHER,
             Self::Proxy => FRONTEND_SOURCE_DISPATCHER | FRONTEND_PROXY_V2,
             Self::Held => FRONTEND_MISS_DAEMON,
@@ -218,7 +230,7 @@ impl Machine {
 
     /// Changes the frontend of a service.
     pub fn change(&self, service: Service, family: Family, change: impl FnOnce(&mut Frontend)) -> Result<()> {
-        let key = VipKey::new(service.at(family).ip(), service as u16, 6);
+        let key = VipKey::new(service.at(family).ip(), service as u16, service.protocols()[0]);
         let index = self.dataplane.vips().get(&key)?.context("no such frontend")?;
         let mut frontend = self.dataplane.frontends().get(index)?;
         change(&mut frontend);
@@ -310,13 +322,12 @@ impl Machine {
         let mut index = 0;
         for service in Service::ALL {
             for family in Family::BOTH {
-                let protocols: &[u8] = if service == Service::L4 { &[6, 17] } else { &[6] };
-                for &protocol in protocols {
+                for &protocol in service.protocols() {
                     let frontend = Frontend {
                         addr: family.vip().into(),
                         port: (service as u16).to_be(),
                         proto: protocol,
-                        mode: if service == Service::L4 { MODE_L4 } else { MODE_PASSTHROUGH },
+                        mode: if service.protocols().contains(&17) { MODE_L4 } else { MODE_PASSTHROUGH },
                         service: service.id(),
                         flags: service.flags(),
                         table_base: 0,
@@ -330,7 +341,11 @@ impl Machine {
                         session_ttl: 300,
                         provisional_ttl: 10,
                         ticket_formats: 1,
-                        affinity: [KIND_TICKET_NAME, KIND_TLS_SESSION_ID, 0, 0],
+                        affinity: if service == Service::Quic {
+                            [KIND_QUIC_CID, 0, 0, 0]
+                        } else {
+                            [KIND_TICKET_NAME, KIND_TLS_SESSION_ID, 0, 0]
+                        },
                         ..Frontend::default()
                     };
                     d.frontends().set(index, frontend)?;
