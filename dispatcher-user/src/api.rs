@@ -153,7 +153,8 @@ pub struct Session {
     /// The identifier, hexadecimal.
     pub id: String,
     /// `tls-session-id`, `tls-ticket-key` (the name of the key that sealed a ticket), `tls-ticket` (the
-    /// start of a ticket), `http-cookie` (a hash of its value) or `client-address`.
+    /// start of a ticket), `http-cookie` (a hash of its value), `client-address`, `quic-cid` or
+    /// `quic-server-id` (the configuration ID in one byte, then the server ID).
     pub kind: String,
     /// Service.
     pub service: String,

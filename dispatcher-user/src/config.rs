@@ -11,14 +11,16 @@ use std::{
 
 use dispatcher_common::{
     http,
+    quic::{SERVER_ID_MAX, UNROUTABLE},
     service::stable_id,
-    session::{KIND_CLIENT, KIND_COOKIE, KIND_TICKET_NAME, KIND_TLS_SESSION_ID},
+    session::{KIND_CLIENT, KIND_COOKIE, KIND_QUIC_CID, KIND_TICKET_NAME, KIND_TLS_SESSION_ID},
 };
 use rustls::pki_types::ServerName;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::{
+    api,
     balancer::Balance,
     dataplane::{AttachMode, Capacities},
 };
@@ -129,6 +131,8 @@ pub struct Service {
     pub affinity: Vec<Affinity>,
     /// How key names of session tickets are found out; `None` where nobody asks for them.
     pub tickets: Option<Tickets>,
+    /// Length of the server ID in QUIC connection IDs of configuration n, 0 where there is none.
+    pub quic_lb: [u8; 8],
     /// The backends.
     pub backends: Vec<Backend>,
 }
@@ -139,7 +143,9 @@ impl Service {
     pub fn cookie(&self) -> Option<&str> {
         self.affinity.iter().find_map(|one| match one {
             Affinity::HttpCookie(name) => Some(name.as_str()),
-            Affinity::TlsTicket | Affinity::TlsSessionId | Affinity::ClientAddress => None,
+            Affinity::TlsTicket | Affinity::TlsSessionId | Affinity::ClientAddress | Affinity::QuicCid => {
+                None
+            }
         })
     }
 }
@@ -155,6 +161,8 @@ pub enum Affinity {
     HttpCookie(String),
     /// Client address.
     ClientAddress,
+    /// QUIC connection ID.
+    QuicCid,
 }
 
 impl Affinity {
@@ -166,6 +174,7 @@ impl Affinity {
             Self::TlsSessionId => KIND_TLS_SESSION_ID,
             Self::HttpCookie(_) => KIND_COOKIE,
             Self::ClientAddress => KIND_CLIENT,
+            Self::QuicCid => KIND_QUIC_CID,
         }
     }
 }
@@ -194,6 +203,8 @@ pub struct Backend {
     pub weight: u32,
     /// What the operator wants of it.
     pub state: AdminState,
+    /// Its server IDs in QUIC connection IDs, each for the configurations with IDs of that length.
+    pub quic_server_ids: Vec<Vec<u8>>,
 }
 
 impl Backend {
@@ -497,7 +508,7 @@ impl Text<'_> {
         }
         let backends = raw.backend.iter().map(|backend| self.backend(&name, backend));
         let backends = backends.collect::<Result<Vec<_>, _>>()?;
-        let affinity = self.affinity(raw, mode)?;
+        let affinity = self.affinity(raw, mode, protocol)?;
         let number = |value: &raw::Number, key: &str, default: u32, range: RangeInclusive<i64>| match value {
             Some(value) => self.number(value, key, range),
             None => Ok(default),
@@ -519,6 +530,7 @@ impl Text<'_> {
             timestamps: raw.timestamps.unwrap_or(true),
             sack: raw.sack.unwrap_or(true),
             tickets: self.tickets(raw, mode, &affinity)?,
+            quic_lb: self.quic_lb(raw, &affinity, &backends)?,
             affinity,
             backends,
             name,
@@ -527,14 +539,14 @@ impl Text<'_> {
         Ok(service)
     }
 
-    fn affinity(&self, raw: &raw::Service, mode: Mode) -> Result<Vec<Affinity>, Error> {
+    fn affinity(&self, raw: &raw::Service, mode: Mode, protocol: Protocol) -> Result<Vec<Affinity>, Error> {
         let Some(list) = &raw.affinity else {
             return Ok(match mode {
                 Mode::Passthrough => vec![Affinity::TlsTicket, Affinity::TlsSessionId],
                 Mode::L4 => Vec::new(),
             });
         };
-        if mode == Mode::L4 {
+        if mode == Mode::L4 && protocol == Protocol::Tcp {
             let problem =
                 "goes with mode = \"passthrough\" only: an l4 service reads no identifier; remove it";
             return Err(self.error(list.span(), "service.affinity", problem));
@@ -544,12 +556,20 @@ impl Text<'_> {
             let span = self.element(list, text);
             let one =
                 affinity(text).map_err(|problem| self.error(span.clone(), "service.affinity", problem))?;
+            if (one == Affinity::QuicCid) != (protocol == Protocol::Udp) {
+                let problem = format!(
+                    "\"{text}\" does not go with protocol = \"{}\": \"quic-cid\" is for \"udp\", and the only one there; remove it",
+                    if protocol == Protocol::Udp { "udp" } else { "tcp" }
+                );
+                return Err(self.error(span, "service.affinity", problem));
+            }
             if found.iter().any(|other: &Affinity| other.kind() == one.kind()) {
                 let problem = match one {
                     Affinity::HttpCookie(_) => format!("\"{text}\" is a second cookie; a service has one"),
-                    Affinity::TlsTicket | Affinity::TlsSessionId | Affinity::ClientAddress => {
-                        format!("\"{text}\" is given twice; remove one")
-                    }
+                    Affinity::TlsTicket
+                    | Affinity::TlsSessionId
+                    | Affinity::ClientAddress
+                    | Affinity::QuicCid => format!("\"{text}\" is given twice; remove one"),
                 };
                 return Err(self.error(span, "service.affinity", problem));
             }
@@ -592,6 +612,66 @@ impl Text<'_> {
             }
         }
         Ok(tickets.discovery.unwrap_or(true).then_some(Tickets { server_names, interval }))
+    }
+
+    /// Configurations of connection IDs that name their server, and whether backends have IDs for them.
+    fn quic_lb(
+        &self,
+        raw: &raw::Service,
+        affinity: &[Affinity],
+        backends: &[Backend],
+    ) -> Result<[u8; 8], Error> {
+        let mut lengths = [0_u8; 8];
+        for one in &raw.quic_lb {
+            if !affinity.contains(&Affinity::QuicCid) {
+                let problem = "there is a [[service.quic_lb]] table, but affinity does not have \"quic-cid\"; add that, or remove the table";
+                return Err(self.error(one.config_id.span(), "service.quic_lb", problem));
+            }
+            let highest = i64::from(UNROUTABLE) - 1;
+            let config = self.number(&one.config_id, "service.quic_lb.config_id", 0..=highest)?;
+            let key = "service.quic_lb.server_id_length";
+            let length = self.number(&one.server_id_length, key, 1..=SERVER_ID_MAX as i64)?;
+            let place = lengths.get_mut(config as usize).filter(|place| **place == 0);
+            *place.ok_or_else(|| {
+                let problem = format!("configuration {config} is given twice; remove one");
+                self.error(one.config_id.span(), "service.quic_lb.config_id", problem)
+            })? = length as u8;
+        }
+        let mut owners: BTreeMap<&[u8], &str> = BTreeMap::new();
+        for (raw, backend) in raw.backend.iter().zip(backends) {
+            let Some(list) = &raw.quic_server_id else { continue };
+            for (text, id) in list.get_ref().as_slice().iter().zip(&backend.quic_server_ids) {
+                let refused = |problem| {
+                    Err(self.error(self.element(list, text), "service.backend.quic_server_id", problem))
+                };
+                if !lengths.contains(&(id.len() as u8)) {
+                    return refused(format!(
+                        "\"{text}\" has {0} bytes, but no [[service.quic_lb]] has server_id_length = {0}; add one, or correct the ID",
+                        id.len()
+                    ));
+                }
+                if let Some(other) = owners.insert(id, &backend.name) {
+                    return refused(format!(
+                        "\"{text}\" is the ID of backend {other} already; give each backend its own"
+                    ));
+                }
+            }
+        }
+        for one in &raw.quic_lb {
+            let length = *one.server_id_length.get_ref();
+            if !owners.keys().any(|id| id.len() as i64 == length) {
+                let problem = format!(
+                    "no backend has an ID of {length} bytes; give each its quic_server_id, such as \"{}\"",
+                    "0a".repeat(length as usize)
+                );
+                return Err(self.error(
+                    one.server_id_length.span(),
+                    "service.quic_lb.server_id_length",
+                    problem,
+                ));
+            }
+        }
+        Ok(lengths)
     }
 
     fn check_backends(&self, raw: &raw::Service, service: &Service) -> Result<(), Error> {
@@ -722,7 +802,20 @@ impl Text<'_> {
         };
         let state = self.choice(raw.state.as_ref(), "service.backend.state", &STATES)?;
         let id = backend_id(service, &name);
-        Ok(Backend { name, id, v4, v6, weight, state: state.unwrap_or(AdminState::Enabled) })
+        let mut quic_server_ids = Vec::new();
+        if let Some(list) = &raw.quic_server_id {
+            for text in list.get_ref().as_slice() {
+                let id = api::from_hex(text).filter(|id| (1..=SERVER_ID_MAX).contains(&id.len()));
+                quic_server_ids.push(id.ok_or_else(|| {
+                    let problem = format!(
+                        "\"{text}\" is no server ID; write 1 to {SERVER_ID_MAX} bytes in hexadecimal, such as \"0a0b0c\""
+                    );
+                    self.error(self.element(list, text), "service.backend.quic_server_id", problem)
+                })?);
+            }
+        }
+        let state = state.unwrap_or(AdminState::Enabled);
+        Ok(Backend { name, id, v4, v6, weight, state, quic_server_ids })
     }
 
     fn address(&self, text: &str, span: Span, key: &str) -> Result<SocketAddr, Error> {
@@ -942,6 +1035,7 @@ fn affinity(text: &str) -> Result<Affinity, String> {
         ("tls-ticket", _) => Affinity::TlsTicket,
         ("tls-session-id", _) => Affinity::TlsSessionId,
         ("client-address", _) => Affinity::ClientAddress,
+        ("quic-cid", _) => Affinity::QuicCid,
         (_, Some(name)) if http::is_cookie_name(name) => Affinity::HttpCookie(name.to_owned()),
         ("http-cookie", None) | (_, Some(_)) => {
             return Err(format!(
@@ -951,7 +1045,7 @@ fn affinity(text: &str) -> Result<Affinity, String> {
         }
         _ => {
             return Err(format!(
-                "\"{text}\" is unknown; use \"tls-ticket\" or \"tls-session-id\" or \"http-cookie:NAME\" or \"client-address\""
+                "\"{text}\" is unknown; use \"tls-ticket\" or \"tls-session-id\" or \"http-cookie:NAME\" or \"client-address\" or \"quic-cid\""
             ));
         }
     })

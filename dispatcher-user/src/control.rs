@@ -31,8 +31,9 @@ use dispatcher_common::{
     reason::Kind,
     service::{BackendStats, FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_NO_WSCALE},
     session::{
-        KIND_CLIENT, KIND_COOKIE, KIND_TICKET, KIND_TICKET_NAME, KIND_TLS_SESSION_ID, STATE_CONFIRMED,
-        STATE_DISCOVERED, STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey,
+        KIND_CLIENT, KIND_COOKIE, KIND_QUIC_CID, KIND_QUIC_SERVER, KIND_TICKET, KIND_TICKET_NAME,
+        KIND_TLS_SESSION_ID, STATE_CONFIRMED, STATE_DISCOVERED, STATE_PINNED, STATE_PROVISIONAL, Session,
+        SessionKey,
     },
 };
 use serde::Deserialize;
@@ -479,12 +480,14 @@ struct OneQuery {
 }
 
 /// Kinds of identifiers, as the API calls them.
-pub(crate) const KINDS: [(u8, &str); 5] = [
+pub(crate) const KINDS: [(u8, &str); 7] = [
     (KIND_TLS_SESSION_ID, "tls-session-id"),
     (KIND_TICKET_NAME, "tls-ticket-key"),
     (KIND_TICKET, "tls-ticket"),
     (KIND_COOKIE, "http-cookie"),
     (KIND_CLIENT, "client-address"),
+    (KIND_QUIC_CID, "quic-cid"),
+    (KIND_QUIC_SERVER, "quic-server-id"),
 ];
 
 /// Every kind.
@@ -544,7 +547,7 @@ async fn pin(
         if service.mode == config::Mode::L4 {
             let name = &service.name;
             return Err(bad(format!(
-                "service {name} is in l4 mode and reads no identifiers: a pin would do nothing"
+                "service {name} is in l4 mode, where no TLS session ID is read: a pin would do nothing"
             )));
         }
         let now = monotonic_seconds();

@@ -315,7 +315,8 @@ async fn sweep(shared: Arc<Shared>) -> (&'static str, String) {
         tokio::time::sleep(SWEEP).await;
         let shared = Arc::clone(&shared);
         let swept = tokio::task::spawn_blocking(move || {
-            events::sweep(&shared.dataplane).map(|sessions| shared.counts.swept(sessions))
+            events::sweep(&shared.dataplane).map(|sessions| shared.counts.swept(sessions))?;
+            shared.state().actual.keep_server_ids(&shared.dataplane)
         });
         match swept.await {
             Ok(Ok(())) => {}

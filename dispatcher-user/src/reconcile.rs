@@ -20,13 +20,13 @@ use dispatcher_common::{
         FRONTEND_NO_TS, FRONTEND_NO_WSCALE, FRONTEND_PROXY_V2, FRONTEND_SOURCE_DISPATCHER, Frontend, MODE_L4,
         MODE_PASSTHROUGH, VipKey, endpoint_index,
     },
-    session::{TICKET_NAMED, TICKET_UNKNOWN},
+    session::{KIND_QUIC_SERVER, STATE_PINNED, Session, SessionKey, TICKET_NAMED, TICKET_UNKNOWN},
 };
 
 use crate::{
     balancer::{Balance, Candidate},
     config::{AdminState, Backend, Config, Miss, Mode, Service, Source},
-    dataplane::{Dataplane, Error},
+    dataplane::{Dataplane, Error, monotonic_seconds},
 };
 
 /// Set by the data path when a backend refuses an option; kept when a frontend is written.
@@ -112,7 +112,11 @@ pub struct Actual {
     cookies: Vec<String>,
     sources: Vec<IpAddr>,
     filter: BTreeSet<IpAddr>,
+    server_ids: BTreeMap<ServerId, u32>,
 }
+
+/// Service id; configuration ID and server ID as in a QUIC connection ID.
+pub type ServerId = (u32, Vec<u8>);
 
 #[derive(Clone, Debug, Default, PartialEq)]
 struct BackendSlot {
@@ -175,6 +179,18 @@ pub enum Change {
         /// Backend index.
         index: u32,
     },
+    /// QUIC connection IDs that name a server lead to its backend.
+    ServerId {
+        /// Whose.
+        id: ServerId,
+        /// Backend id.
+        backend: u32,
+    },
+    /// A server ID goes.
+    RemoveServerId {
+        /// Which.
+        id: ServerId,
+    },
     /// Links have changed: flows must read them again.
     Generation,
     /// The addresses that are ours.
@@ -234,8 +250,12 @@ pub fn diff(desired: &Desired<'_>, actual: &Actual) -> Vec<Change> {
     let lowered = plan.backends();
     plan.filter();
     plan.cookies();
+    let gone = plan.server_ids();
     plan.frontends(&sources);
     plan.remove_vips();
+    for change in gone {
+        plan.push(change);
+    }
     for change in lowered {
         plan.push(change);
     }
@@ -393,6 +413,30 @@ impl<'c> Plan<'_, 'c> {
         }
     }
 
+    /// Writes the server IDs; returns those that go, for when no frontend reads them any more.
+    fn server_ids(&mut self) -> Vec<Change> {
+        let mut wanted: BTreeMap<ServerId, u32> = BTreeMap::new();
+        for service in &self.config().services {
+            for (config, length) in (0_u8..).zip(service.quic_lb) {
+                let ids = service.backends.iter().flat_map(|backend| {
+                    let ids = backend.quic_server_ids.iter();
+                    ids.filter(|id| id.len() == usize::from(length)).map(|id| (id, backend.id))
+                });
+                wanted.extend(ids.map(|(id, backend)| {
+                    ((service.id, std::iter::once(config).chain(id.iter().copied()).collect()), backend)
+                }));
+            }
+        }
+        let gone = self.next.server_ids.keys().filter(|id| !wanted.contains_key(*id));
+        let gone = gone.map(|id| Change::RemoveServerId { id: id.clone() }).collect();
+        for (id, backend) in wanted {
+            if self.next.server_ids.get(&id) != Some(&backend) {
+                self.push(Change::ServerId { id, backend });
+            }
+        }
+        gone
+    }
+
     fn frontends(&mut self, sources: &BTreeMap<(u32, bool), (u32, u32)>) {
         for service in &self.config().services {
             let balancer = service.balance.balancer();
@@ -509,6 +553,7 @@ fn rendered(service: &Service, (address, proto): Vip, (source_base, source_len):
         mss: service.mss,
         session_ttl: service.session_ttl,
         provisional_ttl: service.provisional_ttl,
+        quic_lb: service.quic_lb,
         affinity: std::array::from_fn(|i| service.affinity.get(i).map_or(0, |one| one.kind())),
         ..Frontend::default()
     }
@@ -650,6 +695,16 @@ impl Actual {
         Ok(())
     }
 
+    /// Writes server IDs once more that the table lost: it makes room by forgetting what is not used.
+    pub fn keep_server_ids(&self, dataplane: &Dataplane) -> Result<(), Error> {
+        for (id, backend) in &self.server_ids {
+            if let Some((key, session)) = server_id_entry(id, *backend) {
+                dataplane.sessions().insert_new(key, session)?;
+            }
+        }
+        Ok(())
+    }
+
     fn write(&self, change: &Change, dataplane: &Dataplane) -> Result<(), Error> {
         match change {
             Change::Source { index, address } => dataplane.sources().set(*index, (*address).into()),
@@ -676,9 +731,19 @@ impl Actual {
             Change::Frontend { vip, index, frontend, .. } => {
                 let mut frontend = *frontend;
                 if self.frontends.get(vip).is_some_and(|slot| slot.index == *index) {
-                    frontend.flags |= dataplane.frontends().get(*index)?.flags & LEARNED;
+                    let old = dataplane.frontends().get(*index)?;
+                    frontend.flags |= old.flags & LEARNED;
+                    frontend.cid_lengths = old.cid_lengths;
                 }
                 dataplane.frontends().set(*index, frontend)
+            }
+            Change::ServerId { id, backend } => {
+                let Some((key, session)) = server_id_entry(id, *backend) else { return Ok(()) };
+                dataplane.sessions().insert(key, session)
+            }
+            Change::RemoveServerId { id } => {
+                let Some((key, _)) = server_id_entry(id, 0) else { return Ok(()) };
+                dataplane.sessions().remove(&key).map(|_| ())
             }
             Change::Publish { vip, index } => dataplane.publish(vip_key(vip), *index),
             Change::RemoveVip { vip } => {
@@ -735,6 +800,12 @@ impl Actual {
             Change::Index { id, index } => {
                 let slot = self.backends.entry(*id).or_default();
                 (slot.index, slot.indexed) = (*index, true);
+            }
+            Change::ServerId { id, backend } => {
+                self.server_ids.insert(id.clone(), *backend);
+            }
+            Change::RemoveServerId { id } => {
+                self.server_ids.remove(id);
             }
             Change::Generation => {}
             Change::Filter { addresses } => self.filter.clone_from(addresses),
@@ -804,6 +875,13 @@ impl Actual {
         }
         start
     }
+}
+
+/// What `SESSIONS` says of a server ID.
+fn server_id_entry((service, id): &ServerId, backend: u32) -> Option<(SessionKey, Session)> {
+    let now = monotonic_seconds();
+    let session = Session { state: STATE_PINNED, created: now, used: now, ..Session::of(backend) };
+    Some((SessionKey::new(*service, KIND_QUIC_SERVER, id)?, session))
 }
 
 /// The key under which the data path finds a VIP.

@@ -81,6 +81,8 @@ pub(super) struct Service {
     pub(super) affinity: Option<Spanned<OneOrMany>>,
     pub(super) tickets: Option<Tickets>,
     #[serde(default)]
+    pub(super) quic_lb: Vec<QuicLb>,
+    #[serde(default)]
     pub(super) backend: Vec<Backend>,
 }
 
@@ -94,9 +96,17 @@ pub(super) struct Tickets {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+pub(super) struct QuicLb {
+    pub(super) config_id: Spanned<i64>,
+    pub(super) server_id_length: Spanned<i64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Backend {
     pub(super) name: Spanned<String>,
     pub(super) address: Spanned<OneOrMany>,
     pub(super) weight: Number,
     pub(super) state: Text,
+    pub(super) quic_server_id: Option<Spanned<OneOrMany>>,
 }

@@ -267,6 +267,85 @@ fn mistakes_name_line_key_and_remedy() {
     }
 }
 
+/// A QUIC service, each change of it, and where and how it is refused.
+#[test]
+fn mistakes_about_connection_ids() {
+    const QUIC: &str = r#"
+interfaces = ["eth0"]
+[[service]]
+name = "quic"
+vip = "192.0.2.10:443"
+protocol = "udp"
+mode = "l4"
+affinity = ["quic-cid"]
+[[service.quic_lb]]
+config_id = 0
+server_id_length = 3
+[[service.quic_lb]]
+config_id = 6
+server_id_length = 15
+[[service.backend]]
+name = "a"
+address = "10.0.0.1:443"
+quic_server_id = ["0a0b0c", "000102030405060708090a0b0c0d0e"]
+[[service.backend]]
+name = "b"
+address = "10.0.0.2:443"
+quic_server_id = "0A0B0D"
+"#;
+    let config = Config::parse(QUIC, &[]).expect("good");
+    let [service] = config.services.as_slice() else { panic!("one service") };
+    assert_eq!(service.affinity, [Affinity::QuicCid]);
+    assert_eq!(service.quic_lb, [3, 0, 0, 0, 0, 0, 15, 0]);
+    assert_eq!(service.backends[1].quic_server_ids, [[10, 11, 13]]);
+    for (from, to, line, key, remedy) in [
+        ("config_id = 0", "config_id = 7", 10, "service.quic_lb.config_id", "use 0 to 6"),
+        ("config_id = 0", "config_id = -1", 10, "service.quic_lb.config_id", "use 0 to 6"),
+        ("config_id = 6", "config_id = 0", 13, "service.quic_lb.config_id", "0 is given twice; remove one"),
+        ("config_id = 0", "", 9, "[[service.quic_lb]]", "missing field `config_id`; add it"),
+        ("config_id = 0", "config_id = 0\nnonce = 4", 11, "nonce", "unknown field"),
+        ("= 15", "= 16", 14, "service.quic_lb.server_id_length", "use 1 to 15"),
+        ("= 15", "= 0", 14, "service.quic_lb.server_id_length", "use 1 to 15"),
+        ("= 15", "= 14", 18, "service.backend.quic_server_id", "has 15 bytes, but no [[service.quic_lb]]"),
+        ("\"0A0B0D\"", "\"0a0b\"", 22, "service.backend.quic_server_id", "has 2 bytes"),
+        ("\"0A0B0D\"", "\"0a0b0c\"", 22, "service.backend.quic_server_id", "backend a already; give each"),
+        ("\"0A0B0D\"", "\"0a0b0\"", 22, "service.backend.quic_server_id", "in hexadecimal"),
+        ("\"0A0B0D\"", "\"\"", 22, "service.backend.quic_server_id", "1 to 15 bytes"),
+        ("\"0A0B0D\"", "\"0x0a0b\"", 22, "service.backend.quic_server_id", "in hexadecimal"),
+        (
+            ", \"000102030405060708090a0b0c0d0e\"",
+            "",
+            14,
+            "service.quic_lb.server_id_length",
+            "no backend has an ID of 15 bytes; give each",
+        ),
+        ("affinity = [\"quic-cid\"]", "", 10, "service.quic_lb", "add that, or remove the table"),
+        ("[\"quic-cid\"]", "\"tls-ticket\"", 8, "service.affinity", "does not go with protocol = \"udp\""),
+        (
+            "[\"quic-cid\"]",
+            "[\"quic-cid\", \"client-address\"]",
+            8,
+            "service.affinity",
+            "\"client-address\" does not go with",
+        ),
+        ("[\"quic-cid\"]", "[\"quic-cid\", \"quic-cid\"]", 8, "service.affinity", "given twice"),
+        ("protocol = \"udp\"", "", 8, "service.affinity", "reads no identifier; remove it"),
+        (
+            "protocol = \"udp\"\nmode = \"l4\"",
+            "protocol = \"tcp\"\n",
+            8,
+            "service.affinity",
+            "\"quic-cid\" is for \"udp\"",
+        ),
+    ] {
+        assert!(QUIC.contains(from), "{from}");
+        let text = QUIC.replacen(from, to, 1);
+        let (at, what, problem) = invalid(&text);
+        assert_eq!((at, what.as_str()), (line, key), "{problem}\n{text}");
+        assert!(problem.contains(remedy), "{key}: {problem:?} lacks {remedy:?}");
+    }
+}
+
 #[test]
 fn zero_weights_everywhere_are_refused() {
     let text = GOOD.replace("weight = 3", "weight = 0").replace("name = \"a\"", "name = \"a\"\nweight = 0");

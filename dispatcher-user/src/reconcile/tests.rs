@@ -14,6 +14,74 @@ name = "b"
 address = "10.0.0.2:443"
 "#;
 
+const QUIC: &str = r#"
+interfaces = ["eth0"]
+[[service]]
+name = "quic"
+vip = "192.0.2.10:443"
+protocol = "udp"
+mode = "l4"
+affinity = "quic-cid"
+[[service.quic_lb]]
+config_id = 1
+server_id_length = 2
+[[service.quic_lb]]
+config_id = 5
+server_id_length = 2
+[[service.backend]]
+name = "a"
+address = "10.0.0.1:443"
+quic_server_id = "0a01"
+[[service.backend]]
+name = "b"
+address = "10.0.0.2:443"
+quic_server_id = ["0b01", "0b02"]
+"#;
+
+#[test]
+fn server_ids_come_before_their_frontend_and_go_after_it() {
+    let mut world = World::new(QUIC);
+    let mut actual = Actual::default();
+    let changes = world.settle(&mut actual);
+    let service = &world.config.services[0];
+    let expected: Vec<Change> = [1, 5]
+        .into_iter()
+        .flat_map(|config| [("a", [10, 1]), ("b", [11, 1]), ("b", [11, 2])].map(|(b, id)| (config, b, id)))
+        .map(|(config, name, [high, low])| Change::ServerId {
+            id: (service.id, vec![config, high, low]),
+            backend: crate::config::backend_id("quic", name),
+        })
+        .collect();
+    let place = |wanted: &dyn Fn(&Change) -> bool| changes.iter().position(wanted).expect("is there");
+    let first = place(&|change| matches!(change, Change::ServerId { .. }));
+    assert_eq!(changes[first..first + 6], expected);
+    assert!(place(&|change| matches!(change, Change::Index { .. })) < first);
+    assert!(first + 6 <= place(&|change| matches!(change, Change::Frontend { .. })));
+    let (_, frontend) = actual.frontend(&(service.vips[0], 17)).expect("written");
+    assert_eq!((frontend.quic_lb, frontend.cid_lengths), ([0, 2, 0, 0, 0, 2, 0, 0], 0));
+    assert!(world.settle(&mut actual).is_empty());
+
+    // An ID moves to the other backend, one goes.
+    world.config.services[0].backends[0].quic_server_ids = vec![vec![11, 1]];
+    world.config.services[0].backends[1].quic_server_ids = vec![vec![11, 2]];
+    world.config.services[0].quic_lb[5] = 0;
+    let a = world.config.services[0].backends[0].id;
+    let changes = world.settle(&mut actual);
+    let id = |bytes: [u8; 3]| (world.config.services[0].id, bytes.to_vec());
+    assert_eq!(changes[0], Change::ServerId { id: id([1, 11, 1]), backend: a });
+    assert!(matches!(changes[1], Change::Frontend { .. }), "{changes:?}");
+    let gone = [[1, 10, 1], [5, 10, 1], [5, 11, 1], [5, 11, 2]];
+    assert_eq!(changes[2..], gone.map(|bytes| Change::RemoveServerId { id: id(bytes) }));
+
+    world.config.services.clear();
+    let changes = world.settle(&mut actual);
+    let vip = changes.iter().position(|change| matches!(change, Change::RemoveVip { .. }));
+    let ids = changes.iter().position(|change| matches!(change, Change::RemoveServerId { .. }));
+    let backend = changes.iter().position(|change| matches!(change, Change::RemoveBackend { .. }));
+    assert!(vip < ids && ids < backend && vip.is_some(), "{changes:?}");
+    assert_eq!(actual.server_ids.len(), 0);
+}
+
 /// The world outside the maps, as a test sets it.
 #[derive(Default)]
 struct World {
@@ -80,6 +148,8 @@ fn kinds(changes: &[Change]) -> Vec<&'static str> {
             Change::Publish { .. } => "publish",
             Change::RemoveVip { .. } => "remove-vip",
             Change::RemoveBackend { .. } => "remove-backend",
+            Change::ServerId { .. } => "server-id",
+            Change::RemoveServerId { .. } => "remove-server-id",
         })
         .collect()
 }
