@@ -40,6 +40,7 @@ pub struct Service {
     backend_port: u16,
     lines: Vec<String>,
     weights: Vec<u32>,
+    each: Vec<String>,
 }
 
 impl Service {
@@ -47,7 +48,14 @@ impl Service {
     /// and so on, on the same port.
     #[must_use]
     pub fn new(name: &str, port: u16) -> Self {
-        Self { name: name.to_owned(), port, backend_port: port, lines: Vec::new(), weights: Vec::new() }
+        Self {
+            name: name.to_owned(),
+            port,
+            backend_port: port,
+            lines: Vec::new(),
+            weights: Vec::new(),
+            each: Vec::new(),
+        }
     }
 
     /// Adds a line, such as `miss = "daemon"`.
@@ -64,6 +72,13 @@ impl Service {
         self
     }
 
+    /// Adds a line to each backend; `{}` in it becomes its number, from 1.
+    #[must_use]
+    pub fn each(mut self, line: &str) -> Self {
+        self.each.push(line.to_owned());
+        self
+    }
+
     /// Lets the backends listen on another port.
     #[must_use]
     pub fn backend_port(mut self, port: u16) -> Self {
@@ -72,7 +87,7 @@ impl Service {
     }
 
     fn toml(&self, places: &[Place]) -> String {
-        let Self { name, port, backend_port, lines, weights } = self;
+        let Self { name, port, backend_port, lines, weights, each } = self;
         let mut text = format!(
             "\n[[service]]\nname = \"{name}\"\nvip = [\"{}:{port}\", \"[{}]:{port}\"]\n{}\n",
             VIP[0],
@@ -86,6 +101,9 @@ impl Service {
                 "\n[[service.backend]]\nname = \"b{}\"\naddress = [\"{v4}:{backend_port}\", \"[{v6}]:{backend_port}\"]\nweight = {weight}\n",
                 i + 1
             );
+            for line in each {
+                text += &format!("{}\n", line.replace("{}", &(i + 1).to_string()));
+            }
         }
         text
     }
