@@ -19,7 +19,9 @@ use aya::{
 };
 use dispatcher_common::{
     abi, cookie,
-    flow::{FLAG_TO_BACKEND, Flow, FlowKey, Link, MARK_SECURE, ports_swapped, ports_word},
+    flow::{
+        FLAG_L4, FLAG_QUIC, FLAG_TO_BACKEND, Flow, FlowKey, Link, MARK_SECURE, ports_swapped, ports_word,
+    },
     reason::Reason,
     service::{BACKEND_UP, Backend, Frontend, MODE_PASSTHROUGH, VipKey, endpoint_index, stable_id},
     session::{KIND_TICKET_NAME, KIND_TLS_SESSION_ID, STATE_CONFIRMED, Session, SessionKey},
@@ -32,7 +34,7 @@ use dispatcher_user::dataplane::{
 use crate::{
     bench::report::{Goal, Report, Row, median},
     hello,
-    packet::{Body, Packet, Tcp, TcpOption, flags},
+    packet::{Body, Packet, Tcp, TcpOption, Udp, flags},
 };
 
 /// The object with the floor programs and wrappers; empty in a build without `cargo xtask build`.
@@ -54,6 +56,10 @@ const EACH_MAX: usize = 1020;
 const HELLO_LEN: usize = 517;
 
 const PORT: u16 = 443;
+/// Of flows that remember a QUIC connection ID.
+const QUIC_PORT: u16 = 4433;
+/// What they remember.
+const CID: [u8; 4] = [1, 2, 3, 4];
 const SERVICE: &str = "bench";
 const BACKENDS: u32 = 3;
 const TABLE: u32 = 1021;
@@ -303,7 +309,27 @@ impl Bench {
             self.floor_both.insert(key(client, vip(true)), record, 0)?;
             self.floor_both.insert(key(backend, client), record, 0)?;
         }
-        self.connect(false, 0)
+        self.connect(false, 0)?;
+        self.connect_udp(PORT, 0)?;
+        self.connect_udp(QUIC_PORT, FLAG_QUIC)
+    }
+
+    /// The entry toward the backend of a flow over UDP.
+    fn connect_udp(&self, port: u16, flag: u16) -> Result<()> {
+        let (client, backend) = (client(true, 0), backend_at(true, 0));
+        let (old, new) = (key(client, SocketAddr::new(vip(true).ip(), port)), key(client, backend));
+        let mut flow = Flow {
+            flags: FLAG_TO_BACKEND | FLAG_L4 | flag,
+            generation: self.dataplane.globals().generation as u16,
+            ports: new.ports,
+            seq_add: u32::from_ne_bytes(CID),
+            created: monotonic_seconds(),
+            ..Flow::default()
+        };
+        flow.set_link(&self.link(0));
+        flow.set_src(&new.src);
+        flow.set_dst(&new.dst);
+        Ok(self.dataplane.flows().insert(FlowKey { proto: 17, ..old }, flow)?)
     }
 
     /// The entries of an established connection, as the data path makes them.
@@ -405,6 +431,15 @@ impl Bench {
         };
         cases.push(v6("to backend", from_client(false, 0, false), Reason::ToBackend));
         cases.push(v6("to client", from_backend(false, 0), Reason::ToClient));
+        for (what, port) in [("UDP", PORT), ("QUIC", QUIC_PORT)] {
+            cases.push(forwarded(
+                format!("established, to backend, {what}, {}", flows(1)),
+                datagram(port),
+                Vec::new(),
+                Reason::ToBackend,
+                1,
+            ));
+        }
         cases.push(forwarded("SYN -> SYN-ACK".to_owned(), syn(), Vec::new(), Reason::SynAnswered, 1));
         cases.push(Case {
             verdict: XDP_PASS,
@@ -777,6 +812,13 @@ fn from_backend(v4: bool, number: u32) -> Packet {
         ..Tcp::default()
     };
     segment(backend_at(v4, number % BACKENDS), client(v4, number), tcp)
+}
+
+/// A short QUIC header with a connection ID, and some bytes.
+fn datagram(port: u16) -> Packet {
+    let (src, payload) = (client(true, 0), [&[0x40], &CID[..], &[7; 35]].concat());
+    let udp = Udp { src: src.port(), dst: port, unchecked: false, payload };
+    Packet::new(src.ip(), vip(true).ip(), Body::Udp(udp))
 }
 
 fn syn() -> Packet {
