@@ -254,7 +254,7 @@ fn usable(scratch: &Scratch, frontend: &Frontend) -> u32 {
     if services::endpoint_up(backend, scratch.packet.is_v4()).is_none() {
         return ANY;
     }
-    sessions::touch(session, frontend, now);
+    sessions::touch(scratch.session_key.kind, session, frontend, now);
     backend
 }
 
