@@ -1,6 +1,7 @@
 //! `dispatcherctl explain` on captures: those of made connections, and one of a real exchange.
 
 use std::{
+    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
 };
@@ -39,6 +40,18 @@ mode = "l4"
 [[service.backend]]
 name = "m"
 address = "10.0.0.3:25"
+[[service]]
+name = "quic"
+vip = "192.0.2.10:8443"
+protocol = "udp"
+mode = "l4"
+affinity = "quic-cid"
+[[service.backend]]
+name = "a"
+address = "10.0.0.1:443"
+[[service.backend]]
+name = "b"
+address = "10.0.0.2:443"
 "#;
 
 fn address(text: &str) -> SocketAddr {
@@ -505,6 +518,42 @@ fn what_is_nobodys_is_summed_up() {
     );
 }
 
+fn datagram(src: SocketAddr, dst: SocketAddr, payload: &[u8]) -> Vec<u8> {
+    let udp = Udp { src: src.port(), dst: dst.port(), unchecked: false, payload: payload.to_vec() };
+    Packet::new(src.ip(), dst.ip(), Body::Udp(udp)).frame()
+}
+
+#[test]
+fn a_quic_connection_is_followed_to_another_port() {
+    let long = |dcid: &[u8], scid: &[u8]| {
+        let (d, s) = ([dcid.len() as u8], [scid.len() as u8]);
+        [&[0xc3, 0, 0, 0, 1], &d[..], dcid, &s, scid, &[0; 1180]].concat()
+    };
+    let short = |dcid: &[u8]| [&[0x43], dcid, &[9; 40]].concat();
+    let (vip, given) = (address("192.0.2.10:8443"), [0x5e; 8]);
+    let mut frames = Vec::new();
+    for port in [5001, 5002, 5003, 5004] {
+        let (near, moved) = (client(port), client(port + 1000));
+        let id = [port as u8; 8];
+        frames.push(datagram(near, vip, &long(&[port as u8; 10], &[1; 4])));
+        frames.push(datagram(vip, near, &long(&[1; 4], &id)));
+        frames.push(datagram(near, vip, &long(&id, &[1; 4])));
+        frames.push(datagram(moved, vip, &short(&id)));
+    }
+    frames.push(datagram(client(7000), vip, &short(&given)));
+    let found = Desk::new().json(&frames);
+    for pair in found[..8].chunks(2) {
+        let [first, moved] = pair else { panic!("{found:#?}") };
+        assert_eq!((&first["reason"], &moved["reason"]), (&json!("bound_l4"), &json!("bound_hit")));
+        assert_eq!(first["backend"], moved["backend"]);
+        assert_eq!(first["learned"][0]["kind"], "quic-cid");
+        assert_eq!(first["learned"][0]["backends"], json!([first["backend"]]));
+    }
+    let backends: BTreeSet<String> = found.iter().map(|line| line["backend"].to_string()).collect();
+    assert_eq!(backends.len(), 2, "all at one server proves nothing: {backends:?}");
+    assert_eq!(found[8]["reason"], "bound_l4", "an ID that no server gave");
+}
+
 #[test]
 fn without_a_configuration_every_server_is_a_service() {
     let hello = hello::client_hello(&[4; 32], 0);
@@ -514,10 +563,6 @@ fn without_a_configuration_every_server_is_a_service() {
         frames.extend(Scene::new(client(4001), address(server)).open().says(&hello).frames());
     }
     let quic = [&[0xc3, 0, 0, 0, 1, 8][..], &[0xd1; 8], &[4], &[0x5c; 4], &[0; 1190]].concat();
-    let datagram = |src: SocketAddr, dst: SocketAddr, payload: &[u8]| {
-        let udp = Udp { src: src.port(), dst: dst.port(), unchecked: false, payload: payload.to_vec() };
-        Packet::new(src.ip(), dst.ip(), Body::Udp(udp)).frame()
-    };
     let (near, far) = (address("[2001:db8::7]:50000"), address("[2001:db8::10]:443"));
     frames.push(datagram(near, far, &quic));
     frames.push(datagram(far, near, b"answer"));

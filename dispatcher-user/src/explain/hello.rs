@@ -1,6 +1,7 @@
 //! What client and server say of themselves in clear: TLS hellos, HTTP's cookie, QUIC's connection IDs.
 
 use dispatcher_common::{
+    quic::{self, Cid, Form},
     session::{ID_MAX, TICKET_FORMATS},
     tls::{self, Scan},
 };
@@ -140,23 +141,14 @@ pub(super) fn of_datagram(bytes: &[u8]) -> Hello {
     Hello { secure, complete: secure, quic, ..Hello::default() }
 }
 
-/// A long header (RFC 8999 section 5.1) of a version in use: what else begins so is no QUIC.
+/// A long header of a version in use: what else begins so is no QUIC.
 fn quic(bytes: &[u8]) -> Option<Quic> {
-    let [first, a, b, c, d, rest @ ..] = bytes else { return None };
-    let version = u32::from_be_bytes([*a, *b, *c, *d]);
-    // IDs are at most 20 bytes long (RFC 9000 section 17.2), and a client's first packet fills 1200
-    // (section 14.1), but the capture may be cut.
-    if first & 0x80 == 0 || version == 0 {
+    let head = quic::head(bytes, bytes.len());
+    let id = |cid: Cid| bytes.get(cid.at as usize..(cid.at + cid.len) as usize).map(<[u8]>::to_vec);
+    if head.form != Form::Long || head.version == 0 {
         return None;
     }
-    let id = |bytes: &[u8]| {
-        let (len, rest) = bytes.split_first()?;
-        let (id, rest) = rest.split_at_checked(usize::from(*len))?;
-        (id.len() <= 20).then(|| (id.to_vec(), rest.to_vec()))
-    };
-    let (dcid, rest) = id(rest)?;
-    let (scid, _) = id(&rest)?;
-    Some(Quic { version, dcid, scid })
+    Some(Quic { version: head.version, dcid: id(head.dcid)?, scid: id(head.scid)? })
 }
 
 /// Reads the start of a server's stream.

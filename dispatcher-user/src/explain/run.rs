@@ -255,9 +255,13 @@ impl<'r> Runner<'r> {
         }
         for frame in self.pieces(&one, one.frame.to_vec()) {
             let (why, _) = self.step(one.flow, Some(one.index), &frame)?;
-            if why == Why::Reason(Reason::BoundL4) {
+            if let Why::Reason(reason) = why
+                && binds(reason)
+            {
                 self.bound(&one)?;
             }
+            // A QUIC client uses the ID that its server gave.
+            self.learn(one.flow);
         }
         Ok(())
     }
