@@ -22,9 +22,10 @@ use dispatcher_common::{
     flow::{
         FLAG_L4, FLAG_QUIC, FLAG_TO_BACKEND, Flow, FlowKey, Link, MARK_SECURE, ports_swapped, ports_word,
     },
+    http,
     reason::Reason,
     service::{BACKEND_UP, Backend, Frontend, MODE_PASSTHROUGH, VipKey, endpoint_index, stable_id},
-    session::{KIND_TICKET_NAME, KIND_TLS_SESSION_ID, STATE_CONFIRMED, Session, SessionKey},
+    session::{KIND_COOKIE, KIND_TICKET_NAME, KIND_TLS_SESSION_ID, STATE_CONFIRMED, Session, SessionKey},
     stash::Slot,
 };
 use dispatcher_user::dataplane::{
@@ -133,10 +134,14 @@ enum Known {
     Id,
     /// The name of the key that sealed its PSK.
     TicketKey,
+    /// It is a request in clear, with a cookie.
+    Cookie,
 }
 
 const HELLO: &str = "ClientHello, session known";
 const HELLO_PSK: &str = "ClientHello with PSK, key known";
+/// Name and value of a cookie.
+const COOKIE: (&str, &str) = ("JSESSIONID", "F1A3C5E7092B4D6F8091A2B3C4D5E6F7");
 /// Name of a ticket key.
 const TICKET_KEY: [u8; 16] = [0x7e; 16];
 
@@ -269,6 +274,9 @@ impl Bench {
                 d.backends().set(endpoint_index(backend, v4), endpoint)?;
             }
         }
+        let mut automaton = [0; http::TABLE];
+        http::automaton(COOKIE.0, &mut automaton);
+        d.cookies().set(0, automaton)?;
         for entry in 0..TABLE {
             d.lb_table().set(entry, entry % BACKENDS)?;
         }
@@ -285,7 +293,8 @@ impl Bench {
                 session_ttl: 300,
                 provisional_ttl: 10,
                 ticket_formats: 1,
-                affinity: [KIND_TICKET_NAME, KIND_TLS_SESSION_ID, 0, 0],
+                affinity: [KIND_TICKET_NAME, KIND_TLS_SESSION_ID, KIND_COOKIE, 0],
+                cookie: 1,
                 ..Frontend::default()
             };
             d.frontends().set(index, frontend)?;
@@ -449,6 +458,7 @@ impl Bench {
             (HELLO, Known::Id, 0x2_0000, Reason::BoundHit),
             ("ClientHello, session not known", Known::Nothing, 0x4_0000, Reason::BoundMiss),
             (HELLO_PSK, Known::TicketKey, 0x6_0000, Reason::BoundHit),
+            ("request of the same length, cookie known", Known::Cookie, 0x8_0000, Reason::BoundHit),
         ] {
             cases.push(Case {
                 name: format!("{name} (each a new connection)"),
@@ -503,6 +513,7 @@ impl Bench {
             match known {
                 Known::Id => self.dataplane.sessions().insert(session_key(number)?, session)?,
                 Known::TicketKey => self.dataplane.sessions().insert(ticket_key()?, session)?,
+                Known::Cookie => self.dataplane.sessions().insert(cookie_key()?, session)?,
                 Known::Nothing => {}
             }
             self.set_frames(&[number], known)?;
@@ -771,6 +782,11 @@ fn session_key(number: u32) -> Result<SessionKey> {
     SessionKey::new(stable_id(SERVICE), KIND_TLS_SESSION_ID, &session_id(number)).context("32 bytes")
 }
 
+fn cookie_key() -> Result<SessionKey> {
+    let id = http::cookie_id(COOKIE.1.as_bytes());
+    SessionKey::new(stable_id(SERVICE), KIND_COOKIE, &id).context("16 bytes")
+}
+
 fn ticket_key() -> Result<SessionKey> {
     SessionKey::new(stable_id(SERVICE), KIND_TICKET_NAME, &TICKET_KEY).context("16 bytes")
 }
@@ -858,10 +874,24 @@ fn first_data(cookie_key: [u64; 2], number: u32, known: Known) -> Packet {
         window: 502,
         options: stamps(1001, isn),
         // The header of the padding extension has four bytes.
-        payload: hello(HELLO_LEN - bare - 4),
+        payload: if known == Known::Cookie { request() } else { hello(HELLO_LEN - bare - 4) },
         ..Tcp::default()
     };
     segment(client, vip, tcp)
+}
+
+/// A request with a cookie behind what browsers send.
+fn request() -> Vec<u8> {
+    let ((name, value), host) = (COOKIE, "www.example.com");
+    let request = |agent: &str| {
+        format!(
+            "GET /cart?item=1 HTTP/1.1\r\nHost: {host}\r\nUser-Agent: {agent}\r\nAccept: text/html,*/*;q=0.8\r\n\
+             Accept-Language: en-US,en;q=0.5\r\nAccept-Encoding: gzip, deflate\r\nConnection: keep-alive\r\n\
+             Cookie: _ga=GA1.2.1234567890.1700000000; {name}={value}\r\n\r\n"
+        )
+    };
+    let bare = request("").len();
+    request(&"x".repeat(HELLO_LEN - bare)).into_bytes()
 }
 
 /// What differs between the frames of flows: addresses, ports, checksums. Flows do not follow one
@@ -902,8 +932,10 @@ mod tests {
 
     #[test]
     fn hellos_have_the_length_that_the_table_names() {
-        let packet = first_data([1, 2], 3, Known::Nothing);
-        assert_eq!(packet.tcp().expect("TCP").payload.len(), HELLO_LEN);
-        assert!(packet.frame().len() <= EACH_MAX);
+        for known in [Known::Nothing, Known::TicketKey, Known::Cookie] {
+            let packet = first_data([1, 2], 3, known);
+            assert_eq!(packet.tcp().expect("TCP").payload.len(), HELLO_LEN);
+            assert!(packet.frame().len() <= EACH_MAX);
+        }
     }
 }
