@@ -13,7 +13,10 @@ use dispatcher_common::{
     http,
     quic::{SERVER_ID_MAX, UNROUTABLE},
     service::stable_id,
-    session::{KIND_CLIENT, KIND_COOKIE, KIND_QUIC_CID, KIND_TICKET_NAME, KIND_TLS_SESSION_ID},
+    session::{
+        KIND_CLIENT, KIND_COOKIE, KIND_QUIC_CID, KIND_TICKET_NAME, KIND_TLS_SESSION_ID, TICKET_NAMED,
+        TICKET_OPAQUE,
+    },
 };
 use rustls::pki_types::ServerName;
 use serde::{Deserialize, Serialize};
@@ -131,6 +134,9 @@ pub struct Service {
     pub affinity: Vec<Affinity>,
     /// How key names of session tickets are found out; `None` where nobody asks for them.
     pub tickets: Option<Tickets>,
+    /// Where the servers' tickets carry the name of their key (`session::TICKET_*`); `None` where that is
+    /// found out as well.
+    pub ticket: Option<u32>,
     /// Length of the server ID in QUIC connection IDs of configuration n, 0 where there is none.
     pub quic_lb: [u8; 8],
     /// The backends.
@@ -530,6 +536,7 @@ impl Text<'_> {
             timestamps: raw.timestamps.unwrap_or(true),
             sack: raw.sack.unwrap_or(true),
             tickets: self.tickets(raw, mode, &affinity)?,
+            ticket: self.ticket(raw)?,
             quic_lb: self.quic_lb(raw, &affinity, &backends)?,
             affinity,
             backends,
@@ -611,7 +618,14 @@ impl Text<'_> {
                 server_names.push(text.clone());
             }
         }
-        Ok(tickets.discovery.unwrap_or(true).then_some(Tickets { server_names, interval }))
+        // Where there are no names, there is nothing to ask for.
+        let asks = tickets.discovery.unwrap_or(true) && self.ticket(raw)? != Some(TICKET_OPAQUE);
+        Ok(asks.then_some(Tickets { server_names, interval }))
+    }
+
+    fn ticket(&self, raw: &raw::Service) -> Result<Option<u32>, Error> {
+        let name = raw.tickets.as_ref().and_then(|tickets| tickets.key_name.as_ref());
+        Ok(self.choice(name, "service.tickets.key_name", &KEY_NAMES)?.flatten())
     }
 
     /// Configurations of connection IDs that name their server, and whether backends have IDs for them.
@@ -1022,6 +1036,13 @@ const ATTACH: [(&str, AttachMode); 3] =
 const PROTOCOLS: [(&str, Protocol); 2] = [("tcp", Protocol::Tcp), ("udp", Protocol::Udp)];
 const MODES: [(&str, Mode); 2] = [("passthrough", Mode::Passthrough), ("l4", Mode::L4)];
 const MISSES: [(&str, Miss); 2] = [("table", Miss::Table), ("daemon", Miss::Daemon)];
+/// In the order of `session::TICKET_FORMATS`.
+const KEY_NAMES: [(&str, Option<u32>); 4] = [
+    ("auto", None),
+    ("16-bytes", Some(TICKET_NAMED)),
+    ("4-bytes", Some(TICKET_NAMED + 1)),
+    ("none", Some(TICKET_OPAQUE)),
+];
 /// Seconds between two looks at a backend's ticket keys. Servers change keys after hours.
 const TICKETS_INTERVAL: u32 = 600;
 const SOURCES: [(&str, bool); 2] = [("client", false), ("dispatcher", true)];

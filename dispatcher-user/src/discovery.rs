@@ -160,7 +160,7 @@ pub(crate) async fn serve(shared: Arc<Shared>) -> (&'static str, String) {
 }
 
 /// Whom to look at now.
-fn due(shared: &Shared) -> Vec<(Who, Target)> {
+fn due(shared: &Shared) -> Vec<(Who, Target, Option<u32>)> {
     let now = Instant::now();
     let state = shared.state();
     let mut records = shared.discovery.records();
@@ -180,7 +180,7 @@ fn due(shared: &Shared) -> Vec<(Who, Target)> {
                 if due.len() < AT_ONCE && record.next.is_none_or(|next| now >= next) {
                     let target =
                         Target { address, server_name: server_name.clone(), proxy: service.proxy_protocol };
-                    due.push(((backend.id, server_name), target));
+                    due.push(((backend.id, server_name), target, service.ticket));
                 }
             }
         }
@@ -188,11 +188,11 @@ fn due(shared: &Shared) -> Vec<(Who, Target)> {
     due
 }
 
-async fn look(shared: &Arc<Shared>, due: Vec<(Who, Target)>) {
+async fn look(shared: &Arc<Shared>, due: Vec<(Who, Target, Option<u32>)>) {
     let mut looks = JoinSet::new();
-    for (who, target) in due {
+    for (who, target, ticket) in due {
         looks.spawn(async move {
-            let found = look_at(&target).await;
+            let found = look_at(&target, ticket).await;
             (who, found)
         });
     }
@@ -240,8 +240,9 @@ fn note(shared: &Shared, who: Who, found: Found) {
     }
 }
 
-/// Gets two tickets of each version, and looks what they have in common.
-async fn look_at(target: &Target) -> Found {
+/// Gets two tickets of each version, and looks what they have in common. `ticket` is what the configuration
+/// says of it.
+async fn look_at(target: &Target, ticket: Option<u32>) -> Found {
     let mut found = Found::default();
     let mut problems = Vec::new();
     let mut refused = Vec::new();
@@ -257,7 +258,7 @@ async fn look_at(target: &Target) -> Found {
                 if !resumed {
                     refused.push(format!("{name}: does not accept its own tickets"));
                 }
-                match common_name(&tickets) {
+                match common_name(&tickets, ticket) {
                     Some((format, key)) => {
                         // What a backend's answers are read by: the newest version's format.
                         if found.ticket < TICKET_NAMED {
@@ -302,8 +303,9 @@ async fn tickets(target: &Target, version: &'static SupportedProtocolVersion) ->
     Ok(samples)
 }
 
-/// The name that tickets begin with, and its format.
-fn common_name(tickets: &[Vec<u8>]) -> Option<(usize, Vec<u8>)> {
+/// The name that tickets begin with, and its format: this one (`session::TICKET_*`), or the longest that
+/// they have in common.
+fn common_name(tickets: &[Vec<u8>], ticket: Option<u32>) -> Option<(usize, Vec<u8>)> {
     let (first, others) = tickets.split_first()?;
     let common =
         others.iter().map(|other| first.iter().zip(other).take_while(|(a, b)| a == b).count()).min()?;
@@ -311,6 +313,7 @@ fn common_name(tickets: &[Vec<u8>]) -> Option<(usize, Vec<u8>)> {
     let (format, (offset, len)) = TICKET_FORMATS
         .into_iter()
         .enumerate()
+        .filter(|(format, _)| ticket.is_none_or(|ticket| ticket == TICKET_NAMED + *format as u32))
         .find(|(_, (offset, len))| common >= usize::from(offset + len))?;
     Some((format, first.get(usize::from(offset)..usize::from(offset + len))?.to_vec()))
 }
@@ -446,17 +449,28 @@ mod tests {
     #[test]
     fn the_common_start_of_tickets_is_the_name() {
         let name: Vec<u8> = (0..16).collect();
-        let found = common_name(&[ticket(&name, 1), ticket(&name, 2)]);
+        let found = common_name(&[ticket(&name, 1), ticket(&name, 2)], None);
         assert_eq!(found, Some((0, name.clone())));
         let versioned: Vec<u8> = (0..17).collect();
-        assert_eq!(common_name(&[ticket(&versioned, 1), ticket(&versioned, 2)]), Some((0, name.clone())));
         assert_eq!(
-            common_name(&[ticket(&name[..5], 77), ticket(&name[..5], 78)]),
+            common_name(&[ticket(&versioned, 1), ticket(&versioned, 2)], None),
+            Some((0, name.clone()))
+        );
+        assert_eq!(
+            common_name(&[ticket(&name[..5], 77), ticket(&name[..5], 78)], None),
             Some((1, name[..4].to_vec()))
         );
-        assert_eq!(common_name(&[ticket(&[], 1), ticket(&[], 2)]), None);
-        assert_eq!(common_name(&[ticket(&name[..3], 77), ticket(&name[..3], 78)]), None);
-        assert_eq!(common_name(&[ticket(&name, 1)]), None, "one ticket says nothing");
-        assert_eq!(common_name(&[]), None);
+        assert_eq!(common_name(&[ticket(&[], 1), ticket(&[], 2)], None), None);
+        assert_eq!(common_name(&[ticket(&name[..3], 77), ticket(&name[..3], 78)], None), None);
+        assert_eq!(common_name(&[ticket(&name, 1)], None), None, "one ticket says nothing");
+        assert_eq!(common_name(&[], None), None);
+        let both = [ticket(&name, 1), ticket(&name, 2)];
+        assert_eq!(
+            common_name(&both, Some(TICKET_NAMED + 1)),
+            Some((1, name[..4].to_vec())),
+            "as it is told"
+        );
+        let short = [ticket(&name[..5], 77), ticket(&name[..5], 78)];
+        assert_eq!(common_name(&short, Some(TICKET_NAMED)), None);
     }
 }

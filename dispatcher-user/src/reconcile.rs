@@ -71,10 +71,16 @@ pub struct Desired<'d> {
 impl Desired<'_> {
     /// Formats of key names in tickets of a service's backends, a bit each; the most usual one always.
     fn ticket_formats(&self, service: &Service) -> u8 {
-        let known = service.backends.iter().filter_map(|backend| self.tickets.get(&backend.id));
-        known
-            .filter(|ticket| **ticket >= TICKET_NAMED)
-            .fold(1, |bits, ticket| bits | 1 << (ticket - TICKET_NAMED))
+        let bit = |ticket: u32| ticket.checked_sub(TICKET_NAMED).map_or(0, |format| 1 << format);
+        match service.ticket {
+            Some(ticket) => bit(ticket),
+            None => service.backends.iter().fold(1, |bits, one| bits | bit(self.ticket(service, one))),
+        }
+    }
+
+    /// What is known of a backend's tickets: the configuration says it, or it was found out.
+    fn ticket(&self, service: &Service, backend: &Backend) -> u32 {
+        service.ticket.or_else(|| self.tickets.get(&backend.id).copied()).unwrap_or(TICKET_UNKNOWN)
     }
 
     /// What the operator wants of a backend.
@@ -329,7 +335,7 @@ impl<'c> Plan<'_, 'c> {
                 let index = self.next.backend_slot(backend.id);
                 for v4 in [true, false] {
                     let old = self.next.endpoint(backend.id, v4);
-                    let endpoint = self.endpoint(backend, v4, old);
+                    let endpoint = self.endpoint(service, backend, v4, old);
                     if endpoint == old {
                         continue;
                     }
@@ -352,7 +358,7 @@ impl<'c> Plan<'_, 'c> {
         lowered
     }
 
-    fn endpoint(&self, backend: &Backend, v4: bool, old: Endpoint) -> Endpoint {
+    fn endpoint(&self, service: &Service, backend: &Backend, v4: bool, old: Endpoint) -> Endpoint {
         let Some(address) = backend.address(v4) else { return Endpoint::default() };
         let mut endpoint = Endpoint {
             addr: address.ip().into(),
@@ -364,7 +370,7 @@ impl<'c> Plan<'_, 'c> {
             replay: old.replay,
             ..Endpoint::default()
         };
-        endpoint.ticket = self.desired.tickets.get(&backend.id).copied().unwrap_or(TICKET_UNKNOWN);
+        endpoint.ticket = self.desired.ticket(service, backend);
         let admin = self.desired.admin(backend);
         if let Some(path) = self.desired.path(address)
             && let Some(replay) = self.next.replay.iter().position(|one| *one == path.link.ifindex)

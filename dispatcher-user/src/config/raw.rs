@@ -90,6 +90,7 @@ pub(super) struct Service {
 #[serde(deny_unknown_fields)]
 pub(super) struct Tickets {
     pub(super) discovery: Option<bool>,
+    pub(super) key_name: Text,
     pub(super) server_names: Option<Spanned<OneOrMany>>,
     pub(super) interval: Text,
 }

@@ -141,6 +141,13 @@ fn mistakes_name_line_key_and_remedy() {
         ),
         (
             "name = \"web\"",
+            "name = \"web\"\ntickets = { key_name = \"8-bytes\" }",
+            6,
+            "service.tickets.key_name",
+            "use \"auto\" or \"16-bytes\" or \"4-bytes\" or \"none\"",
+        ),
+        (
+            "name = \"web\"",
             "name = \"web\"\ntickets = { server_names = \"10.0.0.1\" }",
             6,
             "service.tickets.server_names",

@@ -314,6 +314,20 @@ fn sources_are_written_per_family() {
 }
 
 #[test]
+fn where_tickets_name_their_key_is_found_out_or_told() {
+    for (told, formats, ticket) in
+        [("auto", 1, 0), ("16-bytes", 1, TICKET_NAMED), ("4-bytes", 2, TICKET_NAMED + 1), ("none", 0, 1)]
+    {
+        let text = TEXT.replace("table_size", &format!("tickets = {{ key_name = \"{told}\" }}\ntable_size"));
+        let mut actual = Actual::default();
+        World::new(&text).settle(&mut actual);
+        let (_, frontend) = actual.frontend(&vip("192.0.2.10:443")).expect("is there");
+        let endpoint = actual.endpoint(backend_id("a"), true);
+        assert_eq!((frontend.ticket_formats, endpoint.ticket), (formats, ticket), "{told}");
+    }
+}
+
+#[test]
 fn a_cookie_gets_a_place_that_no_frontend_points_to() {
     let with = |cookie: &str| TEXT.replace("table_size", &format!("affinity = \"{cookie}\"\ntable_size"));
     let mut actual = Actual::default();
