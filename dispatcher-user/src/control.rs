@@ -274,7 +274,7 @@ fn read_status(shared: &Shared) -> Result<api::Status, Failure> {
         uptime_seconds: shared.started.elapsed().as_secs(),
         interfaces: shared.dataplane.attached(),
         memory_bytes: memory_bytes(shared.dataplane.capacities()),
-        services: shared.config.services.len(),
+        services: shared.config().services.len(),
         backends: backends.len(),
         backends_up: backends.iter().filter(|backend| backend.state == "up").count(),
         connections: sum(|backend| backend.connections),
@@ -295,9 +295,10 @@ async fn services(State(shared): State<Arc<Shared>>) -> Answer<Vec<api::Service>
 
 fn read_services(shared: &Shared) -> Result<Vec<api::Service>, Failure> {
     let state = shared.state();
-    let desired = state.desired(&shared.config);
+    let config = shared.config();
+    let desired = state.desired(&config);
     let mut services = Vec::new();
-    for service in &shared.config.services {
+    for service in &config.services {
         let mut refused = 0;
         for vip in vips(service) {
             if let Some((index, written)) = state.actual.frontend(&vip) {
@@ -344,10 +345,11 @@ async fn backends(State(shared): State<Arc<Shared>>) -> Answer<Vec<api::Backend>
 
 fn read_backends(shared: &Shared) -> Result<Vec<api::Backend>, Failure> {
     let mut found = Vec::new();
+    let config = shared.config();
     {
         let state = shared.state();
-        let desired = state.desired(&shared.config);
-        for service in &shared.config.services {
+        let desired = state.desired(&config);
+        for service in &config.services {
             let vips = vips(service);
             for backend in &service.backends {
                 let Some(index) = state.actual.backend_index(backend.id) else { continue };
@@ -390,7 +392,8 @@ async fn set_state(
     Body(wanted): Body<api::SetState>,
 ) -> Answer<Vec<api::Backend>> {
     reading(shared, move |shared| {
-        let (_, backend) = find_backend(&shared.config, &service, &name)?;
+        let config = shared.config();
+        let (_, backend) = find_backend(&config, &service, &name)?;
         let id = backend.id;
         shared.reconcile(|state| {
             state.admin.insert(id, wanted.state);
@@ -423,7 +426,7 @@ fn find_backend<'c>(
 }
 
 async fn identities(State(shared): State<Arc<Shared>>) -> Answer<Vec<api::Identity>> {
-    reading(shared, |shared| Ok(shared.discovery.shown(&shared.config))).await
+    reading(shared, |shared| Ok(shared.discovery.shown(&shared.config()))).await
 }
 
 #[derive(Deserialize)]
@@ -440,11 +443,11 @@ async fn sessions(
 ) -> Answer<Vec<api::Session>> {
     reading(shared, move |shared| {
         if let Some(service) = &query.service {
-            find_service(&shared.config, service)?;
+            find_service(&shared.config(), service)?;
         }
         if let Some(name) = &query.backend
             && !shared
-                .config
+                .config()
                 .services
                 .iter()
                 .flat_map(|service| &service.backends)
@@ -507,9 +510,10 @@ fn kind(name: &str) -> Result<u8, Failure> {
 fn keys(shared: &Shared, id: &str, service: Option<&str>, kinds: &[u8]) -> Result<Vec<SessionKey>, Failure> {
     let bytes = api::from_hex(id)
         .ok_or_else(|| bad(format!("{id} is not hexadecimal: two digits 0-9 or a-f for each byte")))?;
+    let config = shared.config();
     let services = match service {
-        Some(name) => vec![find_service(&shared.config, name)?],
-        None => shared.config.services.iter().collect(),
+        Some(name) => vec![find_service(&config, name)?],
+        None => config.services.iter().collect(),
     };
     let key = |service: &config::Service, kind| {
         SessionKey::new(service.id, kind, &bytes)
@@ -543,7 +547,8 @@ async fn pin(
     Body(pin): Body<api::Pin>,
 ) -> Answer<Vec<api::Session>> {
     reading(shared, move |shared| {
-        let (service, backend) = find_backend(&shared.config, &pin.service, &pin.backend)?;
+        let config = shared.config();
+        let (service, backend) = find_backend(&config, &pin.service, &pin.backend)?;
         if service.mode == config::Mode::L4 {
             let name = &service.name;
             return Err(bad(format!(
@@ -592,20 +597,21 @@ async fn remove(
 }
 
 /// Names of ids and indexes.
-struct Names<'s> {
-    config: &'s Config,
+struct Names {
+    config: Arc<Config>,
     /// Backend id by index.
     ids: Vec<(u32, u32)>,
 }
 
-impl<'s> Names<'s> {
-    fn new(shared: &'s Shared) -> Self {
+impl Names {
+    fn new(shared: &Shared) -> Self {
         let state = shared.state();
-        let backends = shared.config.services.iter().flat_map(|service| &service.backends);
+        let config = shared.config();
+        let backends = config.services.iter().flat_map(|service| &service.backends);
         let ids = backends
             .filter_map(|backend| Some((state.actual.backend_index(backend.id)?, backend.id)))
             .collect();
-        Self { config: &shared.config, ids }
+        Self { config, ids }
     }
 
     fn service(&self, id: u32) -> String {
@@ -639,7 +645,7 @@ pub(crate) const STATES: [(u8, &str); 4] = [
     (STATE_DISCOVERED, "discovered"),
 ];
 
-fn shown(names: &Names<'_>, key: &SessionKey, session: &Session, now: u32) -> api::Session {
+fn shown(names: &Names, key: &SessionKey, session: &Session, now: u32) -> api::Session {
     api::Session {
         id: api::to_hex(key.id()),
         kind: KINDS
@@ -682,7 +688,7 @@ async fn flows(State(shared): State<Arc<Shared>>, Query(query): Query<Limit>) ->
     .await
 }
 
-fn shown_flow(names: &Names<'_>, key: &FlowKey, flow: &Flow, now: u32) -> api::Flow {
+fn shown_flow(names: &Names, key: &FlowKey, flow: &Flow, now: u32) -> api::Flow {
     let (client, server) = ports_of(key.ports);
     let vip = SocketAddr::new(IpAddr::from(key.dst), server);
     let protocol = if key.proto == 17 { Protocol::Udp } else { Protocol::Tcp };

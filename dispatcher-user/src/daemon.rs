@@ -123,7 +123,8 @@ async fn serve(
         let shared = Arc::clone(&shared);
         Box::new(move || shared.dataplane.attached().into_iter().map(|one| one.ifindex).collect())
     };
-    let backends = shared.config.services.iter().flat_map(|service| &service.backends);
+    let config = shared.config();
+    let backends = config.services.iter().flat_map(|service| &service.backends);
     let addresses = backends.flat_map(Backend::addresses).map(|address| address.ip()).collect();
     let (mut reach, _follower) = netlink::follow(addresses, attached).await?;
     let mut shutdown = std::pin::pin!(shutdown);
@@ -143,7 +144,7 @@ async fn serve(
     tasks.spawn(follow(Arc::clone(&shared), reach));
     tasks.spawn(stay_attached(Arc::clone(&shared)));
     tasks.spawn(sweep(Arc::clone(&shared)));
-    if shared.config.services.iter().any(|service| service.tickets.is_some()) {
+    if shared.config().services.iter().any(|service| service.tickets.is_some()) {
         tasks.spawn(discovery::serve(Arc::clone(&shared)));
     }
     if shared.follows_load() {
@@ -187,8 +188,9 @@ fn ended(result: io::Result<()>) -> String {
 
 fn report_backends(shared: &Shared, out: &mut (dyn Write + Send)) {
     let state = shared.state();
-    let desired = state.desired(&shared.config);
-    for service in &shared.config.services {
+    let config = shared.config();
+    let desired = state.desired(&config);
+    for service in &config.services {
         for backend in &service.backends {
             let (condition, reason) = reconcile::status(&desired, &state.actual, backend);
             let reason = reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
@@ -263,8 +265,9 @@ async fn follow(
 /// Each backend's name and condition.
 fn conditions(shared: &Shared) -> BTreeSet<(String, String)> {
     let state = shared.state();
-    let desired = state.desired(&shared.config);
-    let backends = shared.config.services.iter().flat_map(|service| {
+    let config = shared.config();
+    let desired = state.desired(&config);
+    let backends = config.services.iter().flat_map(|service| {
         service.backends.iter().map(move |backend| (format!("{}/{}", service.name, backend.name), backend))
     });
     backends
@@ -284,7 +287,7 @@ async fn stay_attached(shared: Arc<Shared>) -> (&'static str, String) {
     loop {
         tick.tick().await;
         let attached = shared.dataplane.attached();
-        for interface in &shared.config.interfaces {
+        for interface in &shared.config().interfaces {
             let name = &interface.name;
             let old = attached.iter().find(|one| one.name == *name).map(|one| one.ifindex);
             let now = dataplane::find_interface(name).ok();

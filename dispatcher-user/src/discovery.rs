@@ -165,7 +165,7 @@ fn due(shared: &Shared) -> Vec<(Who, Target, Option<u32>)> {
     let state = shared.state();
     let mut records = shared.discovery.records();
     let mut due = Vec::new();
-    for service in &shared.config.services {
+    for service in &shared.config().services {
         let Some(tickets) = &service.tickets else { continue };
         for backend in &service.backends {
             let up = |v4: &bool| state.actual.is_up(backend.id, *v4);
@@ -208,7 +208,8 @@ async fn look(shared: &Arc<Shared>, due: Vec<(Who, Target, Option<u32>)>) {
 
 /// Takes note of a look.
 fn note(shared: &Shared, who: Who, found: Found) {
-    let mut services = shared.config.services.iter();
+    let config = shared.config();
+    let mut services = config.services.iter();
     let of = services.find_map(|service| {
         let backend = service.backends.iter().find(|backend| backend.id == who.0)?;
         Some((service, backend))
@@ -321,7 +322,7 @@ fn common_name(tickets: &[Vec<u8>], ticket: Option<u32>) -> Option<(usize, Vec<u
 /// Finds out which backends know one another's keys. That their tickets begin alike is not enough: one
 /// must resume the other's session.
 async fn share(shared: &Arc<Shared>) {
-    for service in &shared.config.services {
+    for service in &shared.config().services {
         let Some(tickets) = &service.tickets else { continue };
         for server_name in names(tickets) {
             let known: Vec<(u32, Record)> = {
@@ -379,7 +380,7 @@ async fn share(shared: &Arc<Shared>) {
 /// Writes what is known to the maps.
 fn publish(shared: &Shared) {
     let mut formats = BTreeMap::new();
-    for service in &shared.config.services {
+    for service in &shared.config().services {
         let Some(tickets) = &service.tickets else { continue };
         let mut owners: BTreeMap<Vec<u8>, BTreeSet<u32>> = BTreeMap::new();
         {

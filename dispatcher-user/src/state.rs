@@ -22,7 +22,8 @@ type Pools = (Arc<BTreeMap<u32, Pool>>, u64);
 
 pub(crate) struct Shared {
     pub(crate) dataplane: Dataplane,
-    pub(crate) config: Config,
+    /// The configuration in force.
+    config: Mutex<Arc<Config>>,
     pub(crate) started: Instant,
     pub(crate) counts: Counts,
     pub(crate) discovery: Discovery,
@@ -52,13 +53,18 @@ impl Shared {
     pub(crate) fn new(config: Config, dataplane: Dataplane) -> Self {
         Self {
             dataplane,
-            config,
+            config: Mutex::new(Arc::new(config)),
             started: Instant::now(),
             counts: Counts::default(),
             discovery: Discovery::default(),
             state: Mutex::default(),
             pools: Mutex::default(),
         }
+    }
+
+    /// The configuration in force now. A reload puts another in its place.
+    pub(crate) fn config(&self) -> Arc<Config> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
@@ -73,20 +79,21 @@ impl Shared {
     pub(crate) fn reconcile(&self, note: impl FnOnce(&mut State)) {
         let mut state = self.state();
         note(&mut state);
-        let changes = reconcile::diff(&state.desired(&self.config), &state.actual);
+        let config = self.config();
+        let changes = reconcile::diff(&state.desired(&config), &state.actual);
         for change in &changes {
             if let Err(error) = state.actual.apply(change, &self.dataplane) {
                 log::error!("{error}; this is tried again with the next change");
                 break;
             }
         }
-        let pools = reconcile::pools(&state.desired(&self.config), &state.actual);
+        let pools = reconcile::pools(&state.desired(&config), &state.actual);
         *self.pools.lock().unwrap_or_else(PoisonError::into_inner) = (Arc::new(pools), state.counted);
     }
 
     /// True when a balancer wants to know how many connections backends have.
     pub(crate) fn follows_load(&self) -> bool {
-        self.config.services.iter().any(|service| service.balance.follows_load())
+        self.config().services.iter().any(|service| service.balance.follows_load())
     }
 
     /// Counts the connections of each backend and lets tables follow.
