@@ -213,6 +213,15 @@ pub struct Pin {
     pub kind: Option<String>,
 }
 
+/// Answer to `POST /v1/reload`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Reload {
+    /// The file is in force; false with `dry_run=true`.
+    pub applied: bool,
+    /// What is different from the configuration that was in force, a line each.
+    pub changes: Vec<String>,
+}
+
 /// An element of `GET /v1/flows`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Flow {

@@ -28,7 +28,10 @@ use crate::{
     dataplane::{AttachMode, Capacities},
 };
 
+mod changes;
 mod raw;
+
+pub use changes::{Changes, changes};
 
 /// Where `dispatcherd` listens for `dispatcherctl`.
 pub const DEFAULT_CONTROL: &str = "/run/dispatcher/control.sock";

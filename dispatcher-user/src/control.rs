@@ -20,7 +20,7 @@ use axum::{
     },
     http::StatusCode,
     response::{IntoResponse, Response},
-    routing::{get, put},
+    routing::{get, post, put},
 };
 use dispatcher_common::{
     abi::ABI_VERSION,
@@ -44,6 +44,7 @@ use crate::{
     config::{self, Config, Protocol},
     dataplane::{self, memory_bytes, monotonic_ns, monotonic_seconds},
     reconcile::{self, Vip},
+    reload,
     state::Shared,
 };
 
@@ -198,6 +199,7 @@ fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/sessions/{id}", get(session).put(pin).delete(remove))
         .route("/v1/flows", get(flows))
         .route("/v1/counters", get(counters))
+        .route("/v1/reload", post(reload_now))
         .fallback(|| async { Failure(StatusCode::NOT_FOUND, "no such resource".to_owned()) })
         .with_state(shared)
 }
@@ -258,6 +260,20 @@ async fn reading<T: Send + 'static>(
         Ok(result) => result.map(Json),
         Err(error) => Err(Failure(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
     }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ReloadQuery {
+    #[serde(default)]
+    dry_run: bool,
+}
+
+async fn reload_now(
+    State(shared): State<Arc<Shared>>,
+    Query(query): Query<ReloadQuery>,
+) -> Answer<api::Reload> {
+    reload::reload(&shared, query.dry_run).await.map(Json).map_err(|error| bad(error.to_string()))
 }
 
 async fn status(State(shared): State<Arc<Shared>>) -> Answer<api::Status> {

@@ -61,6 +61,15 @@ enum Command {
         #[command(subcommand)]
         command: Sessions,
     },
+    /// Read the configuration file again and put it in force, all or nothing; prints what changes
+    ///
+    /// What does not change is not touched: connections and sessions stay. States that were set with
+    /// `backend` give way to the file's. SIGHUP to dispatcherd does the same.
+    Reload {
+        /// Only say what would change
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// What is known of the backends' session tickets: which keys seal them, and who shares them
     Identities,
     /// Connections: client, VIP, backend and state of each
@@ -292,6 +301,11 @@ async fn answer(args: &Args, out: &mut dyn Write) -> Result<(), Error> {
             };
             show(out, json, answer.as_slice(), sessions)
         }
+        Command::Reload { dry_run } => {
+            let path = format!("/v1/reload?dry_run={dry_run}");
+            let answer: api::Reload = ask.post(&path).await?;
+            show(out, json, &answer, reloaded)
+        }
         Command::Identities => {
             show(out, json, ask.get::<Vec<api::Identity>>("/v1/identities").await?.as_slice(), identities)
         }
@@ -360,6 +374,10 @@ struct Client<'c> {
 }
 
 impl Client<'_> {
+    async fn post<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
+        self.request(Method::POST, path, Bytes::new()).await
+    }
+
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
         self.request(Method::GET, path, Bytes::new()).await
     }
@@ -555,6 +573,21 @@ fn sessions(sessions: &[api::Session]) -> Table {
         ]
     };
     table(&header, 5, sessions.iter().map(row))
+}
+
+fn reloaded(done: &api::Reload) -> Table {
+    let mut lines = done.changes.clone();
+    lines.push(match (done.applied, done.changes.is_empty()) {
+        (_, true) => "nothing changes".to_owned(),
+        (true, false) => "in force".to_owned(),
+        (false, false) => "dry run: nothing was changed".to_owned(),
+    });
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    lines.into_iter().for_each(|line| {
+        table.add_row([line]);
+    });
+    table
 }
 
 fn identities(identities: &[api::Identity]) -> Table {

@@ -10,17 +10,19 @@ use std::{
 
 use dispatcher_common::globals::GLOBAL_LOG;
 use tokio::{
+    signal::unix::{SignalKind, signal},
     sync::watch,
     task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, timeout_at},
 };
 
 use crate::{
-    config::{Backend, Config},
+    config::Config,
     control::{self, Socket},
     dataplane::{self, Dataplane, memory_bytes, monotonic_ns},
     discovery, events, netlink, privileges,
     reconcile::{self, Reach},
+    reload::{self, Source},
     state::Shared,
 };
 
@@ -65,10 +67,12 @@ pub enum Error {
 }
 
 /// How to run, beside the configuration.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Options {
     /// Do not give up privileges after start.
     pub keep_privileges: bool,
+    /// Where the configuration comes from: SIGHUP and `dispatcherctl reload` read it again.
+    pub source: Option<Source>,
 }
 
 /// Runs until `shutdown` is ready. What is done is said to `out`, a line a step; the last line of the
@@ -105,7 +109,7 @@ pub fn run(
         .enable_all()
         .build()
         .map_err(Error::Runtime)?;
-    let shared = Arc::new(Shared::new(config, dataplane));
+    let shared = Arc::new(Shared::new(config, options.source, dataplane));
     let result = runtime.block_on(serve(shared, &mut socket, out, shutdown));
     // A walk through a map may be under way; nothing is lost with it.
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -123,10 +127,7 @@ async fn serve(
         let shared = Arc::clone(&shared);
         Box::new(move || shared.dataplane.attached().into_iter().map(|one| one.ifindex).collect())
     };
-    let config = shared.config();
-    let backends = config.services.iter().flat_map(|service| &service.backends);
-    let addresses = backends.flat_map(Backend::addresses).map(|address| address.ip()).collect();
-    let (mut reach, _follower) = netlink::follow(addresses, attached).await?;
+    let (mut reach, _follower) = netlink::follow(shared.addresses.subscribe(), attached).await?;
     let mut shutdown = std::pin::pin!(shutdown);
     tokio::select! {
         () = &mut shutdown => return Ok(()),
@@ -144,12 +145,9 @@ async fn serve(
     tasks.spawn(follow(Arc::clone(&shared), reach));
     tasks.spawn(stay_attached(Arc::clone(&shared)));
     tasks.spawn(sweep(Arc::clone(&shared)));
-    if shared.config().services.iter().any(|service| service.tickets.is_some()) {
-        tasks.spawn(discovery::serve(Arc::clone(&shared)));
-    }
-    if shared.follows_load() {
-        tasks.spawn(count(Arc::clone(&shared)));
-    }
+    tasks.spawn(discovery::serve(Arc::clone(&shared)));
+    tasks.spawn(count(Arc::clone(&shared)));
+    tasks.spawn(hang_ups(Arc::clone(&shared)));
     if let Some(logger) = logger {
         tasks.spawn(logger);
     }
@@ -329,9 +327,28 @@ async fn sweep(shared: Arc<Shared>) -> (&'static str, String) {
     }
 }
 
+/// SIGHUP reads the configuration again.
+async fn hang_ups(shared: Arc<Shared>) -> (&'static str, String) {
+    const TASK: &str = "waiting for SIGHUP";
+    let mut signals = match signal(SignalKind::hangup()) {
+        Ok(signals) => signals,
+        Err(error) => return (TASK, error.to_string()),
+    };
+    while signals.recv().await.is_some() {
+        match reload::reload(&shared, false).await {
+            Ok(done) => done.changes.iter().for_each(|line| log::info!("reload: {line}")),
+            Err(error) => log::error!("reload: {error}"),
+        }
+    }
+    (TASK, "no more signals".to_owned())
+}
+
 async fn count(shared: Arc<Shared>) -> (&'static str, String) {
     loop {
         tokio::time::sleep(COUNT).await;
+        if !shared.follows_load() {
+            continue;
+        }
         let shared = Arc::clone(&shared);
         if let Err(error) = tokio::task::spawn_blocking(move || shared.count_loads()).await {
             return ("counting connections", error.to_string());

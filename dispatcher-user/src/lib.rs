@@ -17,6 +17,7 @@ pub mod explain;
 pub mod netlink;
 pub mod privileges;
 pub mod reconcile;
+pub mod reload;
 mod state;
 
 /// An error with those of its causes that it does not name itself, on one line.

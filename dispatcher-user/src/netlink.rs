@@ -174,9 +174,9 @@ pub type Reachability = BTreeMap<IpAddr, Reach>;
 /// Says which interfaces have our program, by index.
 pub type AttachedNow = Box<dyn Fn() -> BTreeSet<u32> + Send + Sync>;
 
-/// Follows how `addresses` are reached. The first value comes after one look at everything.
+/// Follows how `addresses`, which may change, are reached. The first value comes after one look at everything.
 pub async fn follow(
-    addresses: BTreeSet<IpAddr>,
+    mut addresses: watch::Receiver<BTreeSet<IpAddr>>,
     attached: AttachedNow,
 ) -> Result<(watch::Receiver<Reachability>, JoinHandle<()>), Error> {
     let groups = [
@@ -191,7 +191,7 @@ pub async fn follow(
     let connection = tokio::spawn(connection);
     let mut follower = Follower {
         handle,
-        addresses,
+        addresses: addresses.borrow_and_update().clone(),
         attached,
         asked: BTreeMap::new(),
         touched: None,
@@ -217,6 +217,12 @@ pub async fn follow(
                     if !pending && last.elapsed() < REFRESH {
                         continue;
                     }
+                }
+                changed = addresses.changed() => {
+                    if changed.is_err() {
+                        break;
+                    }
+                    follower.addresses.clone_from(&addresses.borrow_and_update());
                 }
                 () = sender.closed() => break,
             }
@@ -527,8 +533,8 @@ mod tests {
     #[tokio::test]
     async fn the_kernel_answers() {
         let loopback = ip("127.0.0.1");
-        let (found, task) =
-            follow(BTreeSet::from([loopback]), Box::new(BTreeSet::new)).await.expect("netlink");
+        let wanted = watch::Sender::new(BTreeSet::from([loopback]));
+        let (found, task) = follow(wanted.subscribe(), Box::new(BTreeSet::new)).await.expect("netlink");
         let reach = found.borrow().get(&loopback).cloned();
         assert_eq!(reach, Some(Reach::Down("is an address of this host".to_owned())));
         drop(found);

@@ -1,20 +1,22 @@
 //! What the tasks of the daemon share.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
 use dispatcher_common::flow::{FLAG_TO_BACKEND, is_closed};
+use tokio::sync::watch;
 
 use crate::{
     config::{AdminState, Config},
-    dataplane::Dataplane,
+    dataplane::{self, Dataplane},
     discovery::Discovery,
     events::Counts,
     reconcile::{self, Actual, Desired, Pool, Reach},
+    reload::{self, Source},
 };
 
 /// Pools by frontend index, and how often loads were counted.
@@ -24,6 +26,12 @@ pub(crate) struct Shared {
     pub(crate) dataplane: Dataplane,
     /// The configuration in force.
     config: Mutex<Arc<Config>>,
+    /// Where it comes from.
+    pub(crate) source: Option<Source>,
+    /// Taken by who reloads it.
+    pub(crate) reloading: tokio::sync::Mutex<()>,
+    /// Addresses whose routes and neighbours are followed.
+    pub(crate) addresses: watch::Sender<BTreeSet<IpAddr>>,
     pub(crate) started: Instant,
     pub(crate) counts: Counts,
     pub(crate) discovery: Discovery,
@@ -50,9 +58,12 @@ impl State {
 }
 
 impl Shared {
-    pub(crate) fn new(config: Config, dataplane: Dataplane) -> Self {
+    pub(crate) fn new(config: Config, source: Option<Source>, dataplane: Dataplane) -> Self {
         Self {
             dataplane,
+            source,
+            reloading: tokio::sync::Mutex::default(),
+            addresses: watch::Sender::new(reload::addresses(&config)),
             config: Mutex::new(Arc::new(config)),
             started: Instant::now(),
             counts: Counts::default(),
@@ -79,16 +90,27 @@ impl Shared {
     pub(crate) fn reconcile(&self, note: impl FnOnce(&mut State)) {
         let mut state = self.state();
         note(&mut state);
-        let config = self.config();
-        let changes = reconcile::diff(&state.desired(&config), &state.actual);
-        for change in &changes {
-            if let Err(error) = state.actual.apply(change, &self.dataplane) {
-                log::error!("{error}; this is tried again with the next change");
-                break;
-            }
+        if let Some(error) = self.settle(&mut state, &self.config()) {
+            log::error!("{error}; this is tried again with the next change");
         }
-        let pools = reconcile::pools(&state.desired(&config), &state.actual);
+    }
+
+    /// Puts another configuration in force. What the operator said since the last one is forgotten.
+    pub(crate) fn replace(&self, config: Config) -> Option<dataplane::Error> {
+        let mut state = self.state();
+        let config = Arc::new(config);
+        *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&config);
+        state.admin.clear();
+        self.settle(&mut state, &config)
+    }
+
+    /// Brings the maps in line; the first failure ends it.
+    fn settle(&self, state: &mut State, config: &Config) -> Option<dataplane::Error> {
+        let changes = reconcile::diff(&state.desired(config), &state.actual);
+        let failed = changes.iter().find_map(|change| state.actual.apply(change, &self.dataplane).err());
+        let pools = reconcile::pools(&state.desired(config), &state.actual);
         *self.pools.lock().unwrap_or_else(PoisonError::into_inner) = (Arc::new(pools), state.counted);
+        failed
     }
 
     /// True when a balancer wants to know how many connections backends have.

@@ -260,12 +260,15 @@ impl Drop for Process {
     }
 }
 
+/// Name of the configuration's file.
+const FILE: &str = "dispatcher.toml";
+
 /// A running `dispatcherd`.
 #[derive(Debug)]
 pub struct Daemon {
     process: Process,
     socket: PathBuf,
-    _folder: Folder,
+    folder: Folder,
 }
 
 impl Daemon {
@@ -278,7 +281,7 @@ impl Daemon {
     pub fn start_with(netns: &Netns, config: &str) -> Result<Self> {
         let folder = Folder::new()?;
         let socket = folder.path().join("control.sock");
-        let file = folder.write("dispatcher.toml", config)?;
+        let file = folder.write(FILE, config)?;
         let mut command = netns.command(program("dispatcherd")?);
         command.arg("--config").arg(&file).arg("--control").arg(&socket);
         let (sender, lines) = mpsc::channel();
@@ -300,7 +303,12 @@ impl Daemon {
                 }
             }
         }
-        Ok(Self { process, socket, _folder: folder })
+        Ok(Self { process, socket, folder })
+    }
+
+    /// Writes another configuration into its file; nothing happens until it is told to reload.
+    pub fn rewrite(&self, config: &str) -> Result<()> {
+        self.folder.write(FILE, config).map(drop)
     }
 
     /// The control socket.

@@ -8,6 +8,7 @@ use dispatcher_user::{
     config::{Config, Interface},
     daemon::{self, Options},
     dataplane::AttachMode,
+    reload::Source,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -75,18 +76,26 @@ fn run(args: Args) -> Result<()> {
     let attach = args.attach.into();
     let interfaces: Vec<Interface> =
         args.interface.into_iter().map(|name| Interface { name, attach }).collect();
-    let mut config = match &args.config {
-        Some(path) => Config::load(path, &interfaces)?,
-        None => Config { interfaces, ..Config::default() },
+    let control = args.control.map(std::path::absolute).transpose().context("--control")?;
+    let source = match args.config {
+        Some(path) => {
+            let path = std::path::absolute(path).context("--config")?;
+            Some(Source { path, interfaces: interfaces.clone(), control: control.clone() })
+        }
+        None => None,
     };
-    if let Some(control) = args.control {
-        config.control = std::path::absolute(control).context("--control")?;
-    }
+    let config = match &source {
+        Some(source) => source.load()?,
+        None => {
+            let standard = Config::default();
+            Config { interfaces, control: control.unwrap_or(standard.control.clone()), ..standard }
+        }
+    };
     if args.check {
         println!("{} services: good", config.services.len());
         return Ok(());
     }
-    let options = Options { keep_privileges: args.keep_privileges };
+    let options = Options { keep_privileges: args.keep_privileges, source };
     Ok(daemon::run(config, options, &mut std::io::stdout(), shutdown())?)
 }
 
