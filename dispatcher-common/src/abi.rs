@@ -18,8 +18,11 @@ pub const PROGRAM_RELEASE: &str = "release";
 
 /// `FLOWS`: LRU hash, [`FlowKey`](crate::flow::FlowKey) -> [`Flow`](crate::flow::Flow); two entries a connection.
 pub const MAP_FLOWS: &str = "FLOWS";
-/// `SESSIONS`: LRU hash, [`SessionKey`](crate::session::SessionKey) -> [`Session`](crate::session::Session).
+/// `SESSIONS`: LRU hash, [`SessionKey`](crate::session::SessionKey) -> [`Session`](crate::session::Session):
+/// what servers, the daemon and the operator said.
 pub const MAP_SESSIONS: &str = "SESSIONS";
+/// `PROVISIONAL`: as `SESSIONS`, for identifiers that only clients came with.
+pub const MAP_PROVISIONAL: &str = "PROVISIONAL";
 /// `VIPS`: hash, [`VipKey`](crate::service::VipKey) -> index into `FRONTENDS` (u32).
 pub const MAP_VIPS: &str = "VIPS";
 /// `FRONTENDS`: array of [`Frontend`](crate::service::Frontend).
@@ -74,6 +77,8 @@ pub const SINGLE_WIDTH: u32 = 2;
 pub const DEFAULT_FLOWS: u32 = 262_144;
 /// Default capacity of `SESSIONS` in entries.
 pub const DEFAULT_SESSIONS: u32 = 262_144;
+/// Default capacity of `PROVISIONAL` in entries.
+pub const DEFAULT_PROVISIONAL: u32 = 65_536;
 /// Default number of stash slots (a power of two).
 pub const DEFAULT_STASH_SLOTS: u32 = 4096;
 /// Default capacity of `VIPS` and `FRONTENDS`.

@@ -222,12 +222,18 @@ impl States<'_> {
     fn request(&mut self, name: &[u8]) {
         // The method, a word of capitals, tells HTTP from other protocols.
         let method = self.new_state();
-        self.all(REQUEST, NOT_HTTP);
+        let empty = self.new_state();
+        for state in [REQUEST, empty, method] {
+            self.all(state, NOT_HTTP);
+            for letter in b'A'..=b'Z' {
+                self.on(state, letter, method);
+            }
+        }
         self.on(REQUEST, 0, NOT_HTTP);
-        self.all(method, NOT_HTTP);
-        for letter in b'A'..=b'Z' {
-            self.on(REQUEST, letter, method);
-            self.on(method, letter, method);
+        // Empty lines before a request are passed over (RFC 9112 section 2.2).
+        for end in *b"\r\n" {
+            self.on(REQUEST, end, empty);
+            self.on(empty, end, empty);
         }
         self.on(method, b'-', method);
         let skip = self.new_state();
@@ -342,9 +348,10 @@ mod tests {
             check(REQUEST, &format!("{get}{rest}"), expected);
         }
         check(REQUEST, "GET /?Cookie: sid=abc HTTP/1.1\r\n\r\n", Err(END));
+        check(REQUEST, "\r\n\r\nGET / HTTP/1.1\r\nCookie: sid=abc\r\n", Ok("abc"));
         check(REQUEST, "M-SEARCH * HTTP/1.1\r\nCookie: sid=1\r\n", Ok("1"));
         for other in
-            ["get / HTTP/1.1\r\n", "\r\nGET / ", "SSH-2.0-x\r\n", "\u{16}\u{3}", "-A b", "EHLO\r\n", "\0\0"]
+            ["get / HTTP/1.1\r\n", "\r\n get / ", "SSH-2.0-x\r\n", "\u{16}\u{3}", "-A b", "EHLO\r\n", "\0\0"]
         {
             check(REQUEST, other, Err(NOT_HTTP));
         }

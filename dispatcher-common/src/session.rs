@@ -68,7 +68,7 @@ impl SessionKey {
     }
 }
 
-/// Learned from a client only: short life, never overrides another.
+/// Learned from a client only, and kept in `PROVISIONAL`: never stands before another, nor pushes one out.
 pub const STATE_PROVISIONAL: u8 = 1;
 /// The server issued or accepted the identifier.
 pub const STATE_CONFIRMED: u8 = 2;

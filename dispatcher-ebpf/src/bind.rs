@@ -177,14 +177,16 @@ fn choose(slot: &mut Slot, index: u32, frontend: &Frontend, avoid: u32) -> Verdi
         let id = services::endpoint(backend, v4).ok_or(Reason::NoBackend)?.id;
         match sessions::add(&slot.session, &mut scratch.session, id, frontend) {
             // Another first request with this identifier was faster: follow it.
-            Some(winner) if !matches!(reason, Reason::BoundHit) => {
+            Some(winner) => {
                 let other = identify::reachable(winner, slot, avoid);
-                if other != ANY {
+                if other == ANY {
+                    // Its backend is gone, and nobody has vouched for it.
+                    sessions::replace(&slot.session, &scratch.session);
+                } else if !matches!(reason, Reason::BoundHit) {
                     slot.backend = other;
                     reason = Reason::BoundHit;
                 }
             }
-            Some(_) => {}
             None => {
                 tell(EVENT_MISS, backend, index, slot);
             }
@@ -213,7 +215,11 @@ fn follow_client(slot: &Slot, frontend: &Frontend) -> bool {
     };
     identify::client_key(slot, &mut scratch.session_key);
     scratch.session_key.service = frontend.service;
-    sessions::confirm(&scratch.session_key, &mut scratch.session, backend.id, frontend)
+    if let Some(entry) = sessions::add(&scratch.session_key, &mut scratch.session, backend.id, frontend) {
+        entry.backends[0] = backend.id;
+        sessions::touch(KIND_CLIENT, entry, frontend, now());
+    }
+    true
 }
 
 /// Tells the daemon of a slot; false when the ring is full.

@@ -249,16 +249,22 @@ fn note(slot: &mut Slot, key: &SessionKey) {
     }
 }
 
-/// The backend of a living entry that can be reached.
+/// The backend of a living entry that can be reached: what a client alone stands for comes last.
 #[inline(never)]
 fn usable(slot: &Slot, frontend: &Frontend, key: &SessionKey, avoid: u32) -> u32 {
     let now = now();
-    let Some(session) = sessions::get(key, now) else { return ANY };
-    let found = reachable(session, slot, avoid);
-    if found != ANY {
-        sessions::touch(key.kind, session, frontend, now);
+    let reach = |session: Option<&'static mut Session>| {
+        let Some(session) = session else { return ANY };
+        let found = reachable(session, slot, avoid);
+        if found != ANY {
+            sessions::touch(key.kind, session, frontend, now);
+        }
+        found
+    };
+    match reach(sessions::get(key, now)) {
+        ANY => reach(sessions::provisional(key, now)),
+        found => found,
     }
-    found
 }
 
 /// One of an entry's backends that can be reached: any of them, by the flow's hash.

@@ -63,6 +63,13 @@ pub fn endpoint_up(backend: u32, v4: bool) -> Option<&'static Backend> {
     endpoint(backend, v4).filter(|e| e.flags & BACKEND_UP != 0)
 }
 
+/// True when packets of some family can be sent to the backend of a stable id.
+#[inline(always)]
+pub fn any_up(id: u32) -> bool {
+    backend_of_id(id)
+        .is_some_and(|backend| endpoint_up(backend, true).is_some() || endpoint_up(backend, false).is_some())
+}
+
 /// Backend index of a stable id.
 #[inline(always)]
 pub fn backend_of_id(id: u32) -> Option<u32> {

@@ -1,4 +1,5 @@
-//! The mapping table: session identifier -> backend.
+//! The mapping table: session identifier -> backend. It has two parts, so that clients, who can make up
+//! any number of identifiers, cannot push out what others said.
 
 use aya_ebpf::{macros::map, maps::LruHashMap};
 use dispatcher_common::{
@@ -10,19 +11,39 @@ use dispatcher_common::{
     },
 };
 
-use crate::globals::now;
+use crate::{globals::now, services};
 
+/// What servers, the daemon and the operator said.
 #[map]
 static SESSIONS: LruHashMap<SessionKey, Session> = LruHashMap::with_max_entries(abi::DEFAULT_SESSIONS, 0);
+/// What clients came with: every entry of the state [`STATE_PROVISIONAL`].
+#[map]
+static PROVISIONAL: LruHashMap<SessionKey, Session> =
+    LruHashMap::with_max_entries(abi::DEFAULT_PROVISIONAL, 0);
 
 const NOEXIST: u64 = 1;
 
-/// The living entry of an identifier.
+/// The living entry of an identifier of which a server, the daemon or the operator spoke.
 #[inline(always)]
 pub fn get(key: &SessionKey, now: u32) -> Option<&'static mut Session> {
+    living(&SESSIONS, key, now)
+}
+
+/// The living entry of an identifier that a client came with.
+#[inline(always)]
+pub fn provisional(key: &SessionKey, now: u32) -> Option<&'static mut Session> {
+    living(&PROVISIONAL, key, now)
+}
+
+#[inline(always)]
+fn living(
+    table: &LruHashMap<SessionKey, Session>,
+    key: &SessionKey,
+    now: u32,
+) -> Option<&'static mut Session> {
     // SAFETY: entries of a preallocated hash stay valid memory while the program runs; fields are
     // words, each written whole.
-    let session = SESSIONS.get_ptr_mut(key).map(|session| unsafe { &mut *session })?;
+    let session = table.get_ptr_mut(key).map(|session| unsafe { &mut *session })?;
     if session.expired(now) { None } else { Some(session) }
 }
 
@@ -31,9 +52,16 @@ pub fn get(key: &SessionKey, now: u32) -> Option<&'static mut Session> {
 pub fn touch(kind: u8, session: &mut Session, frontend: &Frontend, now: u32) {
     session.used = now;
     session.hits = session.hits.wrapping_add(1);
-    if session.state == STATE_CONFIRMED || kind == KIND_COOKIE && session.state == STATE_PROVISIONAL {
+    if session.state == STATE_CONFIRMED || session.state == STATE_PROVISIONAL && lasts(kind) {
         session.expires = now.wrapping_add(frontend.session_ttl);
     }
+}
+
+/// True for identifiers that live as long as a confirmed one although nobody confirms them: an address,
+/// and a cookie, which only a server that sets it confirms, not one that was given it.
+#[inline(always)]
+fn lasts(kind: u8) -> bool {
+    kind == KIND_COOKIE || kind == KIND_CLIENT
 }
 
 /// Makes an entry that the client alone stands for, unless there is a living one, which is returned:
@@ -50,26 +78,25 @@ pub fn add(
     session.created = now;
     session.used = now;
     session.hits = 1;
-    if key.kind == KIND_CLIENT {
-        // Nobody will confirm an address, and it steers nobody else.
-        session.state = STATE_CONFIRMED;
-        session.expires = now.wrapping_add(frontend.session_ttl);
-    } else {
-        session.state = STATE_PROVISIONAL;
-        // A server that was given a cookie confirms nothing: only one that sets it does.
-        let life = if key.kind == KIND_COOKIE { frontend.session_ttl } else { frontend.provisional_ttl };
-        session.expires = now.wrapping_add(life);
-    }
-    let session: &Session = session;
-    if SESSIONS.insert(key, session, NOEXIST).is_ok() {
+    session.state = STATE_PROVISIONAL;
+    let life = if lasts(key.kind) { frontend.session_ttl } else { frontend.provisional_ttl };
+    session.expires = now.wrapping_add(life);
+    if PROVISIONAL.insert(key, &*session, NOEXIST).is_ok() {
         return None;
     }
-    let winner = get(key, now);
+    let winner = provisional(key, now);
     if winner.is_none() {
-        // Expired: take its place. A full table evicts; a failure costs only stickiness.
-        let _ = SESSIONS.insert(key, session, 0);
+        // Expired: take its place.
+        replace(key, session);
     }
     winner
+}
+
+/// Makes the entry that [`add`] prepared, whatever there is. A full table evicts; a failure costs only
+/// stickiness.
+#[inline(always)]
+pub fn replace(key: &SessionKey, session: &Session) {
+    let _ = PROVISIONAL.insert(key, session, 0);
 }
 
 /// The server issued or accepted the identifier: it is the backend's from now on. True if that is news.
@@ -91,6 +118,15 @@ pub fn confirm(key: &SessionKey, session: &mut Session, backend: u32, frontend: 
             }
             return entry.add(backend);
         }
+        // A cookie's value can be known to others, and a word like "deleted" is set by every server: what one
+        // has set, another does not take away while the first can be reached.
+        if key.kind == KIND_COOKIE
+            && entry.backends[0] != backend
+            && !expired
+            && services::any_up(entry.backends[0])
+        {
+            return false;
+        }
         let news = entry.state != STATE_CONFIRMED || entry.backends[0] != backend || expired;
         entry.backends[0] = backend;
         entry.backends[1] = 0;
@@ -105,17 +141,12 @@ pub fn confirm(key: &SessionKey, session: &mut Session, backend: u32, frontend: 
     session.created = now;
     session.used = now;
     session.expires = expires;
-    let session: &Session = session;
-    SESSIONS.insert(key, session, 0).is_ok()
+    let _ = PROVISIONAL.remove(key);
+    SESSIONS.insert(key, &*session, 0).is_ok()
 }
 
 /// Forgets a provisional entry whose identifier turned out to mean nothing.
 #[inline(always)]
 pub fn forget_provisional(key: &SessionKey) {
-    // SAFETY: as in `get`.
-    if let Some(entry) = SESSIONS.get_ptr_mut(key).map(|entry| unsafe { &mut *entry })
-        && entry.state == STATE_PROVISIONAL
-    {
-        let _ = SESSIONS.remove(key);
-    }
+    let _ = PROVISIONAL.remove(key);
 }

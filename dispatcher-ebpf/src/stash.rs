@@ -33,7 +33,7 @@ use crate::{
 static STASH: Array<Slot> = Array::with_max_entries(abi::DEFAULT_STASH_SLOTS, 0);
 
 /// Segments after which a hello that still is not whole is bound by what was seen.
-const SEGMENTS_MAX: u32 = 8;
+const SEGMENTS_MAX: u32 = 32;
 /// A held hello whose client retransmits after so long goes by the table, nanoseconds.
 const HELD_LIMIT_NS: u64 = 100_000_000;
 

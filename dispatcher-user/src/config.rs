@@ -14,8 +14,8 @@ use dispatcher_common::{
     quic::{SERVER_ID_MAX, UNROUTABLE},
     service::stable_id,
     session::{
-        KIND_CLIENT, KIND_COOKIE, KIND_QUIC_CID, KIND_TICKET_NAME, KIND_TLS_SESSION_ID, TICKET_NAMED,
-        TICKET_OPAQUE,
+        KIND_CLIENT, KIND_COOKIE, KIND_QUIC_CID, KIND_QUIC_SERVER, KIND_TICKET, KIND_TICKET_NAME,
+        KIND_TLS_SESSION_ID, TICKET_NAMED, TICKET_OPAQUE,
     },
 };
 use rustls::pki_types::ServerName;
@@ -175,7 +175,19 @@ pub enum Affinity {
 }
 
 impl Affinity {
-    /// The kind in session keys.
+    /// The kinds of session keys that are looked for.
+    #[must_use]
+    pub const fn kinds(&self) -> &'static [u8] {
+        match self {
+            Self::TlsTicket => &[KIND_TICKET_NAME, KIND_TICKET],
+            Self::TlsSessionId => &[KIND_TLS_SESSION_ID],
+            Self::HttpCookie(_) => &[KIND_COOKIE],
+            Self::ClientAddress => &[KIND_CLIENT],
+            Self::QuicCid => &[KIND_QUIC_CID, KIND_QUIC_SERVER],
+        }
+    }
+
+    /// The kind in session keys, of several the first.
     #[must_use]
     pub const fn kind(&self) -> u8 {
         match self {
@@ -452,12 +464,22 @@ impl Text<'_> {
     fn capacities(&self, raw: Option<&raw::Capacity>) -> Result<Capacities, Error> {
         let mut capacities = Capacities::default();
         let Some(raw) = raw else { return Ok(capacities) };
-        let Capacities { flows, sessions, frontends, backends, lb_table, sources, cookies, stash_slots } =
-            &mut capacities;
+        let Capacities {
+            flows,
+            sessions,
+            provisional,
+            frontends,
+            backends,
+            lb_table,
+            sources,
+            cookies,
+            stash_slots,
+        } = &mut capacities;
         let mut spans = BTreeMap::new();
         for (name, value, target) in [
             ("flows", &raw.flows, flows),
             ("sessions", &raw.sessions, sessions),
+            ("provisional", &raw.provisional, provisional),
             ("frontends", &raw.frontends, frontends),
             ("backends", &raw.backends, backends),
             ("lb_table", &raw.lb_table, lb_table),
@@ -557,8 +579,7 @@ impl Text<'_> {
             });
         };
         if mode == Mode::L4 && protocol == Protocol::Tcp {
-            let problem =
-                "goes with mode = \"passthrough\" only: an l4 service reads no identifier; remove it";
+            let problem = "goes with mode = \"passthrough\" only: an l4 service goes by addresses and ports and looks for no session; remove it, or the mode";
             return Err(self.error(list.span(), "service.affinity", problem));
         }
         let mut found = Vec::new();
@@ -581,6 +602,12 @@ impl Text<'_> {
                     | Affinity::ClientAddress
                     | Affinity::QuicCid => format!("\"{text}\" is given twice; remove one"),
                 };
+                return Err(self.error(span, "service.affinity", problem));
+            }
+            if found.contains(&Affinity::ClientAddress) {
+                let problem = format!(
+                    "\"{text}\" would decide for new addresses only, as every connection has one; put \"client-address\" last"
+                );
                 return Err(self.error(span, "service.affinity", problem));
             }
             found.push(one);
@@ -657,6 +684,11 @@ impl Text<'_> {
         let mut owners: BTreeMap<&[u8], &str> = BTreeMap::new();
         for (raw, backend) in raw.backend.iter().zip(backends) {
             let Some(list) = &raw.quic_server_id else { continue };
+            if !affinity.contains(&Affinity::QuicCid) {
+                let problem =
+                    "goes with protocol = \"udp\" and affinity = \"quic-cid\" only; add those, or remove it";
+                return Err(self.error(list.span(), "service.backend.quic_server_id", problem.to_owned()));
+            }
             for (text, id) in list.get_ref().as_slice().iter().zip(&backend.quic_server_ids) {
                 let refused = |problem| {
                     Err(self.error(self.element(list, text), "service.backend.quic_server_id", problem))
@@ -1061,7 +1093,7 @@ fn affinity(text: &str) -> Result<Affinity, String> {
         ("client-address", _) => Affinity::ClientAddress,
         ("quic-cid", _) => Affinity::QuicCid,
         (_, Some(name)) if http::is_cookie_name(name) => Affinity::HttpCookie(name.to_owned()),
-        ("http-cookie", None) | (_, Some(_)) => {
+        _ if text.get(..11).is_some_and(|start| start.eq_ignore_ascii_case("http-cookie")) => {
             return Err(format!(
                 "\"{text}\" does not name a cookie; write \"http-cookie:NAME\" with a name of 1 to {} letters, digits or other characters of a token (RFC 6265)",
                 http::NAME_MAX

@@ -31,9 +31,9 @@ use dispatcher_common::{
     reason::Kind,
     service::{BackendStats, FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_NO_WSCALE},
     session::{
-        KIND_CLIENT, KIND_COOKIE, KIND_QUIC_CID, KIND_QUIC_SERVER, KIND_TICKET, KIND_TICKET_NAME,
+        COOKIE_LEN, KIND_CLIENT, KIND_COOKIE, KIND_QUIC_CID, KIND_QUIC_SERVER, KIND_TICKET, KIND_TICKET_NAME,
         KIND_TLS_SESSION_ID, STATE_CONFIRMED, STATE_DISCOVERED, STATE_PINNED, STATE_PROVISIONAL, Session,
-        SessionKey,
+        SessionKey, TICKET_HEAD,
     },
 };
 use serde::Deserialize;
@@ -548,13 +548,44 @@ async fn session(
         let now = monotonic_seconds();
         let mut found = Vec::new();
         for key in keys(shared, &id, query.service.as_deref(), &all_kinds())? {
-            if let Some(session) = shared.dataplane.sessions().get(&key)?.filter(|one| !one.expired(now)) {
-                found.push(shown(&names, &key, &session, now));
-            }
+            let living = shared.dataplane.sessions().all(&key)?.filter(|one| !one.expired(now));
+            found.extend(living.map(|session| shown(&names, &key, &session, now)));
         }
         if found.is_empty() { Err(not_found(format!("no session {id}"))) } else { Ok(found) }
     })
     .await
+}
+
+/// Says why a service would never look for a key, if so.
+fn looked_for(service: &config::Service, key: &SessionKey) -> Result<(), Failure> {
+    let called = |kind| KINDS.iter().find(|(one, _)| *one == kind).map_or("?", |(_, name)| name);
+    let kinds: Vec<u8> = service.affinity.iter().flat_map(|one| one.kinds().iter().copied()).collect();
+    let name = called(key.kind);
+    if !kinds.contains(&key.kind) {
+        let kinds: Vec<&str> = kinds.iter().map(|kind| called(*kind)).collect();
+        return Err(bad(format!(
+            "service {} does not look for a {name}, so a pin would do nothing; by its affinity it looks for: {}",
+            service.name,
+            if kinds.is_empty() { "nothing".to_owned() } else { kinds.join(", ") }
+        )));
+    }
+    let lengths: &[u8] = match key.kind {
+        KIND_COOKIE => &[COOKIE_LEN],
+        KIND_CLIENT => &[16],
+        KIND_TICKET => &[TICKET_HEAD as u8],
+        KIND_TICKET_NAME => &[16, 4],
+        _ => return Ok(()),
+    };
+    if !lengths.contains(&key.len) {
+        let lengths: Vec<String> = lengths.iter().map(u8::to_string).collect();
+        return Err(bad(format!(
+            "{} has {} bytes, a {name} has {}; `dispatcherctl sessions list` shows some",
+            api::to_hex(key.id()),
+            key.len,
+            lengths.join(" or ")
+        )));
+    }
+    Ok(())
 }
 
 async fn pin(
@@ -565,16 +596,11 @@ async fn pin(
     reading(shared, move |shared| {
         let config = shared.config();
         let (service, backend) = find_backend(&config, &pin.service, &pin.backend)?;
-        if service.mode == config::Mode::L4 {
-            let name = &service.name;
-            return Err(bad(format!(
-                "service {name} is in l4 mode, where no TLS session ID is read: a pin would do nothing"
-            )));
-        }
         let now = monotonic_seconds();
         let mut found = Vec::new();
         let kind = pin.kind.as_deref().map_or(Ok(KIND_TLS_SESSION_ID), kind)?;
         for key in keys(shared, &id, Some(&pin.service), &[kind])? {
+            looked_for(service, &key)?;
             let old = shared
                 .dataplane
                 .sessions()

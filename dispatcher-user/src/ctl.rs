@@ -1,8 +1,8 @@
 //! The command line: requests to the control socket, answers as tables or JSON.
 
 use std::{
-    convert::Infallible,
     io::{self, Write},
+    net::IpAddr,
     path::{Path, PathBuf},
     process::ExitCode,
     str::FromStr,
@@ -11,7 +11,7 @@ use std::{
 
 use clap::{Parser, Subcommand, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
-use dispatcher_common::http;
+use dispatcher_common::{addr::Addr, http};
 use http_body_util::{BodyExt as _, Full};
 use hyper::{Method, Request, body::Bytes};
 use hyper_util::rt::TokioIo;
@@ -121,7 +121,7 @@ enum Sessions {
     },
     /// Show the session of an identifier
     Show {
-        /// Identifier: hexadecimal, or cookie:VALUE
+        /// Identifier: hexadecimal, or cookie:VALUE, or client:ADDRESS
         id: Identifier,
         /// Of this service only
         #[arg(long)]
@@ -133,9 +133,10 @@ enum Sessions {
     ///           dispatcherctl sessions pin cookie:4f1c --service shop --backend b
     #[command(verbatim_doc_comment)]
     Pin {
-        /// Identifier: hexadecimal, or cookie:VALUE
+        /// Identifier: hexadecimal, or cookie:VALUE, or client:ADDRESS
         id: Identifier,
-        /// Kind of a hexadecimal identifier, as `sessions list` calls it [default: tls-session-id]
+        /// Kind of a hexadecimal identifier, as `sessions list` calls it, one that the service's affinity looks
+        /// for [default: tls-session-id]
         #[arg(long)]
         kind: Option<String>,
         /// Service
@@ -147,7 +148,7 @@ enum Sessions {
     },
     /// Forget an identifier, pinned or not; prints what is removed
     Remove {
-        /// Identifier: hexadecimal, or cookie:VALUE
+        /// Identifier: hexadecimal, or cookie:VALUE, or client:ADDRESS
         id: Identifier,
         /// Of this service only, else of all that know it
         #[arg(long)]
@@ -291,13 +292,17 @@ async fn answer(args: &Args, out: &mut dyn Write) -> Result<(), Error> {
                     }
                     ask.get(&path).await?
                 }
-                Sessions::Show { id, service } => ask.get(&session(id, service.as_deref())).await?,
-                Sessions::Pin { id, kind, service, backend } => {
-                    let kind = kind.clone().or_else(|| id.kind.map(str::to_owned));
-                    let pin = api::Pin { service: service.clone(), backend: backend.clone(), kind };
-                    ask.put(&session(id, None), &pin).await?
+                Sessions::Show { id, service } => {
+                    id.named(ask.get(&session(id, service.as_deref())).await)?
                 }
-                Sessions::Remove { id, service } => ask.delete(&session(id, service.as_deref())).await?,
+                Sessions::Pin { id, kind, service, backend } => {
+                    let kind = id.kind(kind.as_deref())?;
+                    let pin = api::Pin { service: service.clone(), backend: backend.clone(), kind };
+                    id.named(ask.put(&session(id, None), &pin).await)?
+                }
+                Sessions::Remove { id, service } => {
+                    id.named(ask.delete(&session(id, service.as_deref())).await)?
+                }
             };
             show(out, json, answer.as_slice(), sessions)
         }
@@ -339,20 +344,52 @@ async fn answer(args: &Args, out: &mut dyn Write) -> Result<(), Error> {
 /// What a session is known by, as the operator gives it.
 #[derive(Clone, Debug)]
 struct Identifier {
+    given: String,
     hex: String,
     /// Where the form says it.
     kind: Option<&'static str>,
 }
 
 impl FromStr for Identifier {
-    type Err = Infallible;
+    type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, Infallible> {
-        Ok(match text.strip_prefix("cookie:") {
-            Some(value) => {
-                Self { hex: api::to_hex(&http::cookie_id(value.as_bytes())), kind: Some("http-cookie") }
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (kind, hex) = if let Some(value) = text.strip_prefix("cookie:") {
+            if value.is_empty() {
+                return Err("an empty value is no session; write cookie:VALUE".to_owned());
             }
-            None => Self { hex: text.to_owned(), kind: None },
+            (Some("http-cookie"), api::to_hex(&http::cookie_id(value.as_bytes())))
+        } else if let Some(address) = text.strip_prefix("client:") {
+            let address: IpAddr = address.parse().map_err(|_| {
+                format!("{address} is no IP address; write client:192.0.2.1 or client:2001:db8::1")
+            })?;
+            (Some("client-address"), api::to_hex(&Addr::from(address).octets()))
+        } else {
+            (None, text.to_owned())
+        };
+        Ok(Self { given: text.to_owned(), hex, kind })
+    }
+}
+
+impl Identifier {
+    /// The kind to ask for: the one that is given, or that the identifier's form says.
+    fn kind(&self, given: Option<&str>) -> Result<Option<String>, Error> {
+        match (given, self.kind) {
+            (Some(given), Some(own)) if given != own => Err(Error::Refused(format!(
+                "{} is of the kind {own}, not {given}; leave --kind out",
+                self.given
+            ))),
+            (given, own) => Ok(given.or(own).map(str::to_owned)),
+        }
+    }
+
+    /// An answer in the operator's own words.
+    fn named<T>(&self, answer: Result<T, Error>) -> Result<T, Error> {
+        answer.map_err(|error| match error {
+            Error::Refused(text) if self.kind.is_some() => {
+                Error::Refused(text.replace(&self.hex, &self.given))
+            }
+            error => error,
         })
     }
 }

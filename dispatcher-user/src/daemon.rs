@@ -312,15 +312,31 @@ async fn stay_attached(shared: Arc<Shared>) -> (&'static str, String) {
 
 async fn sweep(shared: Arc<Shared>) -> (&'static str, String) {
     const TASK: &str = "removing expired sessions";
+    let mut full = [false; 2];
     loop {
         tokio::time::sleep(SWEEP).await;
-        let shared = Arc::clone(&shared);
-        let swept = tokio::task::spawn_blocking(move || {
-            events::sweep(&shared.dataplane).map(|sessions| shared.counts.swept(sessions))?;
-            shared.state().actual.keep_server_ids(&shared.dataplane)
+        let swept = tokio::task::spawn_blocking({
+            let shared = Arc::clone(&shared);
+            move || shared.dataplane.sessions().sweep(dataplane::monotonic_seconds())
         });
         match swept.await {
-            Ok(Ok(())) => {}
+            Ok(Ok(swept)) => {
+                shared.counts.swept(swept.removed);
+                let tables = [
+                    (swept.known, "sessions", "known sessions"),
+                    (swept.provisional, "provisional", "sessions that no server confirmed"),
+                ];
+                for (full, ((entries, room), capacity, what)) in full.iter_mut().zip(tables) {
+                    let now = entries >= u64::from(room) / 10 * 9;
+                    if now && !*full {
+                        log::warn!(
+                            "{entries} of {room} {what}: from now on those that were not used for longest are \
+                             forgotten; raise capacity.{capacity}"
+                        );
+                    }
+                    *full = now;
+                }
+            }
             Ok(Err(error)) => log::warn!("{error}"),
             Err(error) => return (TASK, error.to_string()),
         }

@@ -28,15 +28,16 @@ use dispatcher_common::{
     http,
     reason::{REASONS_MAX, Reason},
     service::{Backend, BackendStats, Frontend, VipKey},
-    session::{Session, SessionKey},
     stash::Slot,
 };
 
 mod capacity;
+mod sessions;
 mod table;
 mod test_run;
 
 pub use capacity::{Capacities, memory_bytes};
+pub use sessions::{Sessions, Swept};
 pub use table::{Cells, Table};
 pub use test_run::{LIVE_FRAMES, TestRun, test_run};
 
@@ -188,7 +189,7 @@ pub struct Dataplane {
     capacities: Capacities,
     copy: Mutex<Globals>,
     flows: Table<FlowKey, Flow>,
-    sessions: Table<SessionKey, Session>,
+    sessions: Sessions,
     vips: Table<VipKey, u32>,
     frontends: Cells<Frontend>,
     backends: Cells<Backend>,
@@ -246,7 +247,7 @@ impl Dataplane {
         }
         let dataplane = Self {
             flows: Table::take(e, abi::MAP_FLOWS)?,
-            sessions: Table::take(e, abi::MAP_SESSIONS)?,
+            sessions: Sessions::take(e)?,
             vips: Table::take(e, abi::MAP_VIPS)?,
             frontends: Cells::take(e, abi::MAP_FRONTENDS)?,
             backends: Cells::take(e, abi::MAP_BACKENDS)?,
@@ -367,7 +368,7 @@ impl Dataplane {
 
     /// The mapping table.
     #[must_use]
-    pub fn sessions(&self) -> &Table<SessionKey, Session> {
+    pub fn sessions(&self) -> &Sessions {
         &self.sessions
     }
 
@@ -703,6 +704,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use dispatcher_common::session::{Session, SessionKey};
+
     use super::*;
 
     #[test]

@@ -14,7 +14,7 @@ use aya::maps::{MapData, RingBuf};
 use dispatcher_common::{
     event::{EVENT_HELD, EVENT_LEARNED, EVENT_MISS, EVENT_REFUSED, EVENT_REJECTED, Event, Release},
     flow::FlowKey,
-    session::{KIND_TICKET_NAME, STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey},
+    session::{KIND_TICKET_NAME, STATE_PROVISIONAL, Session},
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -162,28 +162,19 @@ impl Picker {
     /// A hello with an identifier: the session's backend, or a new session.
     fn bind(&mut self, dataplane: &Dataplane, pool: &Pool, event: &Event) -> Result<Option<u32>, Error> {
         let (sessions, key, now) = (dataplane.sessions(), event.session, monotonic_seconds());
-        let mut known = sessions.get(&key)?;
-        if let Some(index) = usable(known, pool, now) {
+        let known =
+            || -> Result<_, Error> { Ok(sessions.all(&key)?.find_map(|session| usable(session, pool, now))) };
+        if let Some(index) = known()? {
             return Ok(Some(index));
         }
         let Some(picked) = self.pick(pool, &event.flow) else { return Ok(None) };
         let session = provisional(picked.id, now, pool.provisional_ttl);
-        // Against a data path that writes the key again and again, a few tries are enough.
-        for _ in 0..4 {
-            match known {
-                // The operator's word stays, even while his backend is away.
-                Some(session) if session.state == STATE_PINNED => break,
-                Some(_) => sessions.remove(&key)?,
-                None => false,
-            };
-            if sessions.insert_new(key, session)? {
-                break;
-            }
+        if !sessions.insert_new(key, session)? {
             // The data path was faster: its entry counts, if it can be used.
-            known = sessions.get(&key)?;
-            if let Some(index) = usable(known, pool, now) {
+            if let Some(index) = known()? {
                 return Ok(Some(index));
             }
+            sessions.insert(key, session)?;
         }
         Ok(Some(picked.index))
     }
@@ -200,8 +191,8 @@ impl Picker {
 }
 
 /// The backend index of a session that may be used.
-fn usable(session: Option<Session>, pool: &Pool, now: u32) -> Option<u32> {
-    let session = session.filter(|session| !session.expired(now))?;
+fn usable(session: Session, pool: &Pool, now: u32) -> Option<u32> {
+    let session = Some(session).filter(|session| !session.expired(now))?;
     session.ids().find_map(|id| pool.known.get(&id).copied())
 }
 
@@ -220,22 +211,6 @@ fn hash(client: &FlowKey) -> u64 {
     client.src.words.iter().fold(0xcbf2_9ce4_8422_2325, |hash, word| {
         (hash ^ u64::from(*word)).wrapping_mul(0x0000_0100_0000_01b3)
     })
-}
-
-/// Removes sessions that have expired; returns how many.
-pub(crate) fn sweep(dataplane: &Dataplane) -> Result<u64, Error> {
-    let sessions = dataplane.sessions();
-    let now = monotonic_seconds();
-    // First look, then remove: a walk whose last key is gone starts anew.
-    let expired: Vec<SessionKey> =
-        sessions.iter().filter(|(_, session)| session.expired(now)).map(|(key, _)| key).collect();
-    let mut removed = 0;
-    for key in expired {
-        if sessions.get(&key)?.is_some_and(|session| session.expired(now)) && sessions.remove(&key)? {
-            removed += 1;
-        }
-    }
-    Ok(removed)
 }
 
 #[cfg(test)]
@@ -267,11 +242,10 @@ mod tests {
     #[test]
     fn only_living_sessions_of_reachable_backends_are_used() {
         let pool = pool(Balance::Maglev);
-        let session = |backend| Some(provisional(backend, 50, 10));
+        let session = |backend| provisional(backend, 50, 10);
         assert_eq!(usable(session(102), &pool, 55), Some(2), "drained backends keep their sessions");
         assert_eq!(usable(session(102), &pool, 60), None);
         assert_eq!(usable(session(103), &pool, 55), None);
-        assert_eq!(usable(None, &pool, 55), None);
     }
 
     #[test]

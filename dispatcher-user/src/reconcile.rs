@@ -701,16 +701,6 @@ impl Actual {
         Ok(())
     }
 
-    /// Writes server IDs once more that the table lost: it makes room by forgetting what is not used.
-    pub fn keep_server_ids(&self, dataplane: &Dataplane) -> Result<(), Error> {
-        for (id, backend) in &self.server_ids {
-            if let Some((key, session)) = server_id_entry(id, *backend) {
-                dataplane.sessions().insert_new(key, session)?;
-            }
-        }
-        Ok(())
-    }
-
     fn write(&self, change: &Change, dataplane: &Dataplane) -> Result<(), Error> {
         match change {
             Change::Source { index, address } => dataplane.sources().set(*index, (*address).into()),

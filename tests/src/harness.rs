@@ -176,7 +176,8 @@ impl Machine {
     pub fn new() -> Result<Self> {
         let capacities = Capacities {
             flows: 4096,
-            sessions: 4096,
+            sessions: 64,
+            provisional: 64,
             frontends: 64,
             backends: 64,
             lb_table: 64,

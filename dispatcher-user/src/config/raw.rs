@@ -50,6 +50,7 @@ pub(super) struct Interface {
 pub(super) struct Capacity {
     pub(super) flows: Number,
     pub(super) sessions: Number,
+    pub(super) provisional: Number,
     pub(super) frontends: Number,
     pub(super) backends: Number,
     pub(super) lb_table: Number,

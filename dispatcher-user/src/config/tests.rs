@@ -130,7 +130,28 @@ fn mistakes_name_line_key_and_remedy() {
             "name = \"web\"\nmode = \"l4\"\naffinity = \"tls-ticket\"",
             7,
             "service.affinity",
-            "reads no identifier; remove it",
+            "looks for no session; remove it",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\naffinity = [\"client-address\", \"tls-ticket\"]",
+            6,
+            "service.affinity",
+            "put \"client-address\" last",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\naffinity = [\"HTTP-Cookie:sid\"]",
+            6,
+            "service.affinity",
+            "write \"http-cookie:NAME\"",
+        ),
+        (
+            "name = \"a\"",
+            "name = \"a\"\nquic_server_id = \"0a\"",
+            10,
+            "service.backend.quic_server_id",
+            "affinity = \"quic-cid\" only",
         ),
         (
             "name = \"web\"",
@@ -336,7 +357,7 @@ quic_server_id = "0A0B0D"
             "\"client-address\" does not go with",
         ),
         ("[\"quic-cid\"]", "[\"quic-cid\", \"quic-cid\"]", 8, "service.affinity", "given twice"),
-        ("protocol = \"udp\"", "", 8, "service.affinity", "reads no identifier; remove it"),
+        ("protocol = \"udp\"", "", 8, "service.affinity", "looks for no session; remove it"),
         (
             "protocol = \"udp\"\nmode = \"l4\"",
             "protocol = \"tcp\"\n",

@@ -84,10 +84,22 @@ fn json_has_the_promised_names() {
 
 #[test]
 fn paths_are_escaped() {
-    let hex = Identifier { hex: "00ff".to_owned(), kind: None };
+    let hex: Identifier = "00ff".parse().expect("any text is an identifier");
     assert_eq!(session(&hex, Some("a b/c")), "/v1/sessions/00ff?service=a%20b%2Fc");
-    let cookie: Identifier = "cookie:abc".parse().expect("any text is an identifier");
+    let cookie: Identifier = "cookie:abc".parse().expect("a value");
     assert_eq!((cookie.hex.len(), cookie.kind), (32, Some("http-cookie")));
+    assert_eq!(cookie.kind(Some("http-cookie")).expect("agrees").as_deref(), Some("http-cookie"));
+    assert!(cookie.kind(Some("tls-ticket")).is_err());
+    let missing = cookie.named::<()>(Err(Error::Refused(format!("no session {}", cookie.hex))));
+    assert_eq!(missing.expect_err("missing").to_string(), "no session cookie:abc");
+    let client: Identifier = "client:192.0.2.1".parse().expect("an address");
+    assert_eq!(
+        (client.hex.as_str(), client.kind),
+        ("00000000000000000000ffffc0000201", Some("client-address"))
+    );
+    for wrong in ["cookie:", "client:host"] {
+        assert!(wrong.parse::<Identifier>().is_err(), "{wrong}");
+    }
 }
 
 #[test]

@@ -20,8 +20,10 @@ use super::Error;
 pub struct Capacities {
     /// Flow entries; a connection has two.
     pub flows: u32,
-    /// Sessions.
+    /// Sessions that servers, probes or the operator vouch for.
     pub sessions: u32,
+    /// Sessions that only clients stand for.
+    pub provisional: u32,
     /// VIP address/port pairs.
     pub frontends: u32,
     /// Backends.
@@ -41,6 +43,7 @@ impl Default for Capacities {
         Self {
             flows: abi::DEFAULT_FLOWS,
             sessions: abi::DEFAULT_SESSIONS,
+            provisional: abi::DEFAULT_PROVISIONAL,
             frontends: abi::DEFAULT_FRONTENDS,
             backends: abi::DEFAULT_BACKENDS,
             lb_table: abi::DEFAULT_LB_TABLE,
@@ -58,6 +61,7 @@ impl Capacities {
         let all = [
             ("flows", self.flows),
             ("sessions", self.sessions),
+            ("provisional", self.provisional),
             ("frontends", self.frontends),
             ("backends", self.backends),
             ("lb_table", self.lb_table),
@@ -90,10 +94,11 @@ impl Capacities {
     }
 
     /// The maps whose size is ours to say.
-    pub(super) fn maps(&self) -> [(&'static str, u32); 14] {
+    pub(super) fn maps(&self) -> [(&'static str, u32); 15] {
         [
             (abi::MAP_FLOWS, self.flows),
             (abi::MAP_SESSIONS, self.sessions),
+            (abi::MAP_PROVISIONAL, self.provisional),
             (abi::MAP_VIPS, self.frontends),
             (abi::MAP_FRONTENDS, self.frontends),
             (abi::MAP_BACKENDS, self.backends * 2),
@@ -127,6 +132,7 @@ pub fn memory_bytes(capacities: &Capacities) -> u64 {
     let c = capacities;
     hash::<FlowKey, Flow>(c.flows)
         + hash::<SessionKey, Session>(c.sessions)
+        + hash::<SessionKey, Session>(c.provisional)
         + hash::<VipKey, u32>(c.frontends)
         + hash::<u32, u32>(c.backends)
         + array::<Frontend>(c.frontends)

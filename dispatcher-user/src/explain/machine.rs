@@ -80,6 +80,7 @@ impl Machine {
         let capacities = Capacities {
             flows: entries,
             sessions: entries.max(count(known.sessions.len() * 2)),
+            provisional: entries.max(count(known.sessions.len() * 2)),
             frontends: count(services.iter().map(|one| one.vips.len()).sum()),
             backends: count(services.iter().map(|one| one.backends.len()).sum()),
             lb_table: u32::try_from(table.max(1)).unwrap_or(u32::MAX),

@@ -67,6 +67,7 @@ fn claim_c13_a_cookie_declares_a_request_secure_and_leads_to_its_backend() {
         ("long", request(&format!("a=b; sid={long}; c=d"))),
         ("far behind", request(&format!("a={}; sid=abc", "y".repeat(400)))),
         ("in another case", b"POST / HTTP/1.0\ncOOKIE:sid=abc\n\n".to_vec()),
+        ("after empty lines", [b"\r\n\n".as_slice(), &request("sid=abc")].concat()),
         ("before the header's end", b"GET / HTTP/1.1\r\nCookie: sid=abc;".to_vec()),
     ];
     for family in Family::BOTH {
@@ -240,6 +241,87 @@ fn a_later_response_on_the_connection_teaches_too() {
     answer(b"HTTP/1.1 200 OK\r\nSet-Cookie: sid=late\r\n\r\n");
     let learned = entry(&machine, "late").expect("learned");
     assert_eq!(learned.backends[0], id_of(&far, Family::V4));
+}
+
+#[test]
+fn empty_lines_before_a_request_may_come_alone() {
+    let machine = machine();
+    know(&machine, "abc", 2, STATE_CONFIRMED);
+    let mut talk = Talk::new(Service::Plain, Family::V4, 9400);
+    talk.shake(&machine);
+    let _ = machine.expect("an empty line", &talk.data(0, b"\r\n"), Reason::AckedPart);
+    let _ = machine.expect("a request", &talk.data(2, &request("sid=abc")), Reason::BoundHit);
+}
+
+#[test]
+fn made_up_cookies_push_out_nothing_that_others_said() {
+    let machine = machine();
+    know(&machine, "confirmed", 2, STATE_CONFIRMED);
+    know(&machine, "pinned", 1, STATE_PINNED);
+    let room = machine.dataplane().capacities().sessions;
+    for number in 0..room as u16 * 6 {
+        let mut talk = Talk::new(Service::Plain, Family::V4, 10_000 + number);
+        talk.establish(&machine, &request(&format!("sid=made-up-{number}")), Reason::BoundMiss);
+    }
+    for (value, backend) in [("confirmed", 2), ("pinned", 1)] {
+        let entry = entry(&machine, value).unwrap_or_else(|| panic!("{value} is forgotten"));
+        assert_eq!(entry.backends[0], Machine::backend_id(backend));
+    }
+}
+
+#[test]
+fn while_its_backend_is_away_a_session_has_another_one() {
+    let machine = machine();
+    know(&machine, "abc", 2, STATE_CONFIRMED);
+    machine.set_up(2, false).expect("away");
+    let request = request("sid=abc");
+    let mut ports = 9500..;
+    let mut connect = |reason| {
+        let mut talk = Talk::new(Service::Plain, Family::V4, ports.next().expect("a port"));
+        id_of(&talk.establish(&machine, &request, reason), Family::V4)
+    };
+    let stand_in = connect(Reason::BoundMiss);
+    for _ in 0..8 {
+        assert_eq!(connect(Reason::BoundHit), stand_in);
+    }
+    machine.set_up(2, true).expect("back");
+    assert_eq!(connect(Reason::BoundHit), Machine::backend_id(2));
+    // When the one that stood in is away too, a third does.
+    machine.set_up(2, false).expect("away");
+    let index = (0..BACKENDS).find(|one| Machine::backend_id(*one) == stand_in).expect("a backend");
+    machine.set_up(index, false).expect("away");
+    let third = connect(Reason::BoundMiss);
+    assert_ne!(third, stand_in);
+    assert_eq!(connect(Reason::BoundHit), third);
+    assert_eq!(entry(&machine, "abc").expect("there").backends[0], Machine::backend_id(2));
+}
+
+#[test]
+fn a_server_takes_no_cookie_from_another_that_is_there() {
+    let machine = machine();
+    know(&machine, "abc", 2, STATE_CONFIRMED);
+    let plain = b"GET / HTTP/1.1\r\n\r\n";
+    // Also where it is a body that looks like a response, or takes the cookie away.
+    let sets: [&[u8]; 2] = [
+        b"HTTP/1.1 200 OK\r\nSet-Cookie: sid=abc\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nSet-Cookie: sid=abc; Max-Age=0\r\n\r\n",
+    ];
+    let mut other = 0;
+    for (port, sets) in (9600..).zip(sets) {
+        let mut talk = Talk::new(Service::Plain, Family::V4, port);
+        let far = talk.establish(&machine, plain, Reason::BoundNonsecure);
+        other = id_of(&far, Family::V4);
+        let answer = far.segment(ACK | PSH, 0, plain.len() as u32, sets);
+        let _ = machine.expect("a response", &answer, Reason::ToClient);
+        assert_eq!(entry(&machine, "abc").expect("there").backends[0], Machine::backend_id(2));
+    }
+    assert_ne!(other, Machine::backend_id(2), "the table leads elsewhere");
+    machine.set_up(2, false).expect("away");
+    let mut talk = Talk::new(Service::Plain, Family::V4, 9610);
+    let far = talk.establish(&machine, plain, Reason::BoundNonsecure);
+    let answer = far.segment(ACK | PSH, 0, plain.len() as u32, sets[0]);
+    let _ = machine.expect("a response", &answer, Reason::ToClient);
+    assert_eq!(entry(&machine, "abc").expect("there").backends[0], id_of(&far, Family::V4));
 }
 
 #[test]
