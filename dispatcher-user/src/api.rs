@@ -115,7 +115,7 @@ pub struct Backend {
     pub addresses: Vec<SocketAddr>,
     /// `up`, `down`, `drain` or `disabled`.
     pub state: String,
-    /// Why an address is not reached.
+    /// Why an address is not reached or not healthy.
     pub reason: Option<String>,
     /// Weight.
     pub weight: u32,

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 mod least_connections;
 mod maglev;
+mod power_of_two;
 mod round_robin;
 
 /// A backend that may take connections.
@@ -43,14 +44,17 @@ pub enum Balance {
     WeightedRoundRobin,
     /// The one with the fewest connections for its weight.
     WeightedLeastConnections,
+    /// Of two at random the one with the fewer connections for its weight.
+    PowerOfTwoChoices,
 }
 
 impl Balance {
     /// Names in configurations.
-    pub const NAMES: [(&'static str, Self); 3] = [
+    pub const NAMES: [(&'static str, Self); 4] = [
         ("maglev", Self::Maglev),
         ("weighted-round-robin", Self::WeightedRoundRobin),
         ("weighted-least-connections", Self::WeightedLeastConnections),
+        ("power-of-two-choices", Self::PowerOfTwoChoices),
     ];
 
     /// A balancer of this kind.
@@ -60,13 +64,14 @@ impl Balance {
             Self::Maglev => Box::new(maglev::Maglev),
             Self::WeightedRoundRobin => Box::new(round_robin::RoundRobin::default()),
             Self::WeightedLeastConnections => Box::new(least_connections::LeastConnections),
+            Self::PowerOfTwoChoices => Box::new(power_of_two::PowerOfTwo::default()),
         }
     }
 
     /// True when tables depend on [`Candidate::load`], so that they must be made anew now and then.
     #[must_use]
     pub const fn follows_load(self) -> bool {
-        matches!(self, Self::WeightedLeastConnections)
+        matches!(self, Self::WeightedLeastConnections | Self::PowerOfTwoChoices)
     }
 }
 

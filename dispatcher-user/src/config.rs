@@ -29,9 +29,13 @@ use crate::{
 };
 
 mod changes;
+mod health;
 mod raw;
 
-pub use changes::{Changes, changes};
+pub use self::{
+    changes::{Changes, changes},
+    health::{Health, HttpCheck},
+};
 
 /// Where `dispatcherd` listens for `dispatcherctl`.
 pub const DEFAULT_CONTROL: &str = "/run/dispatcher/control.sock";
@@ -140,6 +144,10 @@ pub struct Service {
     /// Where the servers' tickets carry the name of their key (`session::TICKET_*`); `None` where that is
     /// found out as well.
     pub ticket: Option<u32>,
+    /// How backends are checked; `None` where being reached by the kernel is enough.
+    pub health: Option<Health>,
+    /// Seconds in which the weight of a backend that comes up grows to all of it; 0: at once.
+    pub slow_start: u32,
     /// Length of the server ID in QUIC connection IDs of configuration n, 0 where there is none.
     pub quic_lb: [u8; 8],
     /// The backends.
@@ -562,6 +570,8 @@ impl Text<'_> {
             sack: raw.sack.unwrap_or(true),
             tickets: self.tickets(raw, mode, &affinity)?,
             ticket: self.ticket(raw)?,
+            health: self.health(raw)?,
+            slow_start: self.duration(raw.slow_start.as_ref(), "service.slow_start", 0)?,
             quic_lb: self.quic_lb(raw, &affinity, &backends)?,
             affinity,
             backends,

@@ -20,7 +20,7 @@ use crate::{
     config::Config,
     control::{self, Socket},
     dataplane::{self, Dataplane, memory_bytes, monotonic_ns},
-    discovery, events, netlink, privileges,
+    discovery, events, health, netlink, privileges,
     reconcile::{self, Reach},
     reload::{self, Source},
     state::Shared,
@@ -148,6 +148,7 @@ async fn serve(
     tasks.spawn(discovery::serve(Arc::clone(&shared)));
     tasks.spawn(count(Arc::clone(&shared)));
     tasks.spawn(hang_ups(Arc::clone(&shared)));
+    tasks.spawn(health::serve(Arc::clone(&shared)));
     if let Some(logger) = logger {
         tasks.spawn(logger);
     }

@@ -4,7 +4,7 @@
 //! of one server sees what they have in common: the name of the key that sealed them, which most servers
 //! put first. Clients that come with a ticket of that key are sent to that server.
 
-mod probe;
+pub(crate) mod probe;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -290,9 +290,9 @@ struct Samples {
 
 /// Two tickets of a version, from two sessions.
 async fn tickets(target: &Target, version: &'static SupportedProtocolVersion) -> Result<Samples, String> {
-    let mut samples = Samples { tickets: Vec::new(), client: probe::client(version)?, resumed: true };
+    let mut samples = Samples { tickets: Vec::new(), client: probe::client(&[version])?, resumed: true };
     for _ in 0..2 {
-        let client = probe::client(version)?;
+        let client = probe::client(&[version])?;
         probe::connect(target, &client).await?;
         let again = probe::connect(target, &client).await?;
         samples.resumed &= again.resumed;

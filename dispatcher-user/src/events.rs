@@ -123,6 +123,11 @@ fn handle(shared: &Shared, picker: &mut Picker, event: &Event, releases: &mut Ve
     {
         shared.discovery.look_again(id);
     }
+    if event.kind == EVENT_REFUSED
+        && let Some(id) = shared.state().actual.backend_id(event.backend)
+    {
+        shared.suspects.refused(id);
+    }
     if event.kind != EVENT_HELD {
         return;
     }

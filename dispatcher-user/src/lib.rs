@@ -14,10 +14,12 @@ pub mod dataplane;
 mod discovery;
 mod events;
 pub mod explain;
+mod health;
 pub mod netlink;
 pub mod privileges;
 pub mod reconcile;
 pub mod reload;
+mod slow_start;
 mod state;
 
 /// An error with those of its causes that it does not name itself, on one line.

@@ -66,6 +66,10 @@ pub struct Desired<'d> {
     pub loads: &'d BTreeMap<u32, u64>,
     /// What is known of tickets (`session::TICKET_*`), by backend id.
     pub tickets: &'d BTreeMap<u32, u32>,
+    /// Why health checks took an address out, by backend id and family (true: IPv4).
+    pub health: &'d BTreeMap<(u32, bool), String>,
+    /// Percent of its weight that a backend in slow start has, by backend id.
+    pub percent: &'d BTreeMap<u32, u32>,
 }
 
 impl Desired<'_> {
@@ -94,6 +98,30 @@ impl Desired<'_> {
             Reach::Up(path) => Some(path),
             Reach::Down(_) => None,
         }
+    }
+
+    /// True when the operator and the health checks let an address take new connections.
+    fn takes(&self, backend: &Backend, v4: bool) -> bool {
+        self.admin(backend) == AdminState::Enabled
+            && backend.weight > 0
+            && !self.health.contains_key(&(backend.id, v4))
+    }
+
+    /// True when some address of a backend takes new connections.
+    #[must_use]
+    pub fn takes_new(&self, backend: &Backend) -> bool {
+        backend
+            .addresses()
+            .any(|address| self.path(address).is_some() && self.takes(backend, address.is_ipv4()))
+    }
+
+    /// Weight of a backend beside those of its service. It is counted in hundredths while one of them is in
+    /// slow start.
+    fn weight(&self, service: &Service, backend: &Backend) -> u32 {
+        if !service.backends.iter().any(|one| self.percent.contains_key(&one.id)) {
+            return backend.weight;
+        }
+        (backend.weight * self.percent.get(&backend.id).copied().unwrap_or(100)).max(1)
     }
 
     /// Why an address cannot be reached.
@@ -378,7 +406,7 @@ impl<'c> Plan<'_, 'c> {
             endpoint.link = path.link;
             endpoint.mtu = path.mtu;
             endpoint.replay = replay as u16;
-            if admin != AdminState::Disabled {
+            if admin != AdminState::Disabled && !self.desired.health.contains_key(&(backend.id, v4)) {
                 endpoint.flags |= BACKEND_UP;
             }
         }
@@ -571,11 +599,10 @@ pub fn candidates(desired: &Desired<'_>, actual: &Actual, service: &Service, v4:
     let candidate = |backend: &Backend| {
         let slot = actual.backends.get(&backend.id)?;
         let path = desired.path(backend.address(v4)?)?;
-        let takes = desired.admin(backend) == AdminState::Enabled
-            && backend.weight > 0
-            && actual.replay.contains(&path.link.ifindex);
+        let takes = desired.takes(backend, v4) && actual.replay.contains(&path.link.ifindex);
         let load = desired.loads.get(&backend.id).copied().unwrap_or(0);
-        takes.then_some(Candidate { index: slot.index, id: backend.id, weight: backend.weight, load })
+        let weight = desired.weight(service, backend);
+        takes.then_some(Candidate { index: slot.index, id: backend.id, weight, load })
     };
     service.backends.iter().filter_map(candidate).collect()
 }
@@ -632,6 +659,8 @@ pub fn status(desired: &Desired<'_>, actual: &Actual, backend: &Backend) -> (&'s
             let missing = !actual.replay.contains(&ifindex);
             missing.then(|| format!("backends are reached through more than {REPLAY_MAPS} interfaces"))
         });
+        let unhealthy = || desired.health.get(&(backend.id, address.is_ipv4())).cloned();
+        let reason = reason.or_else(unhealthy);
         match reason {
             None => up += 1,
             Some(reason) => reasons.push((address, reason)),

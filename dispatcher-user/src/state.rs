@@ -15,8 +15,10 @@ use crate::{
     dataplane::{self, Dataplane},
     discovery::Discovery,
     events::Counts,
+    health::Suspects,
     reconcile::{self, Actual, Desired, Pool, Reach},
     reload::{self, Source},
+    slow_start::{self, SlowStart},
 };
 
 /// Pools by frontend index, and how often loads were counted.
@@ -35,6 +37,7 @@ pub(crate) struct Shared {
     pub(crate) started: Instant,
     pub(crate) counts: Counts,
     pub(crate) discovery: Discovery,
+    pub(crate) suspects: Suspects,
     state: Mutex<State>,
     pools: Mutex<Pools>,
 }
@@ -47,13 +50,24 @@ pub(crate) struct State {
     loads: BTreeMap<u32, u64>,
     /// What is known of tickets, by backend id.
     pub(crate) tickets: BTreeMap<u32, u32>,
+    /// Why health checks took an address out, by backend id and family.
+    pub(crate) health: BTreeMap<(u32, bool), String>,
+    pub(crate) slow_start: SlowStart,
     counted: u64,
     pub(crate) actual: Actual,
 }
 
 impl State {
     pub(crate) fn desired<'s>(&'s self, config: &'s Config) -> Desired<'s> {
-        Desired { config, admin: &self.admin, reach: &self.reach, loads: &self.loads, tickets: &self.tickets }
+        Desired {
+            config,
+            admin: &self.admin,
+            reach: &self.reach,
+            loads: &self.loads,
+            tickets: &self.tickets,
+            health: &self.health,
+            percent: self.slow_start.percent(),
+        }
     }
 }
 
@@ -68,6 +82,7 @@ impl Shared {
             started: Instant::now(),
             counts: Counts::default(),
             discovery: Discovery::default(),
+            suspects: Suspects::default(),
             state: Mutex::default(),
             pools: Mutex::default(),
         }
@@ -106,6 +121,8 @@ impl Shared {
 
     /// Brings the maps in line; the first failure ends it.
     fn settle(&self, state: &mut State, config: &Config) -> Option<dataplane::Error> {
+        let takers = slow_start::takers(&state.desired(config));
+        state.slow_start.follow(&takers, Instant::now());
         let changes = reconcile::diff(&state.desired(config), &state.actual);
         let failed = changes.iter().find_map(|change| state.actual.apply(change, &self.dataplane).err());
         let pools = reconcile::pools(&state.desired(config), &state.actual);

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering},
     },
     thread::JoinHandle,
     time::Duration,
@@ -123,6 +123,7 @@ pub struct Server {
     pub name: String,
     keys: Arc<Keyring>,
     served: Arc<AtomicU64>,
+    status: Arc<AtomicU16>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -142,17 +143,29 @@ impl Server {
             sockets::listen(netns, port).with_context(|| format!("{name}: listening on port {port}"))?;
         socket2::SockRef::from(&listener).set_read_timeout(Some(Duration::from_millis(50)))?;
         let (served, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
-        let desk = Desk { name: name.to_owned(), config, proxy: manners.proxy, served: Arc::clone(&served) };
+        let status = Arc::new(AtomicU16::new(200));
+        let desk = Desk {
+            name: name.to_owned(),
+            config,
+            proxy: manners.proxy,
+            served: Arc::clone(&served),
+            status: Arc::clone(&status),
+        };
         let thread = Some(std::thread::spawn({
             let stop = Arc::clone(&stop);
             move || accept(&listener, &stop, &Arc::new(desk))
         }));
-        Ok(Self { name: name.to_owned(), keys, served, stop, thread })
+        Ok(Self { name: name.to_owned(), keys, served, status, stop, thread })
     }
 
     /// Seals tickets with a new key from now on; those of the old ones are still accepted.
     pub fn rotate(&self) -> Result<()> {
         self.keys.rotate()
+    }
+
+    /// Answers with this status code from now on.
+    pub fn answer_with(&self, status: u16) {
+        self.status.store(status, Ordering::Relaxed);
     }
 
     /// Connections on which a request was answered.
@@ -176,6 +189,7 @@ struct Desk {
     config: Arc<ServerConfig>,
     proxy: bool,
     served: Arc<AtomicU64>,
+    status: Arc<AtomicU16>,
 }
 
 fn accept(listener: &TcpListener, stop: &AtomicBool, desk: &Arc<Desk>) {
@@ -234,7 +248,8 @@ impl Desk {
                 serde_json::to_string(identity)?
             };
             let stream = stream.get_mut();
-            write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
+            let status = self.status.load(Ordering::Relaxed);
+            write!(stream, "HTTP/1.1 {status} As told\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
             stream.flush()?;
             if head.close {
                 return Ok(());

@@ -50,6 +50,16 @@ fn claim_c3_least_connections_uses_every_backend() {
 }
 
 #[test]
+fn power_of_two_choices_uses_every_backend() {
+    for miss in ["table", "daemon"] {
+        let lines = format!("balance = \"power-of-two-choices\"\nmiss = \"{miss}\"");
+        let stage = Stage::new(Plan::default(), "native", &web().with(&lines), Manners::default());
+        let shares = shares(&stage, 90);
+        assert_eq!(shares.len(), 3, "{miss}: {shares:?}");
+    }
+}
+
+#[test]
 fn claim_c3_a_backend_of_weight_zero_gets_nothing_new() {
     let stage = Stage::new(Plan::default(), "native", &web().weights(&[1, 0, 1]), Manners::default());
     let shares = shares(&stage, 60);

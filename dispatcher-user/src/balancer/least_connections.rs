@@ -39,13 +39,13 @@ impl Balancer for LeastConnections {
 
 /// Load by weight, compared without division.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Ratio {
+pub(super) struct Ratio {
     load: u64,
     weight: u64,
 }
 
 impl Ratio {
-    fn new(load: u64, weight: u32) -> Self {
+    pub(super) fn new(load: u64, weight: u32) -> Self {
         Self { load, weight: u64::from(weight.max(1)) }
     }
 }

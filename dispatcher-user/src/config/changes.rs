@@ -99,12 +99,15 @@ fn service(before: &Service, after: &Service, lines: &mut Vec<String>) {
         affinity: _,
         tickets: _,
         ticket: _,
+        health: _,
+        slow_start: _,
         quic_lb: _,
         backends: _,
     } = after;
     let what = format!("service {name}:");
     fields!(lines, what, before, after: vips protocol mode miss source proxy_protocol balance table_size
-        session_ttl provisional_ttl wscale mss timestamps sack affinity tickets ticket quic_lb);
+        session_ttl provisional_ttl wscale mss timestamps sack affinity tickets ticket health slow_start
+        quic_lb);
     pairs(
         lines,
         (&before.backends, &after.backends),

@@ -81,6 +81,8 @@ pub(super) struct Service {
     pub(super) sack: Option<bool>,
     pub(super) affinity: Option<Spanned<OneOrMany>>,
     pub(super) tickets: Option<Tickets>,
+    pub(super) health: Option<Health>,
+    pub(super) slow_start: Text,
     #[serde(default)]
     pub(super) quic_lb: Vec<QuicLb>,
     #[serde(default)]
@@ -94,6 +96,20 @@ pub(super) struct Tickets {
     pub(super) key_name: Text,
     pub(super) server_names: Option<Spanned<OneOrMany>>,
     pub(super) interval: Text,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Health {
+    pub(super) check: Spanned<String>,
+    pub(super) interval: Text,
+    pub(super) timeout: Text,
+    pub(super) rise: Number,
+    pub(super) fall: Number,
+    pub(super) server_name: Text,
+    pub(super) path: Text,
+    pub(super) host: Text,
+    pub(super) expect: Option<Spanned<OneOrMany>>,
 }
 
 #[derive(Deserialize)]

@@ -189,6 +189,120 @@ fn mistakes_name_line_key_and_remedy() {
             "no duration",
         ),
         ("name = \"web\"", "name = \"web\"\ntickets = { keys = 1 }", 6, "tickets", "unknown field"),
+        ("name = \"web\"", "name = \"web\"\nslow_start = \"0s\"", 6, "service.slow_start", "no duration"),
+        ("name = \"web\"", "name = \"web\"\nhealth = {}", 6, "health", "missing field `check`"),
+        (
+            "name = \"web\"",
+            "name = \"web\"\nhealth = { check = \"tcp\", raise = 2 }",
+            6,
+            "health",
+            "unknown field",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\nhealth = { check = \"ping\" }",
+            6,
+            "service.health.check",
+            "use \"tcp\" or \"tls\" or \"http\" or \"https\"",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\nhealth = { check = \"tcp\", interval = \"0s\" }",
+            6,
+            "service.health.interval",
+            "no duration",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\nhealth = { check = \"tcp\", timeout = \"2\" }",
+            6,
+            "service.health.timeout",
+            "no duration",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\nhealth = { check = \"tcp\", rise = 0 }",
+            6,
+            "service.health.rise",
+            "use 1 to 100",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\nhealth = { check = \"tcp\", fall = 101 }",
+            6,
+            "service.health.fall",
+            "use 1 to 100",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\nhealth = { check = \"tls\", path = \"/\" }",
+            6,
+            "service.health.path",
+            "is for check = \"http\" or \"https\", not for \"tls\"",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\nhealth = { check = \"tcp\", expect = \"200\" }",
+            6,
+            "service.health.expect",
+            "remove it",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\nhealth = { check = \"http\", server_name = \"a.test\" }",
+            6,
+            "service.health.server_name",
+            "is for check = \"tls\" or \"https\"",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\nhealth = { check = \"https\", server_name = \"10.0.0.1\" }",
+            6,
+            "service.health.server_name",
+            "no host name",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\nhealth = { check = \"http\", path = \"health\" }",
+            6,
+            "service.health.path",
+            "such as \"/health\"",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\nhealth = { check = \"http\", path = \"/a b\" }",
+            6,
+            "service.health.path",
+            "no path of a URL",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\nhealth = { check = \"http\", host = \"a b\" }",
+            6,
+            "service.health.host",
+            "no value of a Host header",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\nhealth = { check = \"http\", expect = \"399-200\" }",
+            6,
+            "service.health.expect",
+            "\"200-399\"",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\nhealth = { check = \"http\", expect = [\"200\", \"OK\"] }",
+            6,
+            "service.health.expect",
+            "no status code",
+        ),
+        (
+            "name = \"web\"",
+            "name = \"web\"\nhealth = { check = \"http\", expect = [] }",
+            6,
+            "service.health.expect",
+            "list is empty",
+        ),
         (vip, "vip = \"2001:db8::10:443\"", 6, "service.vip", "write \"[2001:db8::10]:443\""),
         (vip, "vip = []", 6, "service.vip", "at least one"),
         (vip, "vip = \"192.0.2.10\"", 6, "service.vip", "192.0.2.10:443"),
@@ -436,6 +550,35 @@ fn durations() {
     ] {
         assert_eq!(seconds(text), expected, "{text}");
     }
+}
+
+#[test]
+fn checks_are_as_told_or_as_usual() {
+    let with = |line: &str| {
+        let text = GOOD.replace("name = \"web\"", &format!("name = \"web\"\n{line}"));
+        Config::parse(&text, &[]).unwrap_or_else(|error| panic!("{line}: {error}")).services.remove(0)
+    };
+    assert_eq!((with("").health, with("").slow_start), (None, 0));
+    assert_eq!(with("slow_start = \"30s\"").slow_start, 30);
+    let usual =
+        Health { interval: 5, timeout: 2, rise: 2, fall: 3, tls: false, server_name: None, http: None };
+    assert_eq!(with("health = { check = \"tcp\" }").health, Some(usual.clone()));
+    let http = HttpCheck { path: "/".into(), host: None, expect: vec![200..=399] };
+    let plain = Health { http: Some(http), ..usual.clone() };
+    assert_eq!(with("health = { check = \"http\" }").health, Some(plain));
+    let told = with(
+        "health = { check = \"https\", interval = \"1m\", timeout = \"10s\", rise = 1, fall = 5, server_name = \"a.test\", \
+         path = \"/live?x=1\", host = \"b.test\", expect = [\"204\", \"300-302\"] }",
+    );
+    let http = HttpCheck {
+        path: "/live?x=1".into(),
+        host: Some("b.test".into()),
+        expect: vec![204..=204, 300..=302],
+    };
+    let server_name = Some("a.test".into());
+    let expected =
+        Health { interval: 60, timeout: 10, rise: 1, fall: 5, tls: true, server_name, http: Some(http) };
+    assert_eq!(told.health, Some(expected));
 }
 
 #[test]

@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const TICKET_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A PROXY protocol v2 header that says: no client, it is the proxy itself (specification section 2.2).
-const PROXY_LOCAL: [u8; 16] =
+pub(crate) const PROXY_LOCAL: [u8; 16] =
     [0x0d, 0x0a, 0x0d, 0x0a, 0x00, 0x0d, 0x0a, 0x51, 0x55, 0x49, 0x54, 0x0a, 0x20, 0, 0, 0];
 
 /// Whom to look at.
@@ -36,14 +36,14 @@ pub(super) struct Target {
 }
 
 /// A client that keeps the sessions it is given.
-pub(super) type Client = Arc<ClientConfig>;
+pub(crate) type Client = Arc<ClientConfig>;
 
-/// A client that speaks one version.
-pub(super) fn client(version: &'static SupportedProtocolVersion) -> Result<Client, String> {
+/// A client that speaks these versions.
+pub(crate) fn client(versions: &[&'static SupportedProtocolVersion]) -> Result<Client, String> {
     let provider = Arc::new(ring::default_provider());
     let any = Arc::new(Any { algorithms: provider.signature_verification_algorithms });
     let config = ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[version])
+        .with_protocol_versions(versions)
         .map_err(|error| error.to_string())?
         .dangerous()
         .with_custom_certificate_verifier(any)

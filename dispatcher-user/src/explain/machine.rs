@@ -94,9 +94,17 @@ impl Machine {
         let addresses = services.iter().flat_map(|one| &one.backends).flat_map(Backend::addresses);
         let reach: BTreeMap<IpAddr, Reach> =
             addresses.map(|address| (address.ip(), Reach::Up(path.clone()))).collect();
-        let (admin, loads) = (BTreeMap::new(), BTreeMap::new());
-        let desired =
-            Desired { config: &config, admin: &admin, reach: &reach, loads: &loads, tickets: &known.tickets };
+        let (admin, loads, health, percent) =
+            (BTreeMap::new(), BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let desired = Desired {
+            config: &config,
+            admin: &admin,
+            reach: &reach,
+            loads: &loads,
+            tickets: &known.tickets,
+            health: &health,
+            percent: &percent,
+        };
         let mut actual = Actual::default();
         for change in reconcile::diff(&desired, &actual) {
             actual.apply(&change, &dataplane)?;

@@ -82,6 +82,56 @@ fn server_ids_come_before_their_frontend_and_go_after_it() {
     assert_eq!(actual.server_ids.len(), 0);
 }
 
+#[test]
+fn an_unhealthy_address_leaves_its_table_and_goes_down() {
+    let mut world = World::new(TEXT);
+    let mut actual = Actual::default();
+    world.settle(&mut actual);
+    let a = world.config.services[0].backends[0].clone();
+    world.health.insert((a.id, true), "health: connecting: refused (3 of 3)".into());
+    let changes = world.settle(&mut actual);
+    let written = changes.iter().position(|change| matches!(change, Change::Table { .. }));
+    let endpoint = changes.iter().position(|change| matches!(change, Change::Endpoint { .. }));
+    assert!(written < endpoint && written.is_some(), "{changes:?}");
+    assert!(!actual.is_up(a.id, true) && actual.is_up(a.id, false));
+    let index = actual.backend_index(a.id).expect("is there");
+    assert!(!table(&actual, "192.0.2.10:443").contains(&index));
+    assert!(table(&actual, "[2001:db8::10]:443").contains(&index));
+    let (state, reason) = status(&world.desired(), &actual, &a);
+    let expected = "10.0.0.1: health: connecting: refused (3 of 3)";
+    assert_eq!((state, reason.as_deref()), ("up", Some(expected)));
+
+    world.health.insert((a.id, false), "health: status 503".into());
+    world.settle(&mut actual);
+    assert_eq!(status(&world.desired(), &actual, &a).0, "down");
+    assert!(!world.desired().takes_new(&a));
+    world.health.clear();
+    world.settle(&mut actual);
+    assert_eq!(status(&world.desired(), &actual, &a), ("up", None));
+    assert!(table(&actual, "192.0.2.10:443").contains(&index) && world.desired().takes_new(&a));
+}
+
+#[test]
+fn a_backend_in_slow_start_has_a_part_of_its_share() {
+    let mut world = World::new(TEXT);
+    let mut actual = Actual::default();
+    world.settle(&mut actual);
+    let service = world.config.services[0].clone();
+    let a = service.backends[0].id;
+    let index = actual.backend_index(a).expect("is there");
+    let vip = [(service.vips[0], 6)];
+    assert!((actual.share(&vip, index) - 0.5).abs() < 0.02);
+    for (percent, share) in [(10, 1.0 / 11.0), (50, 1.0 / 3.0)] {
+        world.percent.insert(a, percent);
+        world.settle(&mut actual);
+        let found = actual.share(&vip, index);
+        assert!((found - share).abs() < 0.02, "{percent} percent: {found}");
+    }
+    world.percent.clear();
+    world.settle(&mut actual);
+    assert!((actual.share(&vip, index) - 0.5).abs() < 0.02);
+}
+
 /// The world outside the maps, as a test sets it.
 #[derive(Default)]
 struct World {
@@ -90,6 +140,8 @@ struct World {
     reach: BTreeMap<IpAddr, Reach>,
     loads: BTreeMap<u32, u64>,
     tickets: BTreeMap<u32, u32>,
+    health: BTreeMap<(u32, bool), String>,
+    percent: BTreeMap<u32, u32>,
 }
 
 impl World {
@@ -119,6 +171,8 @@ impl World {
             reach: &self.reach,
             loads: &self.loads,
             tickets: &self.tickets,
+            health: &self.health,
+            percent: &self.percent,
         }
     }
 
