@@ -26,7 +26,8 @@ pub struct Event {
     pub backend: u32,
     /// Stash slot, for [`EVENT_HELD`].
     pub slot: u32,
-    /// The client's flow (client -> VIP).
+    /// The flow of the packet that it is about: client -> VIP; of what a server's packet taught
+    /// ([`EVENT_LEARNED`], [`EVENT_REJECTED`]) backend -> client or pool.
     pub flow: FlowKey,
     /// Identifier; `len` 0 where there is none.
     pub session: SessionKey,

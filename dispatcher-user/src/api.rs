@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{
     balancer::Balance,
@@ -11,7 +12,7 @@ use crate::{
 };
 
 /// `GET /v1/status`.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Status {
     /// Version of the daemon.
     pub version: String,
@@ -50,7 +51,7 @@ pub struct Status {
 }
 
 /// Records of the event ring.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Events {
     /// Requests with an unknown identifier that the table bound.
     pub miss: u64,
@@ -69,13 +70,14 @@ pub struct Events {
 }
 
 /// An element of `GET /v1/services`.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Service {
     /// Name.
     pub name: String,
     /// Stable id.
     pub id: u32,
     /// VIPs.
+    #[schema(value_type = Vec<String>)]
     pub vips: Vec<SocketAddr>,
     /// Transport protocol.
     pub protocol: Protocol,
@@ -101,7 +103,7 @@ pub struct Service {
 }
 
 /// An element of `GET /v1/backends`.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Backend {
     /// Name.
     pub name: String,
@@ -112,6 +114,7 @@ pub struct Backend {
     /// Index in the maps.
     pub index: u32,
     /// Addresses.
+    #[schema(value_type = Vec<String>)]
     pub addresses: Vec<SocketAddr>,
     /// `up`, `down`, `drain` or `disabled`.
     pub state: String,
@@ -140,7 +143,7 @@ pub struct Backend {
 }
 
 /// Body of `PUT /v1/backends/{service}/{name}/state`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SetState {
     /// What the operator wants.
@@ -148,7 +151,7 @@ pub struct SetState {
 }
 
 /// An element of `GET /v1/sessions`.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Session {
     /// The identifier, hexadecimal.
     pub id: String,
@@ -177,7 +180,7 @@ pub struct Session {
 }
 
 /// An element of `GET /v1/identities`: what is known of a backend's session tickets.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Identity {
     /// Service.
     pub service: String,
@@ -201,7 +204,7 @@ pub struct Identity {
 }
 
 /// Body of `PUT /v1/sessions/{id}`.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Pin {
     /// Service.
@@ -214,7 +217,7 @@ pub struct Pin {
 }
 
 /// Answer to `POST /v1/reload`.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Reload {
     /// The file is in force; false with `dry_run=true`.
     pub applied: bool,
@@ -223,11 +226,13 @@ pub struct Reload {
 }
 
 /// An element of `GET /v1/flows`.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Flow {
     /// The client.
+    #[schema(value_type = String)]
     pub client: SocketAddr,
     /// The VIP.
+    #[schema(value_type = String)]
     pub vip: SocketAddr,
     /// `tcp` or `udp`.
     pub protocol: Protocol,
@@ -246,14 +251,14 @@ pub struct Flow {
 }
 
 /// `GET /v1/counters`.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Counters {
     /// One for each reason, in order of number.
     pub reasons: Vec<Counter>,
 }
 
 /// Packets of one reason.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Counter {
     /// Number of the reason.
     pub number: u32,
@@ -267,8 +272,55 @@ pub struct Counter {
     pub description: String,
 }
 
+/// A line of `GET /v1/trace`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(untagged)]
+#[expect(clippy::large_enum_variant, reason = "one at a time is made, and written at once")]
+pub enum Traced {
+    /// What was decided.
+    Decision(Decision),
+    /// Some were missed.
+    Lost(Lost),
+}
+
+/// A decision of the data path about a connection, as it was made. Hits are not among them.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Decision {
+    /// When the daemon was told, RFC 3339.
+    pub time: String,
+    /// `miss` (bound by the table, the identifier is not known), `held` (for the daemon to pick a backend),
+    /// `refused` (by the backend, or not answered), `learned` (an identifier, from a server) or `rejected` (a
+    /// ticket that the backend did not accept although its key is known as its own).
+    pub what: String,
+    /// Service.
+    pub service: String,
+    /// The client.
+    #[schema(value_type = String)]
+    pub client: SocketAddr,
+    /// The VIP.
+    #[schema(value_type = String)]
+    pub vip: SocketAddr,
+    /// `tcp` or `udp`.
+    pub protocol: Protocol,
+    /// Name of the backend; when held, the one that the table would pick.
+    pub backend: String,
+    /// Kind of the identifier, as in [`Session::kind`]; null where there is none.
+    pub kind: Option<String>,
+    /// The identifier, hexadecimal; null where there is none.
+    pub id: Option<String>,
+}
+
+/// Events that a listener was too slow for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Lost {
+    /// How many, of all services and clients.
+    pub lost: u64,
+}
+
 /// Body of every answer that is no success.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Problem {
     /// What is wrong and what to do.
     pub error: String,

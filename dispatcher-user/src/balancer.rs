@@ -34,7 +34,7 @@ pub trait Balancer: Send {
 }
 
 /// The algorithms by name.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Balance {
     /// Consistent hashing: a backend that comes or goes moves few clients.

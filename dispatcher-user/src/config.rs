@@ -73,6 +73,8 @@ pub struct Config {
     pub control: PathBuf,
     /// Group that may use the control socket besides root.
     pub control_group: Option<String>,
+    /// Where metrics are served over TCP.
+    pub metrics: Option<SocketAddr>,
     /// Interfaces to attach to.
     pub interfaces: Vec<Interface>,
     /// Sizes of the maps.
@@ -86,6 +88,7 @@ impl Default for Config {
         Self {
             control: DEFAULT_CONTROL.into(),
             control_group: None,
+            metrics: None,
             interfaces: Vec::new(),
             capacities: Capacities::default(),
             services: Vec::new(),
@@ -250,7 +253,7 @@ impl Backend {
 }
 
 /// Transport protocol.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// TCP.
@@ -271,7 +274,7 @@ impl Protocol {
 }
 
 /// When a connection is bound to a backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// By its first data.
@@ -281,7 +284,7 @@ pub enum Mode {
 }
 
 /// Who picks the backend when a session identifier is not known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Miss {
     /// The data path, by the load-balancing table.
@@ -305,7 +308,7 @@ pub enum Source {
 }
 
 /// What the operator wants of a backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum AdminState {
     /// Takes connections.
@@ -348,6 +351,7 @@ impl Config {
         let config = Self {
             control: source.control(raw.control.as_ref())?,
             control_group: raw.control_group.as_ref().map(|group| group.get_ref().clone()),
+            metrics: source.metrics(&raw)?,
             interfaces: source.interfaces(&raw, interfaces)?,
             capacities: source.capacities(raw.capacity.as_ref())?,
             services,
@@ -425,6 +429,24 @@ impl Text<'_> {
             return Err(self.error(path.span(), "control", problem));
         }
         Ok(value.to_owned())
+    }
+
+    fn metrics(&self, raw: &raw::File) -> Result<Option<SocketAddr>, Error> {
+        let Some(text) = &raw.metrics else { return Ok(None) };
+        let value = text.get_ref();
+        let problem = match value.parse::<SocketAddr>() {
+            Ok(at) if at.port() == 0 => format!("{value} has port 0; give a port, such as 9100"),
+            Ok(at) if !at.ip().is_loopback() && raw.metrics_public != Some(true) => format!(
+                "{value} is no loopback address, and whoever reaches it reads the metrics without a password; \
+                 give \"127.0.0.1:{}\", or set metrics_public = true if that is wanted",
+                at.port()
+            ),
+            Ok(at) => return Ok(Some(at)),
+            Err(_) => {
+                format!("\"{value}\" is no address with a port; write one, such as \"127.0.0.1:9100\"")
+            }
+        };
+        Err(self.error(text.span(), "metrics", problem))
     }
 
     fn interfaces(&self, raw: &raw::File, more: &[Interface]) -> Result<Vec<Interface>, Error> {

@@ -1,6 +1,7 @@
 //! The control API: HTTP and JSON on a Unix socket. [`crate::api`] has what it says.
 
 use std::{
+    collections::BTreeMap,
     ffi::CString,
     fs, io,
     net::{IpAddr, SocketAddr},
@@ -20,7 +21,6 @@ use axum::{
     },
     http::StatusCode,
     response::{IntoResponse, Response},
-    routing::{get, post, put},
 };
 use dispatcher_common::{
     abi::ABI_VERSION,
@@ -28,7 +28,7 @@ use dispatcher_common::{
         FLAG_FIN, FLAG_FIN_PEER, FLAG_SYN_SENT, FLAG_TO_BACKEND, Flow, FlowKey, MARK_HIT, MARK_SECURE,
         is_closed, ports_of,
     },
-    reason::Kind,
+    reason::{Kind, Reason},
     service::{BackendStats, FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_NO_WSCALE},
     session::{
         COOKIE_LEN, KIND_CLIENT, KIND_COOKIE, KIND_QUIC_CID, KIND_QUIC_SERVER, KIND_TICKET, KIND_TICKET_NAME,
@@ -38,6 +38,13 @@ use dispatcher_common::{
 };
 use serde::Deserialize;
 use tokio::net::{UnixListener, UnixStream, unix::SocketAddr as UnixAddr};
+use utoipa::{
+    PartialSchema as _, ToSchema as _,
+    openapi::{
+        Components, ContentBuilder, InfoBuilder, OpenApi, OpenApiBuilder, Ref, RefOr, ResponseBuilder,
+    },
+};
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     api::{self, Problem},
@@ -47,6 +54,9 @@ use crate::{
     reload,
     state::Shared,
 };
+
+pub(crate) mod metrics;
+pub(crate) mod trace;
 
 /// What can go wrong with the socket.
 #[derive(Debug, thiserror::Error)]
@@ -189,19 +199,51 @@ pub(crate) async fn serve(shared: Arc<Shared>, socket: &mut Socket) -> io::Resul
 }
 
 fn router(shared: Arc<Shared>) -> Router {
-    Router::new()
-        .route("/v1/status", get(status))
-        .route("/v1/services", get(services))
-        .route("/v1/backends", get(backends))
-        .route("/v1/backends/{service}/{name}/state", put(set_state))
-        .route("/v1/identities", get(identities))
-        .route("/v1/sessions", get(sessions))
-        .route("/v1/sessions/{id}", get(session).put(pin).delete(remove))
-        .route("/v1/flows", get(flows))
-        .route("/v1/counters", get(counters))
-        .route("/v1/reload", post(reload_now))
+    resources()
+        .split_for_parts()
+        .0
         .fallback(|| async { Failure(StatusCode::NOT_FOUND, "no such resource".to_owned()) })
         .with_state(shared)
+}
+
+/// All resources: what is served is what is described.
+fn resources() -> OpenApiRouter<Arc<Shared>> {
+    let info = InfoBuilder::new()
+        .title("Dispatcher")
+        .version(env!("CARGO_PKG_VERSION"))
+        .description(Some("The control API of dispatcherd, on its Unix socket."));
+    let components = Components::builder().schema(Problem::name(), Problem::schema()).build();
+    let document = OpenApiBuilder::new().info(info.build()).components(Some(components)).build();
+    OpenApiRouter::with_openapi(document)
+        .routes(routes!(status))
+        .routes(routes!(services))
+        .routes(routes!(backends))
+        .routes(routes!(set_state))
+        .routes(routes!(identities))
+        .routes(routes!(sessions))
+        .routes(routes!(session, pin, remove))
+        .routes(routes!(flows))
+        .routes(routes!(counters))
+        .routes(routes!(reload_now))
+        .routes(routes!(trace::trace))
+        .routes(routes!(metrics::metrics))
+        .routes(routes!(description))
+}
+
+/// The description of the API, in OpenAPI 3.1.
+#[must_use]
+pub fn openapi() -> OpenApi {
+    resources().into_openapi()
+}
+
+/// This description, in OpenAPI
+#[utoipa::path(
+    get,
+    path = "/v1/openapi.json",
+    responses((status = 200, description = "OpenAPI 3.1", body = serde_json::Value))
+)]
+async fn description() -> Json<OpenApi> {
+    Json(openapi())
 }
 
 /// An answer that is no success.
@@ -210,6 +252,16 @@ struct Failure(StatusCode, String);
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         (self.0, Json(Problem { error: self.1 })).into_response()
+    }
+}
+
+impl utoipa::IntoResponses for Failure {
+    fn responses() -> BTreeMap<String, RefOr<utoipa::openapi::Response>> {
+        let problem = ContentBuilder::new().schema(Some(Ref::from_schema_name(Problem::name())));
+        let response = ResponseBuilder::new()
+            .description("What is wrong and what to do")
+            .content("application/json", problem.build());
+        BTreeMap::from([("default".to_owned(), response.build().into())])
     }
 }
 
@@ -252,23 +304,39 @@ fn bad(what: impl Into<String>) -> Failure {
 type Answer<T> = Result<Json<T>, Failure>;
 
 /// Maps are read where that blocks nobody.
-async fn reading<T: Send + 'static>(
+async fn blocking<T: Send + 'static>(
     shared: Arc<Shared>,
     read: impl FnOnce(&Shared) -> Result<T, Failure> + Send + 'static,
-) -> Answer<T> {
+) -> Result<T, Failure> {
     match tokio::task::spawn_blocking(move || read(&shared)).await {
-        Ok(result) => result.map(Json),
+        Ok(result) => result,
         Err(error) => Err(Failure(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
     }
 }
 
-#[derive(Deserialize)]
+async fn reading<T: Send + 'static>(
+    shared: Arc<Shared>,
+    read: impl FnOnce(&Shared) -> Result<T, Failure> + Send + 'static,
+) -> Answer<T> {
+    blocking(shared, read).await.map(Json)
+}
+
+#[derive(Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 struct ReloadQuery {
+    /// Only say what would change
     #[serde(default)]
     dry_run: bool,
 }
 
+/// Read the configuration file again and put it in force, all or nothing
+#[utoipa::path(
+    post,
+    path = "/v1/reload",
+    params(ReloadQuery),
+    responses((status = 200, description = "What changes", body = api::Reload), Failure)
+)]
 async fn reload_now(
     State(shared): State<Arc<Shared>>,
     Query(query): Query<ReloadQuery>,
@@ -276,15 +344,20 @@ async fn reload_now(
     reload::reload(&shared, query.dry_run).await.map(Json).map_err(|error| bad(error.to_string()))
 }
 
+/// Version, interfaces, sums
+#[utoipa::path(
+    get,
+    path = "/v1/status",
+    responses((status = 200, description = "The daemon and its sums", body = api::Status), Failure)
+)]
 async fn status(State(shared): State<Arc<Shared>>) -> Answer<api::Status> {
-    reading(shared, read_status).await
+    reading(shared, |shared| Ok(status_of(shared, &read_backends(shared)?))).await
 }
 
-fn read_status(shared: &Shared) -> Result<api::Status, Failure> {
+fn status_of(shared: &Shared, backends: &[api::Backend]) -> api::Status {
     let globals = shared.dataplane.globals();
-    let backends = read_backends(shared)?;
     let sum = |field: fn(&api::Backend) -> u64| backends.iter().map(field).sum();
-    Ok(api::Status {
+    api::Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         abi: ABI_VERSION,
         uptime_seconds: shared.started.elapsed().as_secs(),
@@ -302,9 +375,15 @@ fn read_status(shared: &Shared) -> Result<api::Status, Failure> {
         heartbeat_age_ms: monotonic_ns().saturating_sub(globals.heartbeat) / 1_000_000,
         cookie_epoch: globals.epoch,
         events: shared.counts.read(),
-    })
+    }
 }
 
+/// Services
+#[utoipa::path(
+    get,
+    path = "/v1/services",
+    responses((status = 200, description = "Each service", body = Vec<api::Service>), Failure)
+)]
 async fn services(State(shared): State<Arc<Shared>>) -> Answer<Vec<api::Service>> {
     reading(shared, read_services).await
 }
@@ -355,6 +434,12 @@ fn vips(service: &config::Service) -> Vec<Vip> {
     service.vips.iter().map(|vip| (*vip, service.protocol.number())).collect()
 }
 
+/// Backends with their state and counters
+#[utoipa::path(
+    get,
+    path = "/v1/backends",
+    responses((status = 200, description = "Each backend", body = Vec<api::Backend>), Failure)
+)]
 async fn backends(State(shared): State<Arc<Shared>>) -> Answer<Vec<api::Backend>> {
     reading(shared, read_backends).await
 }
@@ -402,6 +487,14 @@ fn read_backends(shared: &Shared) -> Result<Vec<api::Backend>, Failure> {
         .collect()
 }
 
+/// Enables, drains or disables a backend
+#[utoipa::path(
+    put,
+    path = "/v1/backends/{service}/{name}/state",
+    params(("service" = String, Path, description = "Service"), ("name" = String, Path, description = "Backend")),
+    request_body = api::SetState,
+    responses((status = 200, description = "The backend", body = Vec<api::Backend>), Failure)
+)]
 async fn set_state(
     State(shared): State<Arc<Shared>>,
     Segment((service, name)): Segment<(String, String)>,
@@ -441,18 +534,35 @@ fn find_backend<'c>(
     Ok((service, backend))
 }
 
+/// What is known of the backends' session tickets
+#[utoipa::path(
+    get,
+    path = "/v1/identities",
+    responses((status = 200, description = "One for each backend and server name", body = Vec<api::Identity>), Failure)
+)]
 async fn identities(State(shared): State<Arc<Shared>>) -> Answer<Vec<api::Identity>> {
     reading(shared, |shared| Ok(shared.discovery.shown(&shared.config()))).await
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 struct SessionQuery {
+    /// Only sessions of this service.
     service: Option<String>,
+    /// Only sessions of backends with this name.
     backend: Option<String>,
+    /// Stop after so many.
     limit: Option<usize>,
 }
 
+/// The mapping table
+#[utoipa::path(
+    get,
+    path = "/v1/sessions",
+    params(SessionQuery),
+    responses((status = 200, description = "Sessions that have not expired", body = Vec<api::Session>), Failure)
+)]
 async fn sessions(
     State(shared): State<Arc<Shared>>,
     Query(query): Query<SessionQuery>,
@@ -492,9 +602,11 @@ async fn sessions(
     .await
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 struct OneQuery {
+    /// Of this service only.
     service: Option<String>,
 }
 
@@ -522,6 +634,12 @@ fn kind(name: &str) -> Result<u8, Failure> {
     })
 }
 
+/// The name of a kind.
+fn kind_name(kind: u8) -> String {
+    let name = KINDS.iter().find(|(one, _)| *one == kind);
+    name.map_or_else(|| format!("kind-{kind}"), |(_, name)| (*name).to_owned())
+}
+
 /// The keys that an identifier may have: one a service and kind.
 fn keys(shared: &Shared, id: &str, service: Option<&str>, kinds: &[u8]) -> Result<Vec<SessionKey>, Failure> {
     let bytes = api::from_hex(id)
@@ -538,6 +656,13 @@ fn keys(shared: &Shared, id: &str, service: Option<&str>, kinds: &[u8]) -> Resul
     services.iter().flat_map(|service| kinds.iter().map(|kind| key(service, *kind))).collect()
 }
 
+/// The sessions of an identifier
+#[utoipa::path(
+    get,
+    path = "/v1/sessions/{id}",
+    params(("id" = String, Path, description = "The identifier, hexadecimal"), OneQuery),
+    responses((status = 200, description = "One for each service and kind that knows it", body = Vec<api::Session>), Failure)
+)]
 async fn session(
     State(shared): State<Arc<Shared>>,
     Segment(id): Segment<String>,
@@ -588,6 +713,14 @@ fn looked_for(service: &config::Service, key: &SessionKey) -> Result<(), Failure
     Ok(())
 }
 
+/// Maps an identifier to a backend
+#[utoipa::path(
+    put,
+    path = "/v1/sessions/{id}",
+    params(("id" = String, Path, description = "The identifier, hexadecimal")),
+    request_body = api::Pin,
+    responses((status = 200, description = "The session", body = Vec<api::Session>), Failure)
+)]
 async fn pin(
     State(shared): State<Arc<Shared>>,
     Segment(id): Segment<String>,
@@ -616,6 +749,13 @@ async fn pin(
     .await
 }
 
+/// Forgets an identifier
+#[utoipa::path(
+    delete,
+    path = "/v1/sessions/{id}",
+    params(("id" = String, Path, description = "The identifier, hexadecimal"), OneQuery),
+    responses((status = 200, description = "What was removed", body = Vec<api::Session>), Failure)
+)]
 async fn remove(
     State(shared): State<Arc<Shared>>,
     Segment(id): Segment<String>,
@@ -690,10 +830,7 @@ pub(crate) const STATES: [(u8, &str); 4] = [
 fn shown(names: &Names, key: &SessionKey, session: &Session, now: u32) -> api::Session {
     api::Session {
         id: api::to_hex(key.id()),
-        kind: KINDS
-            .iter()
-            .find(|(kind, _)| *kind == key.kind)
-            .map_or_else(|| format!("kind-{}", key.kind), |(_, name)| (*name).to_owned()),
+        kind: kind_name(key.kind),
         service: names.service(key.service),
         backend: session.ids().map(|id| names.backend(id)).collect::<Vec<_>>().join(","),
         tunnel: session.tunnel,
@@ -709,12 +846,21 @@ fn shown(names: &Names, key: &SessionKey, session: &Session, now: u32) -> api::S
     }
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 struct Limit {
+    /// Stop after so many.
     limit: Option<usize>,
 }
 
+/// Connections
+#[utoipa::path(
+    get,
+    path = "/v1/flows",
+    params(Limit),
+    responses((status = 200, description = "Each connection", body = Vec<api::Flow>), Failure)
+)]
 async fn flows(State(shared): State<Arc<Shared>>, Query(query): Query<Limit>) -> Answer<Vec<api::Flow>> {
     reading(shared, move |shared| {
         let names = Names::new(shared);
@@ -759,30 +905,74 @@ fn flow_state(flags: u16) -> &'static str {
     }
 }
 
+/// Packets by reason
+#[utoipa::path(
+    get,
+    path = "/v1/counters",
+    responses((status = 200, description = "One for each reason", body = api::Counters), Failure)
+)]
 async fn counters(State(shared): State<Arc<Shared>>) -> Answer<api::Counters> {
-    reading(shared, |shared| {
-        let counter = |(reason, packets): (dispatcher_common::reason::Reason, u64)| api::Counter {
-            number: reason as u32,
-            name: reason.name().to_owned(),
-            kind: match reason.kind() {
-                Kind::Forward => "forward",
-                Kind::Pass => "pass",
-                Kind::Consume => "consume",
-                Kind::Drop => "drop",
-            }
-            .to_owned(),
-            packets,
-            description: reason.description().to_owned(),
-        };
-        Ok(api::Counters { reasons: shared.dataplane.reasons()?.into_iter().map(counter).collect() })
-    })
-    .await
+    reading(shared, read_counters).await
+}
+
+fn read_counters(shared: &Shared) -> Result<api::Counters, Failure> {
+    Ok(api::Counters { reasons: shared.dataplane.reasons()?.into_iter().map(shown_counter).collect() })
+}
+
+fn shown_counter((reason, packets): (Reason, u64)) -> api::Counter {
+    api::Counter {
+        number: reason as u32,
+        name: reason.name().to_owned(),
+        kind: match reason.kind() {
+            Kind::Forward => "forward",
+            Kind::Pass => "pass",
+            Kind::Consume => "consume",
+            Kind::Drop => "drop",
+        }
+        .to_owned(),
+        packets,
+        description: reason.description().to_owned(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use dispatcher_common::flow::FLAG_RST;
+
+    /// All `$ref`s in a document.
+    fn references(value: &serde_json::Value, found: &mut Vec<String>) {
+        if let Some(map) = value.as_object() {
+            found.extend(map.get("$ref").and_then(|to| to.as_str()).map(str::to_owned));
+            map.values().for_each(|value| references(value, found));
+        }
+        value.as_array().into_iter().flatten().for_each(|value| references(value, found));
+    }
+
+    #[test]
+    fn the_description_is_whole() {
+        let document = serde_json::to_value(openapi()).expect("json");
+        let mut found = Vec::new();
+        references(&document, &mut found);
+        assert!(!found.is_empty());
+        for reference in found {
+            let pointer = reference.strip_prefix('#').expect("a local reference");
+            assert!(document.pointer(pointer).is_some(), "{reference} leads nowhere");
+        }
+        let paths = document["paths"].as_object().expect("paths");
+        assert!(paths.contains_key("/v1/backends/{service}/{name}/state"), "{paths:?}");
+        for (path, methods) in paths {
+            for (method, operation) in methods.as_object().expect("methods") {
+                let what = format!("{method} {path}");
+                assert!(operation["summary"].as_str().is_some_and(|text| !text.is_empty()), "{what}");
+                assert!(operation["responses"]["200"]["content"].is_object(), "{what}");
+                let parameters = operation["parameters"].as_array().cloned().unwrap_or_default();
+                let in_path = parameters.iter().filter(|one| one["in"] == "path").count();
+                assert_eq!(in_path, path.matches('{').count(), "{what}");
+                assert_eq!(method == "put", operation["requestBody"].is_object(), "{what}");
+            }
+        }
+    }
 
     #[test]
     fn states_of_flows() {

@@ -13,15 +13,18 @@ use clap::{Parser, Subcommand, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use dispatcher_common::{addr::Addr, http};
 use http_body_util::{BodyExt as _, Full};
-use hyper::{Method, Request, body::Bytes};
+use hyper::{
+    Method, Request,
+    body::{Bytes, Incoming},
+};
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
 use crate::{
-    api::{self, Problem},
+    api::{self, Problem, Traced},
     config::{AdminState, DEFAULT_CONTROL},
-    explain,
+    control, explain,
 };
 
 /// Ask and steer a running dispatcherd
@@ -88,6 +91,26 @@ enum Command {
         #[arg(long)]
         all: bool,
     },
+    /// Decisions as they are made: misses, held hellos, refusals, what is learned, tickets not accepted
+    ///
+    /// Connections that follow a known session (hits), and those without an identifier, are decided in the
+    /// data path without a word to the daemon: they are not here, but in `backends` and `counters`. Ends with
+    /// Ctrl-C. With --json, a line a decision.
+    Trace {
+        /// Only about this client address
+        #[arg(long, value_name = "ADDR")]
+        client: Option<IpAddr>,
+        /// Only of this service
+        #[arg(long, value_name = "NAME")]
+        service: Option<String>,
+        /// Stop after so many
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        limit: Option<u64>,
+    },
+    /// Metrics in the text format of OpenMetrics, as Prometheus reads them
+    Metrics,
+    /// Description of the control API, in OpenAPI (needs no daemon)
+    Openapi,
     /// Why the packets of a capture go where they go (root; needs no daemon)
     ///
     /// Runs every packet through the real program, in maps of its own, and says of each flow: secure or
@@ -254,32 +277,34 @@ impl Error {
     }
 }
 
-/// Carries out a command line and prints the answer.
-pub fn run(args: &Args, out: &mut dyn Write) -> Result<(), Error> {
+/// Carries out a command line and prints the answer; `width` is that of the terminal that `out` is, if it is
+/// one.
+pub fn run(args: &Args, out: &mut dyn Write, width: Option<u16>) -> Result<(), Error> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Output)?;
-    match runtime.block_on(answer(args, out)) {
+    match runtime.block_on(answer(args, out, width)) {
         // `dispatcherctl flows | head`: whoever reads has read enough.
         Err(Error::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => result,
     }
 }
 
-async fn answer(args: &Args, out: &mut dyn Write) -> Result<(), Error> {
+async fn answer(args: &Args, out: &mut dyn Write, width: Option<u16>) -> Result<(), Error> {
     let ask = Client { socket: &args.socket };
     let json = args.json;
+    let form = if json { Form::Json } else { Form::Table(width) };
     match &args.command {
-        Command::Status => show(out, json, &ask.get::<api::Status>("/v1/status").await?, status),
+        Command::Status => show(out, form, &ask.get::<api::Status>("/v1/status").await?, status),
         Command::Services => {
-            show(out, json, ask.get::<Vec<api::Service>>("/v1/services").await?.as_slice(), services)
+            show(out, form, ask.get::<Vec<api::Service>>("/v1/services").await?.as_slice(), services)
         }
         Command::Backends => {
-            show(out, json, ask.get::<Vec<api::Backend>>("/v1/backends").await?.as_slice(), backends)
+            show(out, form, ask.get::<Vec<api::Backend>>("/v1/backends").await?.as_slice(), backends)
         }
         Command::Backend { backend: (service, name), state } => {
             let path = format!("/v1/backends/{}/{}/state", escaped(service), escaped(name));
             let answer: Vec<api::Backend> = ask.put(&path, &api::SetState { state: (*state).into() }).await?;
-            show(out, json, answer.as_slice(), backends)
+            show(out, form, answer.as_slice(), backends)
         }
         Command::Sessions { command } => {
             let answer: Vec<api::Session> = match command {
@@ -304,30 +329,52 @@ async fn answer(args: &Args, out: &mut dyn Write) -> Result<(), Error> {
                     id.named(ask.delete(&session(id, service.as_deref())).await)?
                 }
             };
-            show(out, json, answer.as_slice(), sessions)
+            show(out, form, answer.as_slice(), sessions)
         }
         Command::Reload { dry_run } => {
             let path = format!("/v1/reload?dry_run={dry_run}");
             let answer: api::Reload = ask.post(&path).await?;
-            show(out, json, &answer, reloaded)
+            show(out, form, &answer, reloaded)
         }
         Command::Identities => {
-            show(out, json, ask.get::<Vec<api::Identity>>("/v1/identities").await?.as_slice(), identities)
+            show(out, form, ask.get::<Vec<api::Identity>>("/v1/identities").await?.as_slice(), identities)
         }
         Command::Flows { limit } => {
             let answer: Vec<api::Flow> = ask.get(&format!("/v1/flows?limit={limit}")).await?;
-            show(out, json, answer.as_slice(), flows)
+            show(out, form, answer.as_slice(), flows)
         }
         Command::Counters { watch, all } => {
             let mut before: Option<api::Counters> = None;
             loop {
                 let now: api::Counters = ask.get("/v1/counters").await?;
-                show(out, json, &now, |now| counters(now, before.as_ref(), *all))?;
+                show(out, form, &now, |now| counters(now, before.as_ref(), *all))?;
                 let Some(seconds) = watch else { return Ok(()) };
                 tokio::time::sleep(Duration::from_secs((*seconds).max(1))).await;
                 before = Some(now);
             }
         }
+        Command::Trace { client, service, limit } => {
+            let client = client.map(|client| ("client", client.to_string()));
+            let service = service.as_ref().map(|service| ("service", escaped(service)));
+            let limit = limit.map(|limit| ("limit", limit.to_string()));
+            let query: Vec<String> = [client, service, limit]
+                .into_iter()
+                .flatten()
+                .map(|(key, value)| format!("{key}={value}"))
+                .collect();
+            trace(
+                out,
+                json,
+                ask.open(Method::GET, &format!("/v1/trace?{}", query.join("&")), Bytes::new()).await?,
+            )
+            .await
+        }
+        Command::Metrics => {
+            let text = whole(ask.open(Method::GET, "/metrics", Bytes::new()).await?).await?;
+            out.write_all(&text)?;
+            Ok(out.flush()?)
+        }
+        Command::Openapi => show(out, Form::Json, &control::openapi(), |_| Table::new()),
         Command::Explain(options) => {
             let known = if options.live {
                 let sessions: Vec<api::Session> = ask.get("/v1/sessions").await?;
@@ -434,9 +481,13 @@ impl Client<'_> {
         path: &str,
         body: Bytes,
     ) -> Result<T, Error> {
+        serde_json::from_slice(&whole(self.open(method, path, body).await?).await?).map_err(other_version)
+    }
+
+    /// The body of an answer that is a success, as it comes.
+    async fn open(&self, method: Method, path: &str, body: Bytes) -> Result<Incoming, Error> {
         let unreachable = |source| Error::Unreachable { path: self.socket.to_owned(), source };
         let stream = UnixStream::connect(self.socket).await.map_err(unreachable)?;
-        let broken = |error: hyper::Error| Error::Protocol(error.to_string());
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
         tokio::spawn(connection);
@@ -449,31 +500,102 @@ impl Client<'_> {
             .map_err(|error| Error::Protocol(error.to_string()))?;
         let response = sender.send_request(request).await.map_err(broken)?;
         let status = response.status();
-        let bytes = response.into_body().collect().await.map_err(broken)?.to_bytes();
-        if !status.is_success() {
-            let problem = serde_json::from_slice(&bytes).map_or_else(
-                |_| format!("{status}: {}", String::from_utf8_lossy(&bytes)),
-                |problem: Problem| problem.error,
-            );
-            return Err(Error::Refused(problem));
+        if status.is_success() {
+            return Ok(response.into_body());
         }
-        serde_json::from_slice(&bytes)
-            .map_err(|error| Error::Protocol(format!("an answer of another version: {error}")))
+        let bytes = whole(response.into_body()).await?;
+        let problem = serde_json::from_slice(&bytes).map_or_else(
+            |_| format!("{status}: {}", String::from_utf8_lossy(&bytes)),
+            |problem: Problem| problem.error,
+        );
+        Err(Error::Refused(problem))
     }
+}
+
+fn broken(error: hyper::Error) -> Error {
+    Error::Protocol(error.to_string())
+}
+
+fn other_version(error: serde_json::Error) -> Error {
+    Error::Protocol(format!("an answer of another version: {error}"))
+}
+
+async fn whole(body: Incoming) -> Result<Bytes, Error> {
+    Ok(body.collect().await.map_err(broken)?.to_bytes())
+}
+
+/// Prints decisions as they come.
+async fn trace(out: &mut dyn Write, json: bool, mut body: Incoming) -> Result<(), Error> {
+    if !json {
+        writeln!(
+            out,
+            "{:<24}  {:<8}  {:<12}  {:<22}  {:<12}  IDENTIFIER",
+            "TIME", "WHAT", "SERVICE", "CLIENT", "BACKEND"
+        )?;
+        out.flush()?;
+    }
+    let mut rest: Vec<u8> = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
+        rest.extend_from_slice(&data);
+        let whole = rest.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        for line in
+            rest.drain(..whole).as_slice().split(|byte| *byte == b'\n').filter(|line| !line.is_empty())
+        {
+            let traced: Traced = serde_json::from_slice(line).map_err(other_version)?;
+            if json {
+                writeln!(out, "{}", serde_json::to_string(&traced).map_err(other_version)?)?;
+            } else {
+                writeln!(out, "{}", trace_line(&traced))?;
+            }
+        }
+        out.flush()?;
+    }
+    Ok(())
+}
+
+fn trace_line(traced: &Traced) -> String {
+    match traced {
+        Traced::Decision(one) => {
+            let api::Decision { time, what, service, client, backend, .. } = one;
+            let id = match (&one.kind, &one.id) {
+                (Some(kind), Some(id)) => format!("{kind} {id}"),
+                _ => "-".to_owned(),
+            };
+            let client = client.to_string();
+            format!("{time:<24}  {what:<8}  {service:<12}  {client:<22}  {backend:<12}  {id}")
+        }
+        Traced::Lost(api::Lost { lost }) => format!("({lost} events were lost: this reader is too slow)"),
+    }
+}
+
+/// How answers are printed.
+#[derive(Clone, Copy, Debug)]
+enum Form {
+    Json,
+    /// As tables no wider than so many columns, where that is known: long cells go over several lines.
+    Table(Option<u16>),
 }
 
 fn show<T: Serialize + ?Sized>(
     out: &mut dyn Write,
-    json: bool,
+    form: Form,
     answer: &T,
     table: impl FnOnce(&T) -> Table,
 ) -> Result<(), Error> {
-    if json {
-        let text =
-            serde_json::to_string_pretty(answer).map_err(|error| Error::Protocol(error.to_string()))?;
-        writeln!(out, "{text}")?;
-    } else {
-        writeln!(out, "{}", table(answer).trim_fmt())?;
+    match form {
+        Form::Json => {
+            let text =
+                serde_json::to_string_pretty(answer).map_err(|error| Error::Protocol(error.to_string()))?;
+            writeln!(out, "{text}")?;
+        }
+        Form::Table(width) => {
+            let mut table = table(answer);
+            if let Some(width) = width {
+                table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width);
+            }
+            writeln!(out, "{}", table.trim_fmt())?;
+        }
     }
     Ok(out.flush()?)
 }

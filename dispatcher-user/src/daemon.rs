@@ -4,6 +4,7 @@ use std::{
     collections::BTreeSet,
     future::Future,
     io::{self, Write},
+    net::{SocketAddr, TcpListener},
     sync::Arc,
     time::Duration,
 };
@@ -53,6 +54,14 @@ pub enum Error {
     /// Capabilities.
     #[error(transparent)]
     Privileges(#[from] privileges::Error),
+    /// The address of the metrics.
+    #[error("metrics: listening on {at}: {source}; set another address with `metrics`, or stop who has it")]
+    Metrics {
+        /// The address.
+        at: SocketAddr,
+        /// Why not.
+        source: io::Error,
+    },
     /// The threads of the runtime.
     #[error("starting threads: {0}")]
     Runtime(io::Error),
@@ -97,6 +106,12 @@ pub fn run(
     );
     let mut socket = Socket::bind(&config.control, config.control_group.as_deref())?;
     say(out, &format!("control: {}", config.control.display()));
+    let scrapes = config.metrics.map(|at| {
+        let listener = TcpListener::bind(at).map_err(|source| Error::Metrics { at, source })?;
+        say(out, &format!("metrics: http://{at}/metrics"));
+        Ok::<_, Error>(listener)
+    });
+    let scrapes = scrapes.transpose()?;
     for interface in &config.interfaces {
         let mode = dataplane.attach(&interface.name, interface.attach)?;
         say(out, &format!("attached to {} ({mode})", interface.name));
@@ -110,7 +125,7 @@ pub fn run(
         .build()
         .map_err(Error::Runtime)?;
     let shared = Arc::new(Shared::new(config, options.source, dataplane));
-    let result = runtime.block_on(serve(shared, &mut socket, out, shutdown));
+    let result = runtime.block_on(serve(shared, &mut socket, scrapes, out, shutdown));
     // A walk through a map may be under way; nothing is lost with it.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
@@ -119,6 +134,7 @@ pub fn run(
 async fn serve(
     shared: Arc<Shared>,
     socket: &mut Socket,
+    scrapes: Option<TcpListener>,
     out: &mut (dyn Write + Send),
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
@@ -149,6 +165,10 @@ async fn serve(
     tasks.spawn(count(Arc::clone(&shared)));
     tasks.spawn(hang_ups(Arc::clone(&shared)));
     tasks.spawn(health::serve(Arc::clone(&shared)));
+    if let Some(listener) = scrapes {
+        let serve = control::metrics::serve(Arc::clone(&shared), listener);
+        tasks.spawn(async move { ("serving metrics", ended(serve.await)) });
+    }
     if let Some(logger) = logger {
         tasks.spawn(logger);
     }
@@ -322,7 +342,7 @@ async fn sweep(shared: Arc<Shared>) -> (&'static str, String) {
         });
         match swept.await {
             Ok(Ok(swept)) => {
-                shared.counts.swept(swept.removed);
+                shared.counts.swept(swept);
                 let tables = [
                     (swept.known, "sessions", "known sessions"),
                     (swept.provisional, "provisional", "sessions that no server confirmed"),

@@ -150,7 +150,9 @@ pub enum Error {
 }
 
 /// How a program is attached to an interface.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize, utoipa::ToSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum AttachMode {
     /// Native, and generic where the driver does not support that.
@@ -216,7 +218,7 @@ struct Link {
 }
 
 /// An interface that the dispatcher is attached to.
-#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize, utoipa::ToSchema)]
 pub struct Attached {
     /// Name when it was attached.
     pub name: String,

@@ -24,7 +24,7 @@ use tokio::{
 use crate::{
     api,
     balancer::{Balancer, Candidate},
-    dataplane::{Dataplane, Error, monotonic_seconds},
+    dataplane::{Dataplane, Error, Swept, monotonic_seconds},
     reconcile::Pool,
     state::Shared,
 };
@@ -42,6 +42,8 @@ pub(crate) struct Counts {
     learned: AtomicU64,
     rejected: AtomicU64,
     swept: AtomicU64,
+    known: AtomicU64,
+    provisional: AtomicU64,
 }
 
 impl Counts {
@@ -58,8 +60,15 @@ impl Counts {
         }
     }
 
-    pub(crate) fn swept(&self, sessions: u64) {
-        self.swept.fetch_add(sessions, Ordering::Relaxed);
+    pub(crate) fn swept(&self, swept: Swept) {
+        self.swept.fetch_add(swept.removed, Ordering::Relaxed);
+        self.known.store(swept.known.0, Ordering::Relaxed);
+        self.provisional.store(swept.provisional.0, Ordering::Relaxed);
+    }
+
+    /// Sessions that the last sweep has left: known ones, and provisional ones.
+    pub(crate) fn sessions(&self) -> [u64; 2] {
+        [&self.known, &self.provisional].map(|count| count.load(Ordering::Relaxed))
     }
 }
 
@@ -111,6 +120,7 @@ fn handle(shared: &Shared, picker: &mut Picker, event: &Event, releases: &mut Ve
         _ => return log::debug!("event of unknown kind {}", event.kind),
     };
     count.fetch_add(1, Ordering::Relaxed);
+    shared.trace.tell(event);
     log::debug!(
         "{what}: {:?} frontend {} backend {} session {}",
         event.flow,

@@ -102,6 +102,10 @@ mod tests {
         slow.follow(&BTreeMap::from([(1, Duration::ZERO), (2, Duration::ZERO), (4, Duration::ZERO)]), at(20));
         assert!(slow.percent().is_empty(), "without slow start: {slow:?}");
         slow.follow(&takers(&[1, 2, 4, 5]), at(21));
-        assert_eq!(slow.percent(), &BTreeMap::from([(5, 10)]), "who is there when it is turned on is not slowed");
+        assert_eq!(
+            slow.percent(),
+            &BTreeMap::from([(5, 10)]),
+            "who is there when it is turned on is not slowed"
+        );
     }
 }

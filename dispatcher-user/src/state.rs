@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use crate::{
     config::{AdminState, Config},
+    control::trace::Trace,
     dataplane::{self, Dataplane},
     discovery::Discovery,
     events::Counts,
@@ -36,6 +37,7 @@ pub(crate) struct Shared {
     pub(crate) addresses: watch::Sender<BTreeSet<IpAddr>>,
     pub(crate) started: Instant,
     pub(crate) counts: Counts,
+    pub(crate) trace: Trace,
     pub(crate) discovery: Discovery,
     pub(crate) suspects: Suspects,
     state: Mutex<State>,
@@ -81,6 +83,7 @@ impl Shared {
             config: Mutex::new(Arc::new(config)),
             started: Instant::now(),
             counts: Counts::default(),
+            trace: Trace::default(),
             discovery: Discovery::default(),
             suspects: Suspects::default(),
             state: Mutex::default(),

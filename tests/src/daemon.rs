@@ -330,6 +330,14 @@ impl Daemon {
             .with_context(|| format!("`dispatcherctl {}` said {text}", arguments.join(" ")))
     }
 
+    /// Runs `dispatcherctl`, for what it prints.
+    pub fn told(&self, arguments: &[&str]) -> Result<String> {
+        execute(
+            Command::new(program("dispatcherctl")?).arg("--socket").arg(&self.socket).args(arguments),
+            None,
+        )
+    }
+
     /// `dispatcherctl status`.
     pub fn status(&self) -> Result<api::Status> {
         self.ask(&["status"])

@@ -42,6 +42,7 @@ fn bad_configurations_name_line_key_and_remedy() {
         ("an unknown mode", service("mode = \"magic\""), "passthrough"),
         ("an unknown algorithm", service("balance = \"dice\""), "maglev"),
         ("an address without port", service("").replace("192.0.2.1:443", "192.0.2.1"), "vip"),
+        ("metrics for everybody", "metrics = \"0.0.0.0:9100\"\n".to_owned() + &service(""), "metrics_public"),
         ("a negative weight", service("") + "weight = -1\n", "weight"),
         (
             "PROXY without delayed binding",

@@ -94,7 +94,7 @@ impl Desk {
         let line = ["dispatcherctl", "explain", file.to_str().expect("a name")];
         let args = ctl::Args::try_parse_from(line.iter().chain(arguments)).expect("a command line");
         let mut out = Vec::new();
-        let result = ctl::run(&args, &mut out);
+        let result = ctl::run(&args, &mut out, None);
         (String::from_utf8(out).expect("text"), result)
     }
 

@@ -6,6 +6,7 @@ use std::{
 };
 
 use dispatcher_tests::{
+    daemon::config,
     stage::{Stage, web},
     tls::{Manners, Server, Version},
     topology::{Family, Plan},
@@ -126,6 +127,39 @@ fn refused_connections_hasten_the_next_check() {
     });
     let reason = backend(&stage, "b2").reason.unwrap_or_default();
     assert!(reason.contains("health: connecting: refused (1 of 1)"), "{reason}");
+}
+
+#[test]
+fn a_reload_brings_checks_changes_them_and_takes_them_away() {
+    let mut stage = stage("", Manners::default());
+    let number = stop(&mut stage, "b2");
+    let reload = |stage: &Stage, lines: &str| {
+        stage.daemon.rewrite(&config(&stage.topology, "native", &[web().with(lines)])).expect("written");
+        stage.daemon.ask::<api::Reload>(&["reload"]).expect("reloaded").changes
+    };
+    assert_eq!(backend(&stage, "b2").state, "up", "nobody has looked");
+    let changes = reload(&stage, "health = { check = \"tcp\", interval = \"10m\" }");
+    assert_eq!(changes.len(), 1, "{changes:?}");
+    becomes(&stage, "b2", "down");
+    assert_eq!(answering(&stage).len(), 2);
+    let healthy = |stage: &Stage, name: &str| -> Vec<String> {
+        let text = stage.daemon.told(&["metrics"]).expect("metrics");
+        let begin = format!("dispatcher_backend_healthy{{service=\"web\",backend=\"{name}\",address=");
+        let lines = text.lines().filter(|line| line.starts_with(&begin));
+        lines.map(|line| line.rsplit(' ').next().unwrap_or_default().to_owned()).collect()
+    };
+    assert_eq!((healthy(&stage, "b1"), healthy(&stage, "b2")), (vec!["1".into(); 2], vec!["0".into(); 2]));
+    start(&mut stage, "b2", number);
+    // Of the old interval nothing is waited for; what was known is kept: one good check is not enough.
+    reload(&stage, "health = { check = \"tcp\", interval = \"3s\", rise = 2 }");
+    assert_eq!(backend(&stage, "b2").state, "down");
+    becomes(&stage, "b2", "up");
+    assert_eq!(answering(&stage).len(), 3);
+    stop(&mut stage, "b2");
+    becomes(&stage, "b2", "down");
+    reload(&stage, "");
+    becomes(&stage, "b2", "up");
+    assert_eq!(healthy(&stage, "b1"), [""; 0], "not checked any more");
 }
 
 #[test]

@@ -7,7 +7,9 @@ use dispatcher_user::ctl;
 
 fn main() -> ExitCode {
     let args = ctl::Args::parse();
-    match ctl::run(&args, &mut std::io::stdout()) {
+    let mut out = std::io::stdout();
+    let width = terminal_size::terminal_size_of(&out).map(|(columns, _)| columns.0);
+    match ctl::run(&args, &mut out, width) {
         Ok(()) => ctl::Exit::Good.into(),
         Err(error) => {
             eprintln!("dispatcherctl: {error}");

@@ -8,6 +8,7 @@ use dispatcher_user::{
     config::{Config, Interface},
     daemon::{self, Options},
     dataplane::AttachMode,
+    logging,
     reload::Source,
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -34,6 +35,9 @@ struct Args {
     /// error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log_level: log::LevelFilter,
+    /// Lines for people, or an object in JSON a line, on stderr
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    log_format: logging::Format,
     /// Do not drop capabilities after start
     #[arg(long)]
     keep_privileges: bool,
@@ -58,15 +62,12 @@ impl From<Attach> for AttachMode {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    // Libraries speak when something is wrong; the level is for us and our BPF programs.
-    env_logger::Builder::new()
-        .filter_level(args.log_level.min(log::LevelFilter::Warn))
-        .filter_module("dispatcher", args.log_level)
-        .init();
+    let format = args.log_format;
+    logging::start(args.log_level, format);
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("dispatcherd: {}", dispatcher_user::one_line(error.as_ref()));
+            logging::last_word(format, dispatcher_user::one_line(error.as_ref()));
             ExitCode::FAILURE
         }
     }
@@ -118,13 +119,21 @@ mod tests {
 
     #[test]
     fn command_lines() {
-        for line in ["--config x", "--interface a --interface b", "--config x --interface a --check"] {
+        for line in [
+            "--config x",
+            "--interface a --interface b",
+            "--config x --interface a --check",
+            "--config x --log-format json",
+        ] {
             let line = format!("dispatcherd {line}");
             Args::try_parse_from(line.split(' ')).unwrap_or_else(|error| panic!("{line}: {error}"));
         }
-        for line in
-            ["dispatcherd", "dispatcherd --interface a --check", "dispatcherd --interface a --attach x"]
-        {
+        for line in [
+            "dispatcherd",
+            "dispatcherd --interface a --check",
+            "dispatcherd --interface a --attach x",
+            "dispatcherd --interface a --log-format xml",
+        ] {
             let error = Args::try_parse_from(line.split(' ')).err().expect(line);
             assert_eq!(error.exit_code(), 2, "{line}");
         }

@@ -17,9 +17,12 @@ pub struct Changes {
 #[must_use]
 pub fn changes(old: &Config, new: &Config) -> Changes {
     let mut changes = Changes::default();
+    // Named one by one, so that a new field is not forgotten.
+    let Config { control: _, control_group: _, metrics: _, interfaces: _, capacities: _, services: _ } = new;
     let restart = &mut changes.restart;
     differ(restart, "control", &old.control, &new.control);
     differ(restart, "control_group", &old.control_group, &new.control_group);
+    differ(restart, "metrics", &old.metrics, &new.metrics);
     differ(restart, "capacity", &old.capacities, &new.capacities);
     let lines = &mut changes.lines;
     pairs(
@@ -78,7 +81,6 @@ macro_rules! fields {
 }
 
 fn service(before: &Service, after: &Service, lines: &mut Vec<String>) {
-    // Named one by one, so that a new field is not forgotten.
     let Service {
         name,
         id: _,
@@ -164,11 +166,27 @@ mod tests {
     }
 
     #[test]
+    fn settings_of_a_service() {
+        let lines = "slow_start = \"30s\"\nhealth = { check = \"tcp\" }";
+        let found = of(&TEXT.replace("name = \"web\"", &format!("name = \"web\"\n{lines}")));
+        assert_eq!(found.lines.len(), 2, "{found:?}");
+        assert!(
+            found.lines[0].starts_with("~ service web: health: None -> Some(Health { interval: 5"),
+            "{found:?}"
+        );
+        assert_eq!(found.lines[1], "~ service web: slow_start: 0 -> 30");
+        assert_eq!(found.restart, [""; 0]);
+    }
+
+    #[test]
     fn what_needs_a_restart() {
         let text = TEXT.replace("[[service]]", "[capacity]\nflows = 1024\n[[service]]");
         let found = of(&text);
         assert_eq!((found.lines.len(), found.restart.len()), (0, 1));
         assert!(found.restart[0].starts_with("~ capacity: Capacities { flows: 262144"), "{found:?}");
-        assert_eq!(of(&TEXT.replace("interfaces", "control = \"/run/x\"\ninterfaces")).restart.len(), 1);
+        for line in ["control = \"/run/x\"", "control_group = \"adm\"", "metrics = \"127.0.0.1:9100\""] {
+            let found = of(&format!("{line}\n{TEXT}"));
+            assert_eq!((found.lines.len(), found.restart.len()), (0, 1), "{line}");
+        }
     }
 }

@@ -28,6 +28,8 @@ pub(super) type Number = Option<Spanned<i64>>;
 pub(super) struct File {
     pub(super) control: Text,
     pub(super) control_group: Text,
+    pub(super) metrics: Text,
+    pub(super) metrics_public: Option<bool>,
     #[serde(default)]
     pub(super) interfaces: Vec<Spanned<String>>,
     pub(super) attach: Text,

@@ -79,6 +79,18 @@ fn mistakes_name_line_key_and_remedy() {
             "\"auto\" or \"native\" or \"generic\"",
         ),
         ("[[service]]", "control = \"run/x\"\n[[service]]", 4, "control", "absolute path"),
+        ("[[service]]", "metrics = 9100\n[[service]]", 4, "metrics", "write it in quotes"),
+        ("[[service]]", "metrics = \"9100\"\n[[service]]", 4, "metrics", "such as \"127.0.0.1:9100\""),
+        ("[[service]]", "metrics = \"127.0.0.1:0\"\n[[service]]", 4, "metrics", "give a port"),
+        ("[[service]]", "metrics = \"0.0.0.0:9100\"\n[[service]]", 4, "metrics", "metrics_public = true"),
+        ("[[service]]", "metrics = \"[::]:9100\"\n[[service]]", 4, "metrics", "\"127.0.0.1:9100\""),
+        (
+            "[[service]]",
+            "metrics = \"0.0.0.0:9100\"\nmetrics_public = false\n[[service]]",
+            4,
+            "metrics",
+            "no loopback",
+        ),
         (
             "[[service]]",
             "[capacity]\nstash_slots = 1000\n[[service]]",

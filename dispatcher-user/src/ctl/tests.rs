@@ -16,6 +16,9 @@ fn command_lines() {
         "dispatcherctl identities --json",
         "dispatcherctl counters --watch",
         "dispatcherctl counters --watch 5 --all",
+        "dispatcherctl trace --client 2001:db8::1 --service web --limit 3 --json",
+        "dispatcherctl metrics",
+        "dispatcherctl openapi",
         "dispatcherctl explain file.pcap",
         "dispatcherctl explain file.pcap --json --packets --live --config dispatcher.toml",
     ] {
@@ -26,6 +29,8 @@ fn command_lines() {
         "dispatcherctl backend web drain",
         "dispatcherctl sessions pin 00ff --service web",
         "dispatcherctl flows --limit x",
+        "dispatcherctl trace --client somebody",
+        "dispatcherctl trace --limit 0",
         "dispatcherctl explain",
         "dispatcherctl explain file.pcap --live",
     ] {
@@ -36,7 +41,7 @@ fn command_lines() {
 #[test]
 fn nobody_to_ask_is_a_code_of_its_own() {
     let args = parse("dispatcherctl --socket /no/such/socket status").expect("parses");
-    let error = run(&args, &mut Vec::new()).expect_err("nobody is there");
+    let error = run(&args, &mut Vec::new(), None).expect_err("nobody is there");
     assert_eq!(error.exit(), Exit::Unreachable);
     assert!(error.to_string().contains("is dispatcherd running"), "{error}");
 }
@@ -53,7 +58,7 @@ fn tables_have_aligned_columns() {
     let before = api::Counters { reasons: vec![counter(1, 5), counter(2, 0)] };
     let now = api::Counters { reasons: vec![counter(1, 1005), counter(2, 0)] };
     let mut out = Vec::new();
-    show(&mut out, false, &now, |now| counters(now, Some(&before), false)).expect("prints");
+    show(&mut out, Form::Table(None), &now, |now| counters(now, Some(&before), false)).expect("prints");
     let text = String::from_utf8(out).expect("text");
     assert_eq!(
         text,
@@ -73,7 +78,7 @@ fn json_has_the_promised_names() {
         }],
     };
     let mut out = Vec::new();
-    show(&mut out, true, &counters, |_| Table::new()).expect("prints");
+    show(&mut out, Form::Json, &counters, |_| Table::new()).expect("prints");
     let value: serde_json::Value = serde_json::from_slice(&out).expect("json");
     let first = &value["reasons"][0];
     assert_eq!(first["number"], 1);
@@ -106,5 +111,54 @@ fn paths_are_escaped() {
 fn ages() {
     for (seconds, text) in [(0, "0s"), (59, "59s"), (61, "1m01s"), (3660, "1h01m"), (90_000, "1d01h")] {
         assert_eq!(age(seconds), text);
+    }
+}
+
+#[test]
+fn tables_fit_the_terminal() {
+    let counter = api::Counter {
+        number: 1,
+        name: "reason_1".into(),
+        kind: "drop".into(),
+        packets: 7,
+        description: "Why it is that a sentence such as this one is too long for a terminal.".into(),
+    };
+    let now = api::Counters { reasons: vec![counter] };
+    let widest = |width| {
+        let mut out = Vec::new();
+        show(&mut out, Form::Table(width), &now, |now| counters(now, None, false)).expect("prints");
+        let text = String::from_utf8(out).expect("text");
+        text.lines().map(str::len).max().expect("lines")
+    };
+    assert!(widest(None) > 80, "a pipe gets whole lines");
+    assert!(widest(Some(60)) <= 60);
+    assert_eq!(widest(Some(200)), widest(None));
+}
+
+#[test]
+fn a_line_of_the_trace() {
+    let decision = api::Decision {
+        time: "2026-01-02T03:04:05.678Z".into(),
+        what: "miss".into(),
+        service: "web".into(),
+        client: "192.0.2.7:4711".parse().expect("an address"),
+        vip: "192.0.2.1:443".parse().expect("an address"),
+        protocol: crate::config::Protocol::Tcp,
+        backend: "a".into(),
+        kind: Some("tls-session-id".into()),
+        id: Some("00ff".into()),
+    };
+    for traced in [Traced::Decision(decision), Traced::Lost(api::Lost { lost: 12 })] {
+        let text = serde_json::to_string(&traced).expect("json");
+        assert_eq!(serde_json::from_str::<Traced>(&text).expect("back"), traced, "{text}");
+        let line = trace_line(&traced);
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match traced {
+            Traced::Decision(_) => assert_eq!(
+                words,
+                ["2026-01-02T03:04:05.678Z", "miss", "web", "192.0.2.7:4711", "a", "tls-session-id", "00ff"]
+            ),
+            Traced::Lost(_) => assert!(line.contains("12 events were lost"), "{line}"),
+        }
     }
 }

@@ -1,0 +1,256 @@
+//! Metrics, in the text format of OpenMetrics. Names are stable; docs/operations.md has a table of them.
+
+use std::{fmt, io, net::TcpListener as StdListener, sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    extract::State,
+    http::{StatusCode, header::CONTENT_TYPE},
+    response::IntoResponse,
+    routing::get,
+};
+use hyper::server::conn::http1;
+use hyper_util::{rt::TokioIo, service::TowerToHyperService};
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric as _, text},
+    metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
+    registry::Registry,
+};
+use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
+
+use super::{Failure, blocking, read_backends, read_counters, status_of};
+use crate::{api, config::AdminState, state::Shared};
+
+/// What is sent.
+const TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// Connections at a time over TCP; more wait.
+const SCRAPERS: usize = 8;
+/// A connection over TCP ends after this time, in use or not.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Conditions of a backend, each a series.
+const STATES: [&str; 4] = ["up", "down", "drain", "disabled"];
+
+/// What health checks say of an address.
+#[derive(Debug)]
+struct Checked {
+    service: String,
+    backend: String,
+    address: String,
+    healthy: bool,
+}
+
+/// All values, read at one time.
+#[derive(Debug)]
+struct Snapshot {
+    status: api::Status,
+    counters: api::Counters,
+    backends: Vec<api::Backend>,
+    health: Vec<Checked>,
+    /// At the last sweep.
+    sessions: [u64; 2],
+}
+
+impl Snapshot {
+    fn read(shared: &Shared) -> Result<Self, Failure> {
+        let backends = read_backends(shared)?;
+        Ok(Self {
+            status: status_of(shared, &backends),
+            counters: read_counters(shared)?,
+            backends,
+            health: checked(shared),
+            sessions: shared.counts.sessions(),
+        })
+    }
+
+    fn text(self) -> Result<String, fmt::Error> {
+        let mut registry = Registry::with_prefix("dispatcher");
+        registry.register_collector(Box::new(self));
+        let mut text = String::new();
+        text::encode(&mut text, &registry)?;
+        Ok(text)
+    }
+
+    fn encode_packets(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let help = "Packets by the one reason that each ends in";
+        let mut family = encoder.encode_descriptor("packets", help, None, MetricType::Counter)?;
+        for one in &self.counters.reasons {
+            let labels = [("reason", one.name.as_str()), ("kind", one.kind.as_str())];
+            ConstCounter::new(one.packets).encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+
+    fn encode_backends(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        type Read<T> = fn(&api::Backend) -> T;
+        let counters: [(&str, &str, Read<u64>); 8] = [
+            ("connections", "Connections bound", |one| one.connections),
+            ("hits", "Connections bound by a session known before", |one| one.hits),
+            ("misses", "Connections with an identifier that was not known", |one| one.misses),
+            ("fresh", "Secure connections without an identifier", |one| one.fresh),
+            ("nonsecure", "Connections that are not secure", |one| one.nonsecure),
+            ("established", "Connections that the backend accepted", |one| one.established),
+            ("refused", "Connections that the backend refused or did not answer", |one| one.refused),
+            ("learned", "Sessions learned from the backend", |one| one.learned),
+        ];
+        for (name, help, read) in counters {
+            let name = format!("backend_{name}");
+            let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Counter)?;
+            for one in &self.backends {
+                ConstCounter::new(read(one)).encode(family.encode_family(&labels(one))?)?;
+            }
+        }
+        let gauges: [(&str, &str, Read<f64>); 2] = [
+            ("weight", "Configured weight", |one| f64::from(one.weight)),
+            ("share", "Share of the load-balancing tables, 0 to 1", |one| one.share),
+        ];
+        for (name, help, read) in gauges {
+            let name = format!("backend_{name}");
+            let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Gauge)?;
+            for one in &self.backends {
+                ConstGauge::new(read(one)).encode(family.encode_family(&labels(one))?)?;
+            }
+        }
+        let help = "1 for the state that the backend is in, 0 for the others";
+        let mut family = encoder.encode_descriptor("backend_state", help, None, MetricType::Gauge)?;
+        for one in &self.backends {
+            let other = Some(one.state.as_str()).filter(|state| !STATES.contains(state));
+            for state in STATES.into_iter().chain(other) {
+                let [service, backend] = labels(one);
+                let labels = [service, backend, ("state", state)];
+                ConstGauge::new(u32::from(one.state == state)).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        let help = "1 for an address that passes its health checks, 0 for one that does not";
+        let mut family = encoder.encode_descriptor("backend_healthy", help, None, MetricType::Gauge)?;
+        for Checked { service, backend, address, healthy } in &self.health {
+            let labels = [("service", service), ("backend", backend), ("address", address)];
+            ConstGauge::new(u32::from(*healthy)).encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+
+    fn encode_daemon(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let api::Events { miss, held, released, refused, learned, rejected, swept } = self.status.events;
+        let help = "Events of the data path that the daemon has handled";
+        let mut family = encoder.encode_descriptor("events", help, None, MetricType::Counter)?;
+        for (event, count) in [
+            ("miss", miss),
+            ("held", held),
+            ("released", released),
+            ("refused", refused),
+            ("learned", learned),
+            ("rejected", rejected),
+            ("swept", swept),
+        ] {
+            ConstCounter::new(count).encode(family.encode_family(&[("event", event)])?)?;
+        }
+        let heartbeat = self.status.heartbeat_age_ms as f64 / 1000.0;
+        let [known, provisional] = self.sessions;
+        for (name, help, value) in [
+            ("heartbeat_age_seconds", "Age of the daemon's sign of life", heartbeat),
+            ("uptime_seconds", "Time since the daemon's start", self.status.uptime_seconds as f64),
+            ("maps_bytes", "Estimate of the memory of the maps", self.status.memory_bytes as f64),
+            ("sessions", "Entries of the mapping table when it was last swept", known as f64),
+            (
+                "provisional_sessions",
+                "Entries that only clients stand for when the table was last swept",
+                provisional as f64,
+            ),
+        ] {
+            let gauge = ConstGauge::new(value);
+            gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
+        }
+        let mut family =
+            encoder.encode_descriptor("interface", "Where it is attached", None, MetricType::Info)?;
+        for one in &self.status.interfaces {
+            let mode = one.mode.to_string();
+            family.encode_info(&[("interface", one.name.as_str()), ("mode", mode.as_str())])?;
+        }
+        let mut family =
+            encoder.encode_descriptor("build", "Version of daemon and maps", None, MetricType::Info)?;
+        let abi = self.status.abi.to_string();
+        family.encode_info(&[("version", self.status.version.as_str()), ("abi", abi.as_str())])
+    }
+}
+
+/// Addresses that are checked, those of disabled backends aside.
+fn checked(shared: &Shared) -> Vec<Checked> {
+    let (state, config) = (shared.state(), shared.config());
+    let desired = state.desired(&config);
+    let mut found = Vec::new();
+    for service in config.services.iter().filter(|service| service.health.is_some()) {
+        for backend in &service.backends {
+            if desired.admin(backend) == AdminState::Disabled {
+                continue;
+            }
+            found.extend(backend.addresses().map(|address| Checked {
+                service: service.name.clone(),
+                backend: backend.name.clone(),
+                address: address.to_string(),
+                healthy: !state.health.contains_key(&(backend.id, address.is_ipv4())),
+            }));
+        }
+    }
+    found
+}
+
+fn labels(backend: &api::Backend) -> [(&str, &str); 2] {
+    [("service", backend.service.as_str()), ("backend", backend.name.as_str())]
+}
+
+impl Collector for Snapshot {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        self.encode_packets(&mut encoder)?;
+        self.encode_backends(&mut encoder)?;
+        self.encode_daemon(&mut encoder)
+    }
+}
+
+/// Metrics in the text format of OpenMetrics
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    responses((status = 200, description = "All metrics", body = String, content_type = TYPE), Failure)
+)]
+pub(super) async fn metrics(State(shared): State<Arc<Shared>>) -> Result<impl IntoResponse, Failure> {
+    let snapshot = blocking(shared, Snapshot::read).await?;
+    let text = snapshot
+        .text()
+        .map_err(|error| Failure(StatusCode::INTERNAL_SERVER_ERROR, format!("writing metrics: {error}")))?;
+    Ok(([(CONTENT_TYPE, TYPE)], text))
+}
+
+/// Serves metrics over TCP, and nothing else, until the task is dropped.
+pub(crate) async fn serve(shared: Arc<Shared>, listener: StdListener) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = TcpListener::from_std(listener)?;
+    let router = Router::new()
+        .route("/metrics", get(metrics))
+        .fallback(|| async { Failure(StatusCode::NOT_FOUND, "only /metrics is here".to_owned()) })
+        .with_state(shared);
+    let permits = Arc::new(Semaphore::new(SCRAPERS));
+    loop {
+        let permit = Arc::clone(&permits).acquire_owned().await.map_err(io::Error::other)?;
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let service = TowerToHyperService::new(router.clone());
+                tokio::spawn(async move {
+                    let _permit = permit;
+                    let answers = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+                    if let Ok(Err(error)) = timeout(PATIENCE, answers).await {
+                        log::debug!("metrics: {error}");
+                    }
+                });
+            }
+            Err(error) => {
+                log::warn!("metrics: accepting: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,227 @@
+use std::collections::{BTreeMap, BTreeSet};
+
+use dispatcher_common::reason::Reason;
+
+use super::*;
+use crate::{control::shown_counter, dataplane};
+
+/// A sample: its labels in their order, and its value.
+type Sample = (Vec<(String, String)>, f64);
+
+fn is_name(text: &str) -> bool {
+    text.bytes()
+        .enumerate()
+        .all(|(i, byte)| byte.is_ascii_alphabetic() || byte == b'_' || (i > 0 && byte.is_ascii_digit()))
+        && !text.is_empty()
+}
+
+/// `name="value",...` between braces, with escapes; what follows the closing brace.
+fn labels_of(mut text: &str) -> (Vec<(String, String)>, &str) {
+    let mut found = Vec::new();
+    loop {
+        let (name, rest) = text.split_once("=\"").expect("a label");
+        assert!(is_name(name), "{name}");
+        let mut value = String::new();
+        let mut chars = rest.char_indices();
+        let end = loop {
+            match chars.next().expect("a closing quote") {
+                (_, '\\') => value.push(match chars.next().expect("an escape").1 {
+                    'n' => '\n',
+                    c @ ('"' | '\\') => c,
+                    c => panic!("no escape: {c}"),
+                }),
+                (at, '"') => break at + 1,
+                (_, '\n') => panic!("a label over two lines"),
+                (_, c) => value.push(c),
+            }
+        };
+        found.push((name.to_owned(), value));
+        text = &rest[end..];
+        match text.strip_prefix(',') {
+            Some(rest) => text = rest,
+            None => return (found, text.strip_prefix('}').expect("a closing brace")),
+        }
+    }
+}
+
+/// The families by name of sample. Panics at anything that OpenMetrics does not allow, of what we use of it.
+fn parse(text: &str) -> BTreeMap<String, Vec<Sample>> {
+    let body = text.strip_suffix("# EOF\n").expect("the end is told");
+    let mut samples: BTreeMap<String, Vec<Sample>> = BTreeMap::new();
+    let mut seen = BTreeSet::new();
+    let (mut family, mut helped, mut suffix) = ("", "", "");
+    for line in body.lines() {
+        if let Some(rest) = line.strip_prefix("# HELP ") {
+            let (name, help) = rest.split_once(' ').expect("a help");
+            assert!(is_name(name) && !help.is_empty() && seen.insert(name), "{line}");
+            (helped, family) = (name, "");
+        } else if let Some(rest) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = rest.split_once(' ').expect("a type");
+            assert_eq!(name, helped, "{line}");
+            family = name;
+            suffix = match kind {
+                "counter" => "_total",
+                "gauge" => "",
+                "info" => "_info",
+                _ => panic!("{line}"),
+            };
+        } else {
+            let end = line.find(['{', ' ']).expect("a value");
+            let name = &line[..end];
+            assert!(!family.is_empty() && name == format!("{family}{suffix}"), "{line} is not of {family}");
+            let (labels, rest) = match line[end..].strip_prefix('{') {
+                Some(rest) => labels_of(rest),
+                None => (Vec::new(), &line[end..]),
+            };
+            let value: f64 = rest.strip_prefix(' ').expect("a blank").parse().expect("a number");
+            assert!(value.is_finite() && value >= 0.0, "{line}");
+            let of_name = samples.entry(name.to_owned()).or_default();
+            assert!(of_name.iter().all(|(other, _)| *other != labels), "{line} is there twice");
+            of_name.push((labels, value));
+        }
+    }
+    samples
+}
+
+fn backend(name: &str, state: &str) -> api::Backend {
+    api::Backend {
+        name: name.into(),
+        service: "web".into(),
+        id: 1,
+        index: 0,
+        addresses: Vec::new(),
+        state: state.into(),
+        reason: None,
+        weight: 3,
+        share: 0.25,
+        connections: 10,
+        hits: 1,
+        misses: 2,
+        fresh: 3,
+        nonsecure: 4,
+        established: 9,
+        refused: 5,
+        learned: 6,
+    }
+}
+
+fn snapshot(backends: Vec<api::Backend>) -> Snapshot {
+    let events = api::Events { miss: 1, held: 2, released: 3, refused: 4, learned: 5, rejected: 6, swept: 7 };
+    let status = api::Status {
+        version: "1.2.3".into(),
+        abi: 9,
+        uptime_seconds: 60,
+        interfaces: vec![dataplane::Attached {
+            name: "eth0".into(),
+            ifindex: 2,
+            mode: dataplane::AttachMode::Native,
+        }],
+        memory_bytes: 1 << 20,
+        services: 1,
+        backends: backends.len(),
+        backends_up: 1,
+        connections: 0,
+        hits: 0,
+        misses: 0,
+        fresh: 0,
+        nonsecure: 0,
+        learned: 0,
+        heartbeat_age_ms: 250,
+        cookie_epoch: 0,
+        events,
+    };
+    let reasons = Reason::ALL.iter().map(|reason| shown_counter((*reason, *reason as u64 + 100))).collect();
+    let health = [("10.0.0.1:443", true), ("[fd00::1]:443", false)].map(|(address, healthy)| Checked {
+        service: "web".into(),
+        backend: "a".into(),
+        address: address.into(),
+        healthy,
+    });
+    let (counters, health) = (api::Counters { reasons }, health.into());
+    Snapshot { status, counters, backends, health, sessions: [77, 5] }
+}
+
+fn value(samples: &BTreeMap<String, Vec<Sample>>, name: &str, labels: &[(&str, &str)]) -> f64 {
+    let of_name = samples.get(name).unwrap_or_else(|| panic!("no {name}"));
+    let same = |found: &[(String, String)]| {
+        found.iter().map(|(key, value)| (key.as_str(), value.as_str())).eq(labels.iter().copied())
+    };
+    of_name
+        .iter()
+        .find(|(found, _)| same(found))
+        .unwrap_or_else(|| panic!("{name} has no {labels:?}: {of_name:?}"))
+        .1
+}
+
+#[test]
+fn every_reason_is_there_and_the_text_parses() {
+    let samples = parse(&snapshot(vec![backend("a", "up")]).text().expect("a text"));
+    assert_eq!(samples["dispatcher_packets_total"].len(), Reason::ALL.len());
+    for reason in Reason::ALL {
+        let counter = shown_counter((*reason, 0));
+        let labels = [("reason", reason.name()), ("kind", counter.kind.as_str())];
+        assert_eq!(value(&samples, "dispatcher_packets_total", &labels), f64::from(*reason as u32 + 100));
+    }
+    let of_a = [("service", "web"), ("backend", "a")];
+    for (name, expected) in [
+        ("connections_total", 10.0),
+        ("hits_total", 1.0),
+        ("misses_total", 2.0),
+        ("fresh_total", 3.0),
+        ("nonsecure_total", 4.0),
+        ("established_total", 9.0),
+        ("refused_total", 5.0),
+        ("learned_total", 6.0),
+        ("weight", 3.0),
+        ("share", 0.25),
+    ] {
+        assert_eq!(value(&samples, &format!("dispatcher_backend_{name}"), &of_a), expected, "{name}");
+    }
+    for (address, expected) in [("10.0.0.1:443", 1.0), ("[fd00::1]:443", 0.0)] {
+        let labels = [of_a[0], of_a[1], ("address", address)];
+        assert_eq!(value(&samples, "dispatcher_backend_healthy", &labels), expected, "{address}");
+    }
+    let events = ["miss", "held", "released", "refused", "learned", "rejected", "swept"];
+    for (number, event) in events.iter().enumerate() {
+        let found = value(&samples, "dispatcher_events_total", &[("event", event)]);
+        assert_eq!(found, (number + 1) as f64, "{event}");
+    }
+    assert_eq!(value(&samples, "dispatcher_heartbeat_age_seconds", &[]), 0.25);
+    assert_eq!(value(&samples, "dispatcher_uptime_seconds", &[]), 60.0);
+    assert_eq!(value(&samples, "dispatcher_sessions", &[]), 77.0);
+    assert_eq!(value(&samples, "dispatcher_provisional_sessions", &[]), 5.0);
+    assert_eq!(value(&samples, "dispatcher_maps_bytes", &[]), f64::from(1 << 20));
+    let attached = [("interface", "eth0"), ("mode", "native")];
+    assert_eq!(value(&samples, "dispatcher_interface_info", &attached), 1.0);
+    assert_eq!(value(&samples, "dispatcher_build_info", &[("version", "1.2.3"), ("abi", "9")]), 1.0);
+}
+
+#[test]
+fn each_backend_has_one_state() {
+    let known = STATES.iter().map(|state| backend(state, state));
+    let backends = known.chain([backend("other", "unheard-of")]).collect();
+    let samples = parse(&snapshot(backends).text().expect("a text"));
+    for state in STATES.into_iter().chain(["unheard-of"]) {
+        let name = if state == "unheard-of" { "other" } else { state };
+        let of = [("service", "web"), ("backend", name)];
+        let labels = [of[0], of[1], ("state", state)];
+        assert_eq!(value(&samples, "dispatcher_backend_state", &labels), 1.0, "{state}");
+        let of_backend = samples["dispatcher_backend_state"].iter().filter(|(found, _)| found[1].1 == name);
+        assert_eq!(of_backend.map(|(_, value)| value).sum::<f64>(), 1.0, "{state}");
+    }
+}
+
+#[test]
+fn names_with_special_characters_are_escaped() {
+    let name = "a\"b\\c\nd";
+    let samples = parse(&snapshot(vec![backend(name, "up")]).text().expect("a text"));
+    assert_eq!(value(&samples, "dispatcher_backend_weight", &[("service", "web"), ("backend", name)]), 3.0);
+}
+
+#[test]
+fn the_table_of_names_is_complete() {
+    let documented = include_str!("../../../../docs/operations.md");
+    for name in parse(&snapshot(vec![backend("a", "up")]).text().expect("a text")).keys() {
+        assert!(documented.contains(&format!("`{name}")), "{name} is not in docs/operations.md");
+    }
+}

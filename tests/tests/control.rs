@@ -1,0 +1,292 @@
+//! What the daemon tells over its sockets: metrics, the trace, and an API that is as it is described.
+
+use std::{
+    io::{Read, Write},
+    net::{Ipv4Addr, SocketAddr},
+    os::unix::net::UnixStream,
+    process::Command,
+    sync::mpsc,
+    time::{Duration, Instant},
+};
+
+use dispatcher_tests::{
+    daemon::{Daemon, Folder, Process, config, program},
+    netns::{Netns, execute},
+    sockets,
+    stage::{PORT, Stage, web},
+    tls::{Authority, Manners, Server, Version},
+    topology::{Family, Plan, Topology},
+};
+use dispatcher_user::api;
+use serde_json::{Value, json};
+
+const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 9100);
+
+/// The usual stage, with metrics over TCP.
+fn stage() -> Stage {
+    let authority = Authority::new().expect("certificates");
+    let topology = Topology::new(Plan::default()).expect("namespaces");
+    let server = |(i, place): (usize, &dispatcher_tests::topology::Place)| {
+        let name = format!("b{}", i + 1);
+        Server::start(&place.netns, &name, PORT, &authority, Manners::default()).expect("a server")
+    };
+    let servers = topology.backends.iter().enumerate().map(server).collect();
+    let text = format!("metrics = \"{METRICS}\"\n{}", config(&topology, "native", &[web()]));
+    let daemon = Daemon::start_with(&topology.dispatcher, &text).expect("the daemon");
+    Stage { daemon, servers, authority, topology }
+}
+
+/// A request without a client that knows the API: status and body.
+fn http(mut stream: impl Read + Write, method: &str, path: &str, body: &str) -> (u16, String) {
+    let length = body.len();
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nhost: d\r\nconnection: close\r\ncontent-type: application/json\r\n\
+         content-length: {length}\r\n\r\n{body}"
+    )
+    .expect("asks");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+    let status = head.split(' ').nth(1).expect("a status").parse().expect("a number");
+    (status, body.to_owned())
+}
+
+fn ask(daemon: &Daemon, method: &str, path: &str, body: &str) -> (u16, String) {
+    http(UnixStream::connect(daemon.socket()).expect("connects"), method, path, body)
+}
+
+/// The sum of the samples whose line begins so.
+fn sum(metrics: &str, begin: &str) -> f64 {
+    let of = metrics.lines().filter(|line| line.starts_with(begin));
+    of.map(|line| line.rsplit(' ').next().expect("a value").parse::<f64>().expect("a number")).sum()
+}
+
+#[test]
+fn metrics_move_with_traffic() {
+    let stage = stage();
+    let scrape = || {
+        let (status, text) = ask(&stage.daemon, "GET", "/metrics", "");
+        assert_eq!(status, 200);
+        assert!(text.ends_with("# EOF\n"), "{text}");
+        text
+    };
+    let before = scrape();
+    assert_eq!(sum(&before, "dispatcher_packets_total{reason=\"bound_fresh\""), 0.0);
+    assert_eq!(sum(&before, "dispatcher_backend_state{service=\"web\",backend=\"b1\",state=\"up\"}"), 1.0);
+    let home = stage.returns(4);
+    let after = scrape();
+    assert_eq!(sum(&after, "dispatcher_packets_total{reason=\"bound_fresh\",kind=\"forward\"}"), 1.0);
+    assert_eq!(sum(&after, "dispatcher_packets_total{reason=\"bound_hit\",kind=\"forward\"}"), 3.0);
+    let of_home = format!("{{service=\"web\",backend=\"{home}\"}}");
+    for (name, expected) in
+        [("connections", 4.0), ("hits", 3.0), ("fresh", 1.0), ("established", 4.0), ("learned", 1.0)]
+    {
+        let name = format!("dispatcher_backend_{name}_total");
+        assert_eq!(sum(&after, &format!("{name}{of_home}")), expected, "{name}");
+        assert_eq!(sum(&after, &format!("{name}{{")), expected, "{name} of all backends");
+    }
+    assert_eq!(sum(&after, "dispatcher_interface_info{"), 2.0);
+    let learned = |text: &str| sum(text, "dispatcher_events_total{event=\"learned\"}");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let now = scrape();
+        if learned(&now) == 1.0 && sum(&now, "dispatcher_sessions ") == 1.0 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{now}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // Over TCP the same, and nothing else.
+    let over_tcp = |method, path| {
+        let stream = sockets::connect(&stage.topology.dispatcher, METRICS.ip(), METRICS).expect("connects");
+        http(stream, method, path, "")
+    };
+    let (status, text) = over_tcp("GET", "/metrics");
+    assert_eq!((status, sum(&text, &format!("dispatcher_backend_hits_total{of_home}"))), (200, 3.0));
+    assert_eq!(over_tcp("POST", "/metrics").0, 405);
+    for path in ["/v1/status", "/v1/sessions", "/"] {
+        assert_eq!(over_tcp("GET", path).0, 404, "{path}");
+    }
+    let said = stage.daemon.told(&["metrics"]);
+    assert_eq!(sum(&said.expect("metrics"), &format!("dispatcher_backend_hits_total{of_home}")), 3.0);
+}
+
+/// Starts `dispatcherctl trace`; its lines as they come.
+fn trace(daemon: &Daemon, arguments: &[&str]) -> (Process, mpsc::Receiver<String>) {
+    let mut command = Command::new(program("dispatcherctl").expect("dispatcherctl"));
+    command.arg("--socket").arg(daemon.socket()).arg("trace").args(arguments);
+    let (sender, lines) = mpsc::channel();
+    (Process::start(command, Some(sender)).expect("starts"), lines)
+}
+
+#[test]
+fn the_trace_shows_a_miss_and_what_is_learned() {
+    let stage = Stage::usual();
+    let (_process, lines) = trace(&stage.daemon, &[]);
+    let line = || lines.recv_timeout(Duration::from_secs(20)).expect("a line");
+    assert!(line().starts_with("TIME"), "the heading says that it listens");
+    let user = stage.user(Version::Tls12);
+    let home = stage.visit(&user, Family::V4, 0).backend;
+    let from = stage.from(Family::V4, 0).to_string();
+    let learned = line();
+    for word in ["learned", "web", &home, &format!("{from}:"), "tls-session-id"] {
+        assert!(learned.contains(word), "{word}: {learned}");
+    }
+    let id = learned.split_whitespace().last().expect("an identifier").to_owned();
+    let sessions = stage.daemon.sessions().expect("sessions");
+    assert!(sessions.iter().any(|one| one.id == id), "{id}: {sessions:#?}");
+    // A hit is not told; an identifier that is not known any more is a miss.
+    assert_eq!(stage.visit(&user, Family::V6, 1).backend, home);
+    let _: Vec<api::Session> = stage.daemon.ask(&["sessions", "remove", &id]).expect("removes");
+    let _ = stage.visit(&user, Family::V6, 2);
+    let missed = line();
+    assert!(missed.contains(" miss ") && missed.ends_with(&id), "{missed}");
+    assert!(missed.contains(&stage.from(Family::V6, 2).to_string()), "{missed}");
+
+    // Another listens to one client only, in JSON, and stops at a limit.
+    let [here, there] = [1, 2].map(|client| stage.from(Family::V4, client));
+    let arguments = ["--json", "--limit", "2", "--service", "web", "--client", &here.to_string()];
+    let (mut process, lines) = trace(&stage.daemon, &arguments);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while process.ended().is_none() {
+        assert!(Instant::now() < deadline, "no two decisions about {here}");
+        for client in [2, 1] {
+            let _ = stage.visit(&stage.user(Version::Tls12), Family::V4, client);
+        }
+    }
+    assert!(process.wait(Duration::from_secs(10)).expect("ends").success());
+    let document = described();
+    let decisions: Vec<api::Decision> = lines
+        .iter()
+        .map(|line| {
+            let value = serde_json::from_str(&line).expect("json");
+            check(
+                &document,
+                "/paths/~1v1~1trace/get/responses/200/content/application~1x-ndjson/schema",
+                &value,
+            );
+            serde_json::from_value(value).expect("a decision")
+        })
+        .collect();
+    assert_eq!(decisions.len(), 2);
+    assert!(decisions.iter().all(|one| one.client.ip() == here && one.client.ip() != there), "{decisions:?}");
+    assert!(decisions.iter().all(|one| (one.what.as_str(), one.service.as_str()) == ("learned", "web")));
+    let (mut process, lines) = trace(&stage.daemon, &["--service", "nobody"]);
+    assert_eq!(process.wait(Duration::from_secs(10)).expect("ends").code(), Some(1));
+    assert!(lines.iter().any(|line| line.contains("no service nobody")));
+}
+
+/// What `dispatcherctl openapi` says; objects may have no fields but those described.
+fn described() -> Value {
+    let mut command = Command::new(program("dispatcherctl").expect("dispatcherctl"));
+    let text = execute(command.args(["--socket", "/nonexistent", "openapi"]), None).expect("needs no daemon");
+    let mut document: Value = serde_json::from_str(&text).expect("json");
+    let schemas = document["components"]["schemas"].as_object_mut().expect("schemas");
+    for schema in schemas.values_mut().filter(|schema| schema["properties"].is_object()) {
+        schema["additionalProperties"] = json!(false);
+    }
+    document
+}
+
+/// Fails if a value does not fit the schema at a place of the document.
+fn check(document: &Value, at: &str, value: &Value) {
+    let mut schema = document.pointer(at).unwrap_or_else(|| panic!("nothing at {at}")).clone();
+    schema["components"] = document["components"].clone();
+    let validator = jsonschema::validator_for(&schema).expect("a schema");
+    let errors: Vec<String> = validator.iter_errors(value).map(|error| error.to_string()).collect();
+    assert!(errors.is_empty(), "{at}: {errors:#?} in {value:#}");
+}
+
+#[test]
+fn answers_are_as_the_api_is_described() {
+    let stage = Stage::usual();
+    let _ = stage.returns(3);
+    let document = described();
+    let (status, text) = ask(&stage.daemon, "GET", "/v1/openapi.json", "");
+    assert_eq!(status, 200);
+    let served: Value = serde_json::from_str(&text).expect("json");
+    assert_eq!(served["paths"], document["paths"], "the daemon and the command line say the same");
+    let id = stage.daemon.sessions().expect("sessions")[0].id.clone();
+    let bodies = [
+        ("/v1/backends/{service}/{name}/state", json!({ "state": "drain" })),
+        ("/v1/sessions/{id}", json!({ "service": "web", "backend": "b1" })),
+    ];
+    let paths = document["paths"].as_object().expect("paths");
+    let mut asked = 0;
+    for (path, methods) in paths {
+        let methods = methods.as_object().expect("methods");
+        // DELETE last: what it removes must be there for the others.
+        for method in
+            ["get", "put", "post", "delete"].into_iter().filter(|method| methods.contains_key(*method))
+        {
+            let place = format!("/paths/{}/{method}", path.replace('/', "~1"));
+            let content = document.pointer(&format!("{place}/responses/200/content")).expect("content");
+            if content.get("application/json").is_none() {
+                // Text, and lines without end: the other tests read them.
+                assert!(["/metrics", "/v1/trace"].contains(&path.as_str()), "{path}: {content}");
+                continue;
+            }
+            let body = bodies.iter().find(|(of, _)| method == "put" && of == path).map(|(_, body)| body);
+            if let Some(body) = body {
+                check(&document, &format!("{place}/requestBody/content/application~1json/schema"), body);
+            }
+            let body = body.map(Value::to_string).unwrap_or_default();
+            let real = path.replace("{id}", &id).replace("{service}", "web").replace("{name}", "b1");
+            let (status, text) = ask(&stage.daemon, &method.to_ascii_uppercase(), &real, &body);
+            assert_eq!(status, 200, "{method} {real}: {text}");
+            let value = serde_json::from_str(&text).expect("json");
+            check(&document, &format!("{place}/responses/200/content/application~1json/schema"), &value);
+            if !["/v1/openapi.json", "/v1/status", "/v1/counters", "/v1/reload"].contains(&path.as_str()) {
+                assert!(
+                    value.as_array().is_some_and(|list| !list.is_empty()) || path == "/v1/identities",
+                    "{path}"
+                );
+            }
+            asked += 1;
+        }
+        assert!(
+            methods.keys().all(|method| ["get", "put", "post", "delete"].contains(&method.as_str())),
+            "{path}"
+        );
+    }
+    assert!(asked >= 12, "{asked}");
+    let (status, text) = ask(&stage.daemon, "GET", "/v1/sessions/xyz", "");
+    assert_eq!(status, 400);
+    let problem = "/paths/~1v1~1sessions~1{id}/get/responses/default/content/application~1json/schema";
+    check(&document, problem, &serde_json::from_str(&text).expect("json"));
+}
+
+#[test]
+fn logs_in_json_are_an_object_a_line() {
+    let netns = Netns::new("control").expect("a namespace");
+    let folder = Folder::new().expect("a folder");
+    let mut command = netns.command(program("dispatcherd").expect("dispatcherd"));
+    command.args(["--log-format", "json", "--interface", "no-such-if", "--control"]);
+    command.arg(folder.path().join("control.sock"));
+    let mut process = Process::start(command, None).expect("starts");
+    assert!(!process.wait(Duration::from_secs(30)).expect("ends").success());
+    let log = process.log();
+    // The steps of the start are on stdout, for people.
+    let lines: Vec<&str> = log.lines().filter(|line| !line.starts_with("dispatcherd: ")).collect();
+    let objects: Vec<Value> =
+        lines.iter().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"))).collect();
+    let last = objects.last().expect("the reason");
+    assert_eq!((&last["level"], &last["target"]), (&json!("error"), &json!("dispatcherd")));
+    assert!(last["message"].as_str().is_some_and(|text| text.contains("no-such-if")), "{last}");
+    assert!(objects.iter().all(|one| one["time"].is_string() && one["message"].is_string()), "{log}");
+}
+
+#[test]
+fn an_address_for_metrics_that_is_taken_is_told() {
+    let netns = Netns::new("control").expect("a namespace");
+    netns.ip("link set lo up").expect("lo");
+    let _taken = netns.run(|| std::net::TcpListener::bind(METRICS)).expect("listens");
+    let text = format!("metrics = \"{METRICS}\"\ninterfaces = [\"lo\"]\nattach = \"generic\"\n");
+    let error = Daemon::start_with(&netns, &text).expect_err("is taken");
+    let said = format!("{error:#}");
+    assert!(
+        said.contains("metrics: listening on 127.0.0.1:9100") && said.contains("another address"),
+        "{said}"
+    );
+}
