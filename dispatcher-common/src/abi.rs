@@ -45,6 +45,8 @@ pub const MAP_GLOBALS: &str = "GLOBALS";
 pub const MAP_REASONS: &str = "REASONS";
 /// `BACKEND_STATS`: per-CPU array of [`BackendStats`](crate::service::BackendStats) indexed by backend index.
 pub const MAP_BACKEND_STATS: &str = "BACKEND_STATS";
+/// `BACKEND_TIMES`: per-CPU array of [`BackendTimes`](crate::service::BackendTimes) indexed by backend index.
+pub const MAP_BACKEND_TIMES: &str = "BACKEND_TIMES";
 /// `EVENTS`: ring buffer of [`Event`](crate::event::Event).
 pub const MAP_EVENTS: &str = "EVENTS";
 /// `RELEASES`: array of [`Release`](crate::event::Release), read by the `release` program.

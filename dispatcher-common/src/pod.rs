@@ -19,6 +19,7 @@ pod!(
     crate::globals::Globals,
     crate::service::Backend,
     crate::service::BackendStats,
+    crate::service::BackendTimes,
     crate::service::Frontend,
     crate::service::VipKey,
     crate::session::Session,

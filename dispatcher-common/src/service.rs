@@ -102,6 +102,8 @@ pub struct Frontend {
 pub const BACKEND_UP: u16 = 1 << 0;
 /// Known sessions still go here, new ones do not.
 pub const BACKEND_DRAIN: u16 = 1 << 1;
+/// Nothing answers there any more: its flows are over.
+pub const BACKEND_DEAD: u16 = 1 << 2;
 
 /// One address of a backend.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -154,6 +156,52 @@ pub struct BackendStats {
     pub refused: u64,
     /// Sessions learned from the backend's ServerHello.
     pub learned: u64,
+}
+
+/// Buckets of a [`Histogram`].
+pub const BUCKETS: usize = 24;
+
+/// How often something took how long. Bucket `n` counts what took less than 1024 << n nanoseconds and is in no
+/// bucket before it, the last one all the rest.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Histogram {
+    /// Counts.
+    pub buckets: [u64; BUCKETS],
+    /// Sum of all times, nanoseconds.
+    pub sum: u64,
+}
+
+impl Histogram {
+    /// The bucket of a time in nanoseconds.
+    #[inline(always)]
+    #[must_use]
+    pub const fn bucket(ns: u64) -> usize {
+        let n = 64 - (ns >> 10).leading_zeros() as usize;
+        if n < BUCKETS { n } else { BUCKETS - 1 }
+    }
+
+    /// Where a bucket ends, nanoseconds; `None` for the last one, which has no end.
+    #[must_use]
+    pub const fn end(bucket: usize) -> Option<u64> {
+        if bucket + 1 < BUCKETS { Some(1024 << bucket) } else { None }
+    }
+
+    /// How many were counted.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.buckets.iter().sum()
+    }
+}
+
+/// How long a backend takes to answer: counted once a connection, per backend.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct BackendTimes {
+    /// From our SYN to its SYN-ACK.
+    pub connect: Histogram,
+    /// From the hello or request that it was sent to its first data.
+    pub response: Histogram,
 }
 
 /// A stable 32-bit id from a name (FNV-1a), never 0. Services use their name, backends

@@ -125,7 +125,9 @@ pub struct Slot {
     /// Backends that were given up for this connection.
     pub rebinds: u32,
     /// Unused, zero.
-    pub pad: [u32; 7],
+    pub pad: [u32; 5],
+    /// When the backend was sent what it has not answered yet, nanoseconds of CLOCK_MONOTONIC; 0 for never.
+    pub sent: u64,
     /// `ROOM` bytes for a PROXY header, then the payload.
     pub buf: [u8; BUF],
 }

@@ -21,7 +21,7 @@ use dispatcher_common::{
 
 use crate::{
     control, counters, emit, events, flows,
-    globals::{Buffer, PAYLOAD, globals, scratch},
+    globals::{Buffer, PAYLOAD, exact_ns, globals, scratch},
     http, identify, options,
     packet::{Frame, Tcp},
     parse::{Parsed, packet_end},
@@ -52,12 +52,26 @@ pub fn packet(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
         options::read(frame, p)?;
         return replay(frame, p, flow);
     }
+    if control::has_payload(frame, p) {
+        responded(p, flow);
+    }
     if flow.marks & MARK_HTTP != 0 {
         learn_cookies(frame, p, flow);
     } else if learn(frame, p, flow) {
         flow.flags &= !FLAG_LEARN;
     }
     control::conclude(frame, p, flow, flags)
+}
+
+/// Counts how long the backend took to its first data.
+#[inline(never)]
+fn responded(p: &Parsed, flow: &Flow) -> u32 {
+    let (Ok(key), Ok(slot)) = (client_key(flow, p), stash::slot(flow.slot)) else { return 0 };
+    if slot.sent != 0 && slot.key == *key && slot.stage == STAGE_REPLAYED {
+        counters::time(flow.backend, |times| &mut times.response, exact_ns().wrapping_sub(slot.sent));
+        slot.sent = 0;
+    }
+    0
 }
 
 /// The client's flow, in scratch memory.
@@ -148,6 +162,9 @@ fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
     counters::backend(flow.backend, |stats| stats.established += 1);
 
     if ours {
+        let now = exact_ns();
+        counters::time(flow.backend, |times| &mut times.connect, now.wrapping_sub(slot.sent));
+        slot.sent = now;
         slot.window = scale_window(slot.window, forward.win_shift());
         slot.peer_isn = seq;
         slot.peer_ts = parsed.tsval;

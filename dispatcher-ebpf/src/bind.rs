@@ -17,7 +17,7 @@ use dispatcher_common::{
 
 use crate::{
     counters, emit, events, flows,
-    globals::{globals, now, now_ns, scratch},
+    globals::{exact_ns, globals, now, now_ns, scratch},
     identify,
     packet::Frame,
     services, sessions, stash,
@@ -100,6 +100,7 @@ pub fn bind(frame: &Frame, slot: &mut Slot, index: u32, pick: u32) -> Verdict {
 #[inline(always)]
 fn send_syn(frame: &Frame, slot: &mut Slot, index: u32) -> Result<(), Reason> {
     slot.stage = STAGE_BOUND;
+    slot.sent = exact_ns();
     match emit::syn(frame, slot) {
         Ok(()) => {
             frame.redirect(slot.link.ifindex);

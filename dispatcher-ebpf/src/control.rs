@@ -4,9 +4,10 @@ use dispatcher_common::{
     abi::{STAGE_ANSWER, STAGE_DATAGRAM, STAGE_FIRST_DATA},
     flow::{
         FLAG_FIN, FLAG_FIN_PEER, FLAG_L4, FLAG_LEARN, FLAG_QUIC, FLAG_RESYN, FLAG_SYN_SENT, FLAG_TO_BACKEND,
-        Flow, MARK_HTTP, is_closed,
+        Flow, MARK_HTTP, is_closed, ports_of,
     },
     reason::Reason,
+    service::BACKEND_DEAD,
     tcp::{ACK, FIN, RST, SYN},
 };
 
@@ -34,8 +35,11 @@ pub fn handle(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
         let vip = if to_backend { p.key.dst } else { flow.src() };
         return icmp::time_exceeded(frame, p, &vip);
     }
-    if to_backend {
-        refresh(p, flow)?;
+    if to_backend && !refresh(p, flow)? && flow.flags & FLAG_SYN_SENT == 0 {
+        // A client of a connection that is over gets a RST, as for any packet without a flow.
+        flows::remove(&flows::peer_key(flow, p.key.proto));
+        flows::remove(&p.key);
+        return Verdict(AS_NEW);
     }
     if !p.is_tcp() {
         // The connection ID of a packet that is not plain may be the usual one.
@@ -108,20 +112,29 @@ pub fn conclude(frame: &Frame, p: &Parsed, flow: &mut Flow, flags: u8) -> Verdic
     forward(frame, p, flow, reason)
 }
 
-/// The backend's neighbour may have changed since the flow was last used.
+/// The backend's neighbour may have changed since the flow was last used. False when the backend is dead, or
+/// was removed.
 #[inline(always)]
-fn refresh(p: &Parsed, flow: &mut Flow) -> Result<(), Reason> {
+fn refresh(p: &Parsed, flow: &mut Flow) -> Result<bool, Reason> {
     let generation = globals()?.generation;
-    if flow.generation != generation as u16 {
-        if let Some(backend) = services::endpoint(flow.backend, p.is_v4())
-            && backend.addr == flow.dst()
-            && backend.link.ifindex != 0
-        {
-            flow.set_link(&backend.link);
-        }
-        flow.generation = generation as u16;
+    if flow.generation == generation as u16 {
+        return Ok(true);
     }
-    Ok(())
+    let backend = services::endpoint(flow.backend, p.is_v4()).ok_or(Reason::Internal)?;
+    if backend.flags & BACKEND_DEAD != 0 || backend.addr != flow.dst() || backend.port != flow_port(flow) {
+        return Ok(false);
+    }
+    if backend.link.ifindex != 0 {
+        flow.set_link(&backend.link);
+    }
+    flow.generation = generation as u16;
+    Ok(true)
+}
+
+/// The backend's port, as on the wire.
+#[inline(always)]
+fn flow_port(flow: &Flow) -> u16 {
+    ports_of(flow.ports).1.to_be()
 }
 
 /// A client's packet while the backend has not answered.

@@ -1,7 +1,7 @@
 //! The daemon's one record for all packets, time, and scratch memory.
 
 use aya_ebpf::{
-    helpers::generated::bpf_ktime_get_coarse_ns,
+    helpers::generated::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns},
     macros::map,
     maps::{Array, PerCpuArray},
 };
@@ -96,6 +96,13 @@ pub fn scratch() -> Result<&'static mut Scratch, Reason> {
 pub fn now_ns() -> u64 {
     // SAFETY: a helper without arguments.
     unsafe { bpf_ktime_get_coarse_ns() }
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC, exact: it costs more.
+#[inline(always)]
+pub fn exact_ns() -> u64 {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_ktime_get_ns() }
 }
 
 /// Seconds of CLOCK_MONOTONIC.

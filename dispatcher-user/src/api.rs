@@ -140,6 +140,10 @@ pub struct Backend {
     pub refused: u64,
     /// Sessions learned from it.
     pub learned: u64,
+    /// Milliseconds that it took to accept a connection, on average.
+    pub connect_ms: Option<f64>,
+    /// Milliseconds that it took to answer a hello, or a request with a cookie's service, on average.
+    pub response_ms: Option<f64>,
 }
 
 /// Body of `PUT /v1/backends/{service}/{name}/state`.

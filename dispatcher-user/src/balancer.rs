@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 mod least_connections;
+mod least_response_time;
 mod maglev;
 mod power_of_two;
 mod round_robin;
@@ -21,6 +22,8 @@ pub struct Candidate {
     pub weight: u32,
     /// Connections that it has.
     pub load: u64,
+    /// How long it takes to answer, nanoseconds; 0: not known.
+    pub response: u64,
 }
 
 /// An algorithm.
@@ -46,15 +49,18 @@ pub enum Balance {
     WeightedLeastConnections,
     /// Of two at random the one with the fewer connections for its weight.
     PowerOfTwoChoices,
+    /// The one with the fewest connections for its weight and speed.
+    WeightedLeastResponseTime,
 }
 
 impl Balance {
     /// Names in configurations.
-    pub const NAMES: [(&'static str, Self); 4] = [
+    pub const NAMES: [(&'static str, Self); 5] = [
         ("maglev", Self::Maglev),
         ("weighted-round-robin", Self::WeightedRoundRobin),
         ("weighted-least-connections", Self::WeightedLeastConnections),
         ("power-of-two-choices", Self::PowerOfTwoChoices),
+        ("weighted-least-response-time", Self::WeightedLeastResponseTime),
     ];
 
     /// A balancer of this kind.
@@ -65,13 +71,17 @@ impl Balance {
             Self::WeightedRoundRobin => Box::new(round_robin::RoundRobin::default()),
             Self::WeightedLeastConnections => Box::new(least_connections::LeastConnections),
             Self::PowerOfTwoChoices => Box::new(power_of_two::PowerOfTwo::default()),
+            Self::WeightedLeastResponseTime => Box::new(least_response_time::LeastResponseTime),
         }
     }
 
     /// True when tables depend on [`Candidate::load`], so that they must be made anew now and then.
     #[must_use]
     pub const fn follows_load(self) -> bool {
-        matches!(self, Self::WeightedLeastConnections | Self::PowerOfTwoChoices)
+        matches!(
+            self,
+            Self::WeightedLeastConnections | Self::PowerOfTwoChoices | Self::WeightedLeastResponseTime
+        )
     }
 }
 
@@ -92,6 +102,7 @@ mod tests {
             id: dispatcher_common::service::stable_id(&format!("web/{n}")),
             weight: *weight,
             load: 0,
+            response: 0,
         };
         weights.iter().enumerate().map(named).collect()
     }

@@ -29,7 +29,7 @@ use dispatcher_common::{
         is_closed, ports_of,
     },
     reason::{Kind, Reason},
-    service::{BackendStats, FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_NO_WSCALE},
+    service::{BackendStats, BackendTimes, FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_NO_WSCALE, Histogram},
     session::{
         COOKIE_LEN, KIND_CLIENT, KIND_COOKIE, KIND_QUIC_CID, KIND_QUIC_SERVER, KIND_TICKET, KIND_TICKET_NAME,
         KIND_TLS_SESSION_ID, STATE_CONFIRMED, STATE_DISCOVERED, STATE_PINNED, STATE_PROVISIONAL, Session,
@@ -464,6 +464,7 @@ fn read_backends(shared: &Shared) -> Result<Vec<api::Backend>, Failure> {
         .map(|(service, backend, index, condition, reason, share)| {
             let BackendStats { connections, hits, misses, fresh, nonsecure, established, refused, learned } =
                 shared.dataplane.backend_stats(index)?;
+            let BackendTimes { connect, response } = shared.dataplane.backend_times(index)?;
             Ok(api::Backend {
                 name: backend.name.clone(),
                 service: service.name.clone(),
@@ -482,9 +483,17 @@ fn read_backends(shared: &Shared) -> Result<Vec<api::Backend>, Failure> {
                 established,
                 refused,
                 learned,
+                connect_ms: average_ms(&connect),
+                response_ms: average_ms(&response),
             })
         })
         .collect()
+}
+
+/// The average of a histogram, milliseconds.
+fn average_ms(histogram: &Histogram) -> Option<f64> {
+    let count = histogram.count();
+    (count != 0).then(|| histogram.sum as f64 / count as f64 / 1e6)
 }
 
 /// Enables, drains or disables a backend

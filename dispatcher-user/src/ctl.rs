@@ -690,7 +690,10 @@ fn backends(backends: &[api::Backend]) -> Table {
         "estab",
         "refused",
         "learned",
+        "connect",
+        "response",
     ];
+    let ms = |time: Option<f64>| time.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.2} ms"));
     let row = |one: &api::Backend| {
         vec![
             one.service.clone(),
@@ -708,6 +711,8 @@ fn backends(backends: &[api::Backend]) -> Table {
             one.established.to_string(),
             one.refused.to_string(),
             one.learned.to_string(),
+            ms(one.connect_ms),
+            ms(one.response_ms),
         ]
     };
     table(&header, 5, backends.iter().map(row))

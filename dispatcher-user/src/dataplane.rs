@@ -12,8 +12,8 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfError, EbpfLoader,
-    maps::{DevMap, Map, MapData, MapError, PerCpuArray, ProgramArray, RingBuf},
+    Ebpf, EbpfError, EbpfLoader, Pod,
+    maps::{DevMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, ProgramArray, RingBuf},
     programs::{
         ProgramError, Xdp, XdpMode,
         xdp::{XdpError, XdpLinkId},
@@ -27,7 +27,7 @@ use dispatcher_common::{
     globals::{GLOBAL_NO_CLONES, Globals},
     http,
     reason::{REASONS_MAX, Reason},
-    service::{Backend, BackendStats, Frontend, VipKey},
+    service::{Backend, BackendStats, BackendTimes, Frontend, VipKey},
     stash::Slot,
 };
 
@@ -203,13 +203,17 @@ pub struct Dataplane {
     globals: Cells<Globals>,
     releases: Cells<Release>,
     reasons: PerCpuArray<MapData, u64>,
-    backend_stats: PerCpuArray<MapData, BackendStats>,
+    backend_stats: Counters<BackendStats>,
+    backend_times: Counters<BackendTimes>,
     replay: Vec<Mutex<DevMap<MapData>>>,
     single: Vec<Mutex<DevMap<MapData>>>,
     events: Mutex<Option<RingBuf<MapData>>>,
     /// The kernel empties a program array when its last descriptor is closed.
     _stages: ProgramArray<MapData>,
 }
+
+/// Counters, one set a CPU.
+type Counters<V> = Mutex<PerCpuArray<MapData, V>>;
 
 struct Link {
     interface: String,
@@ -261,7 +265,8 @@ impl Dataplane {
             globals: Cells::take(e, abi::MAP_GLOBALS)?,
             releases: Cells::take(e, abi::MAP_RELEASES)?,
             reasons: take_map(e, abi::MAP_REASONS)?,
-            backend_stats: take_map(e, abi::MAP_BACKEND_STATS)?,
+            backend_stats: Mutex::new(take_map(e, abi::MAP_BACKEND_STATS)?),
+            backend_times: Mutex::new(take_map(e, abi::MAP_BACKEND_TIMES)?),
             replay: replay_maps(e, abi::MAP_REPLAY_PREFIX)?,
             single: replay_maps(e, abi::MAP_SINGLE_PREFIX)?,
             _stages: stages,
@@ -473,8 +478,9 @@ impl Dataplane {
 
     /// Counters of a backend, of all CPUs together.
     pub fn backend_stats(&self, backend: u32) -> Result<BackendStats, Error> {
-        let values =
-            self.backend_stats.get(&backend, 0).map_err(map_error(abi::MAP_BACKEND_STATS, "reading"))?;
+        let values = lock(&self.backend_stats)
+            .get(&backend, 0)
+            .map_err(map_error(abi::MAP_BACKEND_STATS, "reading"))?;
         Ok(values.iter().fold(BackendStats::default(), |sum, one| BackendStats {
             connections: sum.connections + one.connections,
             hits: sum.hits + one.hits,
@@ -485,6 +491,27 @@ impl Dataplane {
             refused: sum.refused + one.refused,
             learned: sum.learned + one.learned,
         }))
+    }
+
+    /// How long a backend took to answer, of all CPUs together.
+    pub fn backend_times(&self, backend: u32) -> Result<BackendTimes, Error> {
+        let values = lock(&self.backend_times)
+            .get(&backend, 0)
+            .map_err(map_error(abi::MAP_BACKEND_TIMES, "reading"))?;
+        let mut sum = BackendTimes::default();
+        for one in values.iter() {
+            for (sum, one) in [(&mut sum.connect, one.connect), (&mut sum.response, one.response)] {
+                sum.sum += one.sum;
+                sum.buckets.iter_mut().zip(one.buckets).for_each(|(sum, one)| *sum += one);
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Forgets what was counted of a backend: its place is given to another one.
+    pub fn forget_stats(&self, backend: u32) -> Result<(), Error> {
+        clear(&self.backend_stats, backend).map_err(map_error(abi::MAP_BACKEND_STATS, "clearing"))?;
+        clear(&self.backend_times, backend).map_err(map_error(abi::MAP_BACKEND_TIMES, "clearing"))
     }
 
     /// Points the replay maps with a number at an interface.
@@ -697,6 +724,12 @@ fn layout<E: std::error::Error>(name: &str) -> impl FnOnce(E) -> Error {
 
 fn map_error(map: &str, action: &'static str) -> impl FnOnce(MapError) -> Error {
     move |source| Error::Map { map: map.to_owned(), action, source }
+}
+
+fn clear<V: Pod + Default>(counters: &Counters<V>, index: u32) -> Result<(), MapError> {
+    let cpus = aya::util::nr_cpus().map_err(|(_, error)| MapError::IoError(error))?;
+    let zeros = PerCpuValues::try_from(vec![V::default(); cpus])?;
+    lock(counters).set(index, zeros, 0)
 }
 
 /// Locks; a panic elsewhere does not make the maps unusable.

@@ -234,7 +234,7 @@ mod tests {
     use crate::balancer::Balance;
 
     fn pool(balance: Balance) -> Pool {
-        let one = |n| Candidate { index: n, id: n + 100, weight: 1, load: 0 };
+        let one = |n| Candidate { index: n, id: n + 100, weight: 1, load: 0, response: 0 };
         Pool {
             service: "web".into(),
             balance,

@@ -20,7 +20,7 @@ use tokio::{
 use self::probe::Target;
 use crate::{
     config::{AdminState, Config, Health},
-    reconcile::Reach,
+    reconcile::{Reach, Unhealthy},
     state::{Shared, State},
 };
 
@@ -94,7 +94,7 @@ struct Record {
     checked: Option<Instant>,
     under_way: bool,
     /// What the last failed check found.
-    problem: String,
+    problem: Unhealthy,
 }
 
 impl Record {
@@ -105,7 +105,7 @@ impl Record {
             next: None,
             checked: None,
             under_way: false,
-            problem: String::new(),
+            problem: Unhealthy::default(),
         }
     }
 
@@ -127,12 +127,12 @@ pub(crate) async fn serve(shared: Arc<Shared>) -> (&'static str, String) {
         Err(error) => return (TASK, error),
     };
     let mut records: BTreeMap<Who, Record> = BTreeMap::new();
-    let mut checks: JoinSet<(Who, Target, Result<(), String>)> = JoinSet::new();
+    let mut checks: JoinSet<(Who, Target, Result<(), Unhealthy>)> = JoinSet::new();
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut stepped = Instant::now();
     loop {
-        let mut news: BTreeMap<Who, Option<String>> = BTreeMap::new();
+        let mut news: BTreeMap<Who, Option<Unhealthy>> = BTreeMap::new();
         tokio::select! {
             _ = tick.tick() => {
                 let due = look_round(&shared, &mut records, &mut news, AT_ONCE.saturating_sub(checks.len()));
@@ -151,7 +151,7 @@ pub(crate) async fn serve(shared: Arc<Shared>) -> (&'static str, String) {
                         let was_down = record.standing.is_down();
                         if let Some(down) = note(record, &target.health, result) {
                             if was_down != down.is_some() {
-                                tell(&shared.config(), who, target.address, down.as_deref());
+                                tell(&shared.config(), who, target.address, down.as_ref());
                             }
                             news.insert(who, down);
                         }
@@ -174,10 +174,10 @@ pub(crate) async fn serve(shared: Arc<Shared>) -> (&'static str, String) {
 }
 
 /// Takes note of what has changed: why an address is down, or that it is not.
-fn publish(state: &mut State, news: BTreeMap<Who, Option<String>>) {
+fn publish(state: &mut State, news: BTreeMap<Who, Option<Unhealthy>>) {
     for (who, down) in news {
         match down {
-            Some(reason) => state.health.insert(who, reason),
+            Some(found) => state.health.insert(who, found),
             None => state.health.remove(&who),
         };
     }
@@ -187,7 +187,7 @@ fn publish(state: &mut State, news: BTreeMap<Who, Option<String>>) {
 fn look_round(
     shared: &Shared,
     records: &mut BTreeMap<Who, Record>,
-    news: &mut BTreeMap<Who, Option<String>>,
+    news: &mut BTreeMap<Who, Option<Unhealthy>>,
     room: usize,
 ) -> Vec<(Who, Target)> {
     let now = Instant::now();
@@ -218,7 +218,7 @@ fn look_round(
                     if !record.standing.is_down() {
                         let reason =
                             format!("health: was not reached; {} good checks bring it back", health.rise);
-                        news.insert(who, Some(reason));
+                        news.insert(who, Some(Unhealthy { reason, dead: true }));
                     }
                     // It is checked as soon as it is back.
                     (record.standing, record.next) = (Standing::Down { good: 0 }, None);
@@ -252,7 +252,7 @@ fn look_round(
 }
 
 /// Takes note of a check. Where there is news of an address: `None` inside for up, or why it is down.
-fn note(record: &mut Record, health: &Health, result: Result<(), String>) -> Option<Option<String>> {
+fn note(record: &mut Record, health: &Health, result: Result<(), Unhealthy>) -> Option<Option<Unhealthy>> {
     let old = record.standing;
     record.under_way = false;
     record.standing = old.step(result.is_ok(), health);
@@ -264,14 +264,16 @@ fn note(record: &mut Record, health: &Health, result: Result<(), String>) -> Opt
     if known || !record.standing.is_down() {
         return None;
     }
-    Some(Some(match old {
-        Standing::Up { failed } => format!("health: {problem} ({} of {})", failed + 1, health.fall),
-        Standing::New => format!("health: {problem} (the first check)"),
-        Standing::Down { .. } => format!("health: {problem}"),
-    }))
+    let Unhealthy { reason, dead } = problem;
+    let reason = match old {
+        Standing::Up { failed } => format!("health: {reason} ({} of {})", failed + 1, health.fall),
+        Standing::New => format!("health: {reason} (the first check)"),
+        Standing::Down { .. } => format!("health: {reason}"),
+    };
+    Some(Some(Unhealthy { reason, dead }))
 }
 
-fn tell(config: &Config, (id, _): Who, address: SocketAddr, down: Option<&str>) {
+fn tell(config: &Config, (id, _): Who, address: SocketAddr, down: Option<&Unhealthy>) {
     let mut services = config.services.iter();
     let name = services.find_map(|service| {
         let backend = service.backends.iter().find(|backend| backend.id == id)?;
@@ -279,7 +281,7 @@ fn tell(config: &Config, (id, _): Who, address: SocketAddr, down: Option<&str>) 
     });
     let Some(name) = name else { return };
     match down {
-        Some(reason) => log::warn!("backend {name} at {address}: down ({reason})"),
+        Some(Unhealthy { reason, .. }) => log::warn!("backend {name} at {address}: down ({reason})"),
         None => log::info!("backend {name} at {address}: up (health: good again)"),
     }
 }
@@ -350,8 +352,11 @@ mod tests {
     #[test]
     fn only_what_changes_is_told_and_why() {
         let mut record = Record { under_way: true, ..Record::new(target("10.0.0.1:443", health())) };
-        let mut check =
-            |result: Result<(), &str>| note(&mut record, &health(), result.map_err(str::to_owned));
+        let mut check = |result: Result<(), &str>| {
+            let problem = |reason: &str| Unhealthy { reason: reason.to_owned(), dead: false };
+            let told = note(&mut record, &health(), result.map_err(problem));
+            told.map(|down| down.map(|found| found.reason))
+        };
         assert_eq!(check(Ok(())), None);
         assert_eq!(check(Err("status 503")), None);
         assert_eq!(check(Err("status 503")), None);

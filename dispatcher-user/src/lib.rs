@@ -20,6 +20,7 @@ pub mod netlink;
 pub mod privileges;
 pub mod reconcile;
 pub mod reload;
+mod response_times;
 mod slow_start;
 mod state;
 

@@ -16,7 +16,7 @@ use dispatcher_common::{
     flow::Link,
     http,
     service::{
-        BACKEND_DRAIN, BACKEND_UP, Backend as Endpoint, FRONTEND_MISS_DAEMON, FRONTEND_NO_SACK,
+        BACKEND_DEAD, BACKEND_DRAIN, BACKEND_UP, Backend as Endpoint, FRONTEND_MISS_DAEMON, FRONTEND_NO_SACK,
         FRONTEND_NO_TS, FRONTEND_NO_WSCALE, FRONTEND_PROXY_V2, FRONTEND_SOURCE_DISPATCHER, Frontend, MODE_L4,
         MODE_PASSTHROUGH, VipKey, endpoint_index,
     },
@@ -50,6 +50,15 @@ pub enum Reach {
     Down(String),
 }
 
+/// What health checks found.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Unhealthy {
+    /// In words.
+    pub reason: String,
+    /// No connection could be made: those that there were are over.
+    pub dead: bool,
+}
+
 /// A VIP with its protocol number.
 pub type Vip = (SocketAddr, u8);
 
@@ -64,10 +73,12 @@ pub struct Desired<'d> {
     pub reach: &'d BTreeMap<IpAddr, Reach>,
     /// Connections by backend id.
     pub loads: &'d BTreeMap<u32, u64>,
+    /// Nanoseconds that backends take to answer, by id.
+    pub responses: &'d BTreeMap<u32, u64>,
     /// What is known of tickets (`session::TICKET_*`), by backend id.
     pub tickets: &'d BTreeMap<u32, u32>,
     /// Why health checks took an address out, by backend id and family (true: IPv4).
-    pub health: &'d BTreeMap<(u32, bool), String>,
+    pub health: &'d BTreeMap<(u32, bool), Unhealthy>,
     /// Percent of its weight that a backend in slow start has, by backend id.
     pub percent: &'d BTreeMap<u32, u32>,
 }
@@ -278,7 +289,7 @@ pub enum Change {
 /// The changes that take the maps from what they say to what they should say.
 #[must_use]
 pub fn diff(desired: &Desired<'_>, actual: &Actual) -> Vec<Change> {
-    let mut plan = Plan { desired, next: actual.clone(), changes: Vec::new() };
+    let mut plan = Plan { desired, next: actual.clone(), changes: Vec::new(), moved: false };
     let sources = plan.sources();
     plan.replays();
     let lowered = plan.backends();
@@ -294,6 +305,9 @@ pub fn diff(desired: &Desired<'_>, actual: &Actual) -> Vec<Change> {
         plan.push(change);
     }
     plan.remove_backends();
+    if plan.moved {
+        plan.push(Change::Generation);
+    }
     plan.changes
 }
 
@@ -301,6 +315,8 @@ struct Plan<'d, 'c> {
     desired: &'d Desired<'c>,
     next: Actual,
     changes: Vec<Change>,
+    /// Flows must look at their backends again.
+    moved: bool,
 }
 
 impl<'c> Plan<'_, 'c> {
@@ -357,7 +373,6 @@ impl<'c> Plan<'_, 'c> {
     /// names them any more.
     fn backends(&mut self) -> Vec<Change> {
         let mut lowered = Vec::new();
-        let mut moved = false;
         for service in &self.config().services {
             for backend in &service.backends {
                 let index = self.next.backend_slot(backend.id);
@@ -367,7 +382,11 @@ impl<'c> Plan<'_, 'c> {
                     if endpoint == old {
                         continue;
                     }
-                    moved |= old.link != Link::default() && endpoint.link != old.link;
+                    let differs = (endpoint.addr, endpoint.port, endpoint.link)
+                        != (old.addr, old.port, old.link)
+                        || endpoint.flags & !old.flags & BACKEND_DEAD != 0;
+                    // Where there was no link, there are no flows.
+                    self.moved |= old.link != Link::default() && differs;
                     let change = Change::Endpoint { id: backend.id, index, v4, endpoint };
                     if old.flags & BACKEND_UP != 0 && endpoint.flags & BACKEND_UP == 0 {
                         lowered.push(change);
@@ -379,9 +398,6 @@ impl<'c> Plan<'_, 'c> {
                     self.push(Change::Index { id: backend.id, index });
                 }
             }
-        }
-        if moved {
-            self.push(Change::Generation);
         }
         lowered
     }
@@ -412,6 +428,9 @@ impl<'c> Plan<'_, 'c> {
         }
         if admin == AdminState::Drain {
             endpoint.flags |= BACKEND_DRAIN;
+        }
+        if self.desired.health.get(&(backend.id, v4)).is_some_and(|found| found.dead) {
+            endpoint.flags |= BACKEND_DEAD;
         }
         endpoint
     }
@@ -550,6 +569,7 @@ impl<'c> Plan<'_, 'c> {
             .filter(|(id, _)| !wanted.contains(id))
             .map(|(id, slot)| (*id, slot.index))
             .collect();
+        self.moved |= !gone.is_empty();
         for (id, index) in gone {
             self.push(Change::RemoveBackend { id, index });
         }
@@ -602,7 +622,8 @@ pub fn candidates(desired: &Desired<'_>, actual: &Actual, service: &Service, v4:
         let takes = desired.takes(backend, v4) && actual.replay.contains(&path.link.ifindex);
         let load = desired.loads.get(&backend.id).copied().unwrap_or(0);
         let weight = desired.weight(service, backend);
-        takes.then_some(Candidate { index: slot.index, id: backend.id, weight, load })
+        let response = desired.responses.get(&backend.id).copied().unwrap_or(0);
+        takes.then_some(Candidate { index: slot.index, id: backend.id, weight, load, response })
     };
     service.backends.iter().filter_map(candidate).collect()
 }
@@ -659,7 +680,8 @@ pub fn status(desired: &Desired<'_>, actual: &Actual, backend: &Backend) -> (&'s
             let missing = !actual.replay.contains(&ifindex);
             missing.then(|| format!("backends are reached through more than {REPLAY_MAPS} interfaces"))
         });
-        let unhealthy = || desired.health.get(&(backend.id, address.is_ipv4())).cloned();
+        let unhealthy =
+            || desired.health.get(&(backend.id, address.is_ipv4())).map(|found| found.reason.clone());
         let reason = reason.or_else(unhealthy);
         match reason {
             None => up += 1,
@@ -685,6 +707,11 @@ impl Actual {
     #[must_use]
     pub fn backend_index(&self, id: u32) -> Option<u32> {
         self.backends.get(&id).map(|slot| slot.index)
+    }
+
+    /// Ids and indexes of all backends.
+    pub fn backend_indexes(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.backends.iter().map(|(id, slot)| (*id, slot.index))
     }
 
     /// Number of backends.
@@ -780,6 +807,7 @@ impl Actual {
             }
             Change::RemoveBackend { id, index } => {
                 dataplane.backend_index().remove(id)?;
+                dataplane.forget_stats(*index)?;
                 for v4 in [true, false] {
                     dataplane.backends().set(endpoint_index(*index, v4), Endpoint::default())?;
                 }

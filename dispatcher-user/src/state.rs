@@ -17,8 +17,9 @@ use crate::{
     discovery::Discovery,
     events::Counts,
     health::Suspects,
-    reconcile::{self, Actual, Desired, Pool, Reach},
+    reconcile::{self, Actual, Desired, Pool, Reach, Unhealthy},
     reload::{self, Source},
+    response_times::ResponseTimes,
     slow_start::{self, SlowStart},
 };
 
@@ -50,10 +51,11 @@ pub(crate) struct State {
     pub(crate) admin: BTreeMap<u32, AdminState>,
     pub(crate) reach: BTreeMap<IpAddr, Reach>,
     loads: BTreeMap<u32, u64>,
+    responses: ResponseTimes,
     /// What is known of tickets, by backend id.
     pub(crate) tickets: BTreeMap<u32, u32>,
     /// Why health checks took an address out, by backend id and family.
-    pub(crate) health: BTreeMap<(u32, bool), String>,
+    pub(crate) health: BTreeMap<(u32, bool), Unhealthy>,
     pub(crate) slow_start: SlowStart,
     counted: u64,
     pub(crate) actual: Actual,
@@ -66,6 +68,7 @@ impl State {
             admin: &self.admin,
             reach: &self.reach,
             loads: &self.loads,
+            responses: self.responses.sums(),
             tickets: &self.tickets,
             health: &self.health,
             percent: self.slow_start.percent(),
@@ -150,6 +153,11 @@ impl Shared {
             let actual = &state.actual;
             state.loads =
                 by_index.iter().filter_map(|(index, n)| Some((actual.backend_id(*index)?, *n))).collect();
+            let times = actual.backend_indexes().filter_map(|(id, index)| {
+                let times = self.dataplane.backend_times(index);
+                times.map_err(|error| log::warn!("{error}")).ok().map(|times| (id, times))
+            });
+            state.responses.look(&times.collect());
             state.counted += 1;
         });
     }

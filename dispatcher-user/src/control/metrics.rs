@@ -9,11 +9,12 @@ use axum::{
     response::IntoResponse,
     routing::get,
 };
+use dispatcher_common::service::{BackendTimes, Histogram};
 use hyper::server::conn::http1;
 use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeMetric as _, text},
+    encoding::{DescriptorEncoder, EncodeMetric as _, NoLabelSet, text},
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
     registry::Registry,
 };
@@ -47,6 +48,8 @@ struct Snapshot {
     status: api::Status,
     counters: api::Counters,
     backends: Vec<api::Backend>,
+    /// Of the backends, in their order.
+    times: Vec<BackendTimes>,
     health: Vec<Checked>,
     /// At the last sweep.
     sessions: [u64; 2],
@@ -58,6 +61,10 @@ impl Snapshot {
         Ok(Self {
             status: status_of(shared, &backends),
             counters: read_counters(shared)?,
+            times: backends
+                .iter()
+                .map(|one| shared.dataplane.backend_times(one.index))
+                .collect::<Result<_, _>>()?,
             backends,
             health: checked(shared),
             sessions: shared.counts.sessions(),
@@ -110,6 +117,24 @@ impl Snapshot {
             let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Gauge)?;
             for one in &self.backends {
                 ConstGauge::new(read(one)).encode(family.encode_family(&labels(one))?)?;
+            }
+        }
+        type Part = fn(&BackendTimes) -> &Histogram;
+        let histograms: [(&str, &str, Part); 2] = [
+            ("connect", "Time that the backend took to accept a connection", |times| &times.connect),
+            ("response", "Time that the backend took to answer a hello or request", |times| &times.response),
+        ];
+        for (name, help, part) in histograms {
+            let name = format!("backend_{name}_seconds");
+            let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Histogram)?;
+            for (one, times) in self.backends.iter().zip(&self.times) {
+                let part = part(times);
+                let end = |n| Histogram::end(n).map_or(f64::INFINITY, |ns| ns as f64 / 1e9);
+                let buckets: Vec<(f64, u64)> =
+                    part.buckets.iter().enumerate().map(|(n, count)| (end(n), *count)).collect();
+                let (sum, count) = (part.sum as f64 / 1e9, part.count());
+                let labels = labels(one);
+                family.encode_family(&labels)?.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
             }
         }
         let help = "1 for the state that the backend is in, 0 for the others";

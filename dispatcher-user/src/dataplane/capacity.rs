@@ -8,7 +8,7 @@ use dispatcher_common::{
     globals::Globals,
     http,
     reason::REASONS_MAX,
-    service::{Backend, BackendStats, Frontend, VipKey},
+    service::{Backend, BackendStats, BackendTimes, Frontend, VipKey},
     session::{Session, SessionKey},
     stash::Slot,
 };
@@ -94,7 +94,7 @@ impl Capacities {
     }
 
     /// The maps whose size is ours to say.
-    pub(super) fn maps(&self) -> [(&'static str, u32); 15] {
+    pub(super) fn maps(&self) -> [(&'static str, u32); 16] {
         [
             (abi::MAP_FLOWS, self.flows),
             (abi::MAP_SESSIONS, self.sessions),
@@ -108,6 +108,7 @@ impl Capacities {
             (abi::MAP_COOKIES, self.cookies),
             (abi::MAP_STASH, self.stash_slots),
             (abi::MAP_BACKEND_STATS, self.backends),
+            (abi::MAP_BACKEND_TIMES, self.backends),
             (abi::MAP_REASONS, REASONS_MAX),
             (abi::MAP_EVENTS, abi::EVENTS_BYTES),
             (abi::MAP_RELEASES, abi::RELEASES_MAX),
@@ -143,7 +144,10 @@ pub fn memory_bytes(capacities: &Capacities) -> u64 {
         + array::<Slot>(c.stash_slots)
         + array::<Globals>(1)
         + array::<Release>(abi::RELEASES_MAX)
-        + cpus * (array::<u64>(REASONS_MAX) + array::<BackendStats>(c.backends))
+        + cpus
+            * (array::<u64>(REASONS_MAX)
+                + array::<BackendStats>(c.backends)
+                + array::<BackendTimes>(c.backends))
         + u64::from(abi::EVENTS_BYTES)
 }
 

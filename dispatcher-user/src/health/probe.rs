@@ -1,6 +1,12 @@
 //! One check of an address.
 
-use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    pin::pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use http_body_util::Empty;
 use hyper::{Request, body::Bytes, header};
@@ -16,6 +22,7 @@ use tokio_rustls::TlsConnector;
 use crate::{
     config::{Health, HttpCheck},
     discovery::probe::{self, Client, PROXY_LOCAL},
+    reconcile::Unhealthy,
 };
 
 /// What is checked, and how.
@@ -41,15 +48,23 @@ pub(super) fn client() -> Result<Client, String> {
 }
 
 /// Nothing is wrong, or what is.
-pub(super) async fn check(target: &Target, client: Client) -> Result<(), String> {
+pub(super) async fn check(target: &Target, client: Client) -> Result<(), Unhealthy> {
     let patience = Duration::from_secs(u64::from(target.health.timeout));
-    let late = |_| Err(format!("no answer within {} s", target.health.timeout));
-    timeout(patience, look(target, client)).await.unwrap_or_else(late)
+    let late = || format!("no answer within {} s", target.health.timeout);
+    let start = Instant::now();
+    // Where no connection is made, nothing is there that the ones there were could go on with.
+    let stream = match timeout(patience, TcpStream::connect(target.address)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => return Err(Unhealthy { reason: said("connecting", &error), dead: true }),
+        Err(_) => return Err(Unhealthy { reason: late(), dead: true }),
+    };
+    let left = patience.saturating_sub(start.elapsed());
+    let answered = timeout(left, look(stream, target, client)).await.unwrap_or_else(|_| Err(late()));
+    answered.map_err(|reason| Unhealthy { reason, dead: false })
 }
 
-async fn look(target: &Target, client: Client) -> Result<(), String> {
+async fn look(mut stream: TcpStream, target: &Target, client: Client) -> Result<(), String> {
     let Target { address, proxy, health } = target;
-    let mut stream = TcpStream::connect(address).await.map_err(|error| said("connecting", &error))?;
     if *proxy {
         stream.write_all(&PROXY_LOCAL).await.map_err(|error| said("writing", &error))?;
     }

@@ -88,7 +88,8 @@ fn an_unhealthy_address_leaves_its_table_and_goes_down() {
     let mut actual = Actual::default();
     world.settle(&mut actual);
     let a = world.config.services[0].backends[0].clone();
-    world.health.insert((a.id, true), "health: connecting: refused (3 of 3)".into());
+    let found = |reason: &str, dead| Unhealthy { reason: reason.into(), dead };
+    world.health.insert((a.id, true), found("health: connecting: refused (3 of 3)", false));
     let changes = world.settle(&mut actual);
     let written = changes.iter().position(|change| matches!(change, Change::Table { .. }));
     let endpoint = changes.iter().position(|change| matches!(change, Change::Endpoint { .. }));
@@ -101,7 +102,7 @@ fn an_unhealthy_address_leaves_its_table_and_goes_down() {
     let expected = "10.0.0.1: health: connecting: refused (3 of 3)";
     assert_eq!((state, reason.as_deref()), ("up", Some(expected)));
 
-    world.health.insert((a.id, false), "health: status 503".into());
+    world.health.insert((a.id, false), found("health: status 503", false));
     world.settle(&mut actual);
     assert_eq!(status(&world.desired(), &actual, &a).0, "down");
     assert!(!world.desired().takes_new(&a));
@@ -109,6 +110,25 @@ fn an_unhealthy_address_leaves_its_table_and_goes_down() {
     world.settle(&mut actual);
     assert_eq!(status(&world.desired(), &actual, &a), ("up", None));
     assert!(table(&actual, "192.0.2.10:443").contains(&index) && world.desired().takes_new(&a));
+}
+
+#[test]
+fn flows_look_again_after_a_backend_died_or_went() {
+    let mut world = World::new(TEXT);
+    let mut actual = Actual::default();
+    world.settle(&mut actual);
+    let a = world.config.services[0].backends[0].clone();
+    let last = |changes: &[Change]| matches!(changes.last(), Some(Change::Generation));
+    for dead in [false, true] {
+        world.health.insert((a.id, true), Unhealthy { reason: "health: x".into(), dead });
+        let changes = world.settle(&mut actual);
+        assert_eq!(last(&changes), dead, "{changes:?}");
+        assert_eq!(actual.endpoint(a.id, true).flags & BACKEND_DEAD != 0, dead);
+        world.health.clear();
+        assert!(!last(&world.settle(&mut actual)), "what comes back ends no flow");
+    }
+    world.config.services[0].backends.remove(0);
+    assert!(last(&world.settle(&mut actual)), "the backend was removed");
 }
 
 #[test]
@@ -139,8 +159,9 @@ struct World {
     admin: BTreeMap<u32, AdminState>,
     reach: BTreeMap<IpAddr, Reach>,
     loads: BTreeMap<u32, u64>,
+    responses: BTreeMap<u32, u64>,
     tickets: BTreeMap<u32, u32>,
-    health: BTreeMap<(u32, bool), String>,
+    health: BTreeMap<(u32, bool), Unhealthy>,
     percent: BTreeMap<u32, u32>,
 }
 
@@ -170,6 +191,7 @@ impl World {
             admin: &self.admin,
             reach: &self.reach,
             loads: &self.loads,
+            responses: &self.responses,
             tickets: &self.tickets,
             health: &self.health,
             percent: &self.percent,
@@ -303,7 +325,10 @@ fn slots_stay_when_others_go() {
         .replace("[[service.backend]]\nname = \"a\"\naddress = [\"10.0.0.1:443\", \"[fd00::1]:443\"]\n", "")
         .replace(", \"[2001:db8::10]:443\"", "");
     let changes = World::new(&without_a).settle(&mut actual);
-    assert_eq!(kinds(&changes), ["filter", "table", "frontend", "remove-vip", "remove-backend"]);
+    assert_eq!(
+        kinds(&changes),
+        ["filter", "table", "frontend", "remove-vip", "remove-backend", "generation"]
+    );
     assert_eq!(actual.backend_index(backend_id("b")), Some(1));
     // A newcomer takes the free slot.
     let with_c = format!("{without_a}[[service.backend]]\nname = \"c\"\naddress = \"10.0.0.3:443\"\n");

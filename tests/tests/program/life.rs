@@ -367,3 +367,37 @@ fn unexpected_flags_on_a_living_flow_do_not_stop_it() {
         let _ = machine.expect(&format!("after {flags:#x}"), &talk.data(60, b"x"), Reason::ToBackend);
     }
 }
+
+#[test]
+fn times_of_backends_are_counted_once_a_connection() {
+    let machine = machine();
+    for family in Family::BOTH {
+        let mut talk = Talk::new(Service::Plain, family, 7400);
+        let hello = client_hello(&[0x44; 32], 0);
+        let syn = talk.bind(&machine, &hello, Reason::BoundMiss);
+        let far = Far::new(&syn);
+        let backend =
+            (0..3).find(|one| backend_at(family, *one) == far.backend).expect("one of the table's backends");
+        let counts = || {
+            let times = machine.dataplane().backend_times(backend).expect("readable");
+            assert_eq!(times.connect.count() != 0, times.connect.sum != 0);
+            (times.connect.count(), times.response.count())
+        };
+        machine.dataplane().forget_stats(backend).expect("writable");
+        assert_eq!(counts(), (0, 0));
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        let _ = machine.expect("the SYN-ACK", &far.syn_ack(), Reason::Replayed);
+        assert_eq!(counts(), (1, 0));
+        let times = machine.dataplane().backend_times(backend).expect("readable");
+        assert!(times.connect.sum >= 2_000_000, "{times:?}");
+        let taken = hello.len() as u32;
+        let _ = machine.expect("an ACK", &far.segment(ACK, 0, taken, &[]), Reason::ToClient);
+        assert_eq!(counts(), (1, 0));
+        let answer = server_hello(&[0x45; 32], false);
+        let _ = machine.expect("the answer", &far.segment(ACK | PSH, 0, taken, &answer), Reason::ToClient);
+        assert_eq!(counts(), (1, 1));
+        let more = far.segment(ACK | PSH, answer.len() as u32, taken, b"more");
+        let _ = machine.expect("more", &more, Reason::ToClient);
+        assert_eq!(counts(), (1, 1));
+    }
+}

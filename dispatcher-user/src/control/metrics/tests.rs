@@ -49,7 +49,7 @@ fn parse(text: &str) -> BTreeMap<String, Vec<Sample>> {
     let body = text.strip_suffix("# EOF\n").expect("the end is told");
     let mut samples: BTreeMap<String, Vec<Sample>> = BTreeMap::new();
     let mut seen = BTreeSet::new();
-    let (mut family, mut helped, mut suffix) = ("", "", "");
+    let (mut family, mut helped, mut suffixes): (_, _, &[&str]) = ("", "", &[]);
     for line in body.lines() {
         if let Some(rest) = line.strip_prefix("# HELP ") {
             let (name, help) = rest.split_once(' ').expect("a help");
@@ -59,16 +59,18 @@ fn parse(text: &str) -> BTreeMap<String, Vec<Sample>> {
             let (name, kind) = rest.split_once(' ').expect("a type");
             assert_eq!(name, helped, "{line}");
             family = name;
-            suffix = match kind {
-                "counter" => "_total",
-                "gauge" => "",
-                "info" => "_info",
+            suffixes = match kind {
+                "counter" => &["_total"],
+                "gauge" => &[""],
+                "info" => &["_info"],
+                "histogram" => &["_bucket", "_sum", "_count"],
                 _ => panic!("{line}"),
             };
         } else {
             let end = line.find(['{', ' ']).expect("a value");
             let name = &line[..end];
-            assert!(!family.is_empty() && name == format!("{family}{suffix}"), "{line} is not of {family}");
+            let suffix = name.strip_prefix(family).filter(|_| !family.is_empty());
+            assert!(suffix.is_some_and(|one| suffixes.contains(&one)), "{line} is not of {family}");
             let (labels, rest) = match line[end..].strip_prefix('{') {
                 Some(rest) => labels_of(rest),
                 None => (Vec::new(), &line[end..]),
@@ -102,6 +104,8 @@ fn backend(name: &str, state: &str) -> api::Backend {
         established: 9,
         refused: 5,
         learned: 6,
+        connect_ms: Some(0.5),
+        response_ms: None,
     }
 }
 
@@ -138,7 +142,10 @@ fn snapshot(backends: Vec<api::Backend>) -> Snapshot {
         healthy,
     });
     let (counters, health) = (api::Counters { reasons }, health.into());
-    Snapshot { status, counters, backends, health, sessions: [77, 5] }
+    let mut times = BackendTimes::default();
+    (times.connect.buckets[1], times.connect.buckets[23], times.connect.sum) = (2, 1, 9_000_000_000);
+    let times = vec![times; backends.len()];
+    Snapshot { status, counters, backends, times, health, sessions: [77, 5] }
 }
 
 fn value(samples: &BTreeMap<String, Vec<Sample>>, name: &str, labels: &[(&str, &str)]) -> f64 {
@@ -181,6 +188,13 @@ fn every_reason_is_there_and_the_text_parses() {
         let labels = [of_a[0], of_a[1], ("address", address)];
         assert_eq!(value(&samples, "dispatcher_backend_healthy", &labels), expected, "{address}");
     }
+    for (bound, expected) in [("0.000001024", 0.0), ("0.000002048", 2.0), ("+Inf", 3.0)] {
+        let labels = [("le", bound), of_a[0], of_a[1]];
+        let found = value(&samples, "dispatcher_backend_connect_seconds_bucket", &labels);
+        assert_eq!(found, expected, "{bound}");
+    }
+    assert_eq!(value(&samples, "dispatcher_backend_connect_seconds_sum", &of_a), 9.0);
+    assert_eq!(value(&samples, "dispatcher_backend_response_seconds_count", &of_a), 0.0);
     let events = ["miss", "held", "released", "refused", "learned", "rejected", "swept"];
     for (number, event) in events.iter().enumerate() {
         let found = value(&samples, "dispatcher_events_total", &[("event", event)]);
@@ -222,6 +236,8 @@ fn names_with_special_characters_are_escaped() {
 fn the_table_of_names_is_complete() {
     let documented = include_str!("../../../../docs/operations.md");
     for name in parse(&snapshot(vec![backend("a", "up")]).text().expect("a text")).keys() {
+        let parts = ["_bucket", "_sum", "_count"];
+        let name = parts.iter().find_map(|part| name.strip_suffix(part)).unwrap_or(name);
         assert!(documented.contains(&format!("`{name}")), "{name} is not in docs/operations.md");
     }
 }
