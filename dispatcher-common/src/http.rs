@@ -2,7 +2,7 @@
 //!
 //! An automaton of one table look-up a byte, so that a program without branches can walk it: what the
 //! kernel's verifier follows does not grow with what a header may hold. [`automaton`] makes the table for
-//! a cookie's name, [`Reader`] is the walk.
+//! a cookie's name, [`Reader`] is the walk. [`Head`] has the fields themselves, for tools on the host.
 //!
 //! A cookie's value is a secret of its user. It is never kept: it is known by a hash of 128 bits.
 
@@ -276,6 +276,62 @@ impl States<'_> {
     }
 }
 
+/// The head of a request as slices, for the host: what the data path only walks over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Head<'b> {
+    /// What is there of the field lines, up to the empty line.
+    lines: &'b [u8],
+    /// The empty line is there.
+    whole: bool,
+}
+
+impl<'b> Head<'b> {
+    /// The head with which a client's bytes begin, as far as it is there. `None` for what is not HTTP/1, and
+    /// before the method is whole.
+    ///
+    /// Empty lines before the request line are passed over (RFC 9112 section 2.2).
+    #[must_use]
+    pub fn of_request(bytes: &'b [u8]) -> Option<Self> {
+        let start = bytes.iter().position(|byte| !b"\r\n".contains(byte))?;
+        let bytes = bytes.get(start..)?;
+        let (method, _) = bytes.split_at_checked(bytes.iter().position(|byte| *byte == b' ')?)?;
+        let capital = |byte: &u8| byte.is_ascii_uppercase();
+        if !method.first().is_some_and(capital) || !method.iter().all(|byte| capital(byte) || *byte == b'-') {
+            return None;
+        }
+        let Some(end) = bytes.iter().position(|byte| *byte == b'\n') else {
+            return Some(Self { lines: &[], whole: false });
+        };
+        let (request, lines) = bytes.split_at_checked(end + 1)?;
+        if !request.windows(8).any(|part| part == b" HTTP/1.") {
+            return None;
+        }
+        let mut len = 0;
+        for line in lines.split_inclusive(|byte| *byte == b'\n') {
+            if matches!(line, b"\n" | b"\r\n") {
+                return Some(Self { lines: lines.get(..len)?, whole: true });
+            }
+            len += line.len();
+        }
+        Some(Self { lines, whole: false })
+    }
+
+    /// True when the head has ended.
+    #[must_use]
+    pub const fn is_whole(&self) -> bool {
+        self.whole
+    }
+
+    /// Names and values of the fields whose lines are whole, without the blanks around a value.
+    pub fn fields(&self) -> impl Iterator<Item = (&'b [u8], &'b [u8])> {
+        let lines = self.lines.split_inclusive(|byte| *byte == b'\n').filter(|line| line.ends_with(b"\n"));
+        lines.filter_map(|line| {
+            let (name, value) = line.split_at_checked(line.iter().position(|byte| *byte == b':')?)?;
+            Some((name, value.get(1..)?.trim_ascii()))
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     extern crate std;
@@ -432,5 +488,62 @@ mod tests {
             seen.insert(cookie_id(&base[..at]));
         }
         assert_eq!(seen.len(), 32 * 255 + 1 + 32);
+    }
+
+    /// The value of the cookie `sid` by the fields of a head, as far as it is there.
+    fn by_fields(head: &Head<'_>) -> Option<[u8; 16]> {
+        let cookies = head.fields().filter(|(name, _)| name.eq_ignore_ascii_case(b"cookie"));
+        let mut pairs = cookies.flat_map(|(_, value)| value.split(|byte| *byte == b';'));
+        pairs.find_map(|pair| {
+            let value = pair.trim_ascii_start().strip_prefix(b"sid=")?.trim_ascii();
+            (!value.is_empty()).then(|| cookie_id(value))
+        })
+    }
+
+    #[test]
+    fn the_head_of_a_request_on_every_prefix() {
+        let text =
+            b"\r\n\r\nPOST /a HTTP/1.1\r\nHost: x\r\ncOOKIE:\t a=b; sid=1 \r\nbad line\r\n\r\nbody: 1\r\n";
+        let fields: [(&[u8], &[u8]); 2] = [(b"Host", b"x"), (b"cOOKIE", b"a=b; sid=1")];
+        let whole = text.windows(4).rposition(|four| four == b"\r\n\r\n").expect("there") + 4;
+        for end in 0..=text.len() {
+            let head = Head::of_request(&text[..end]);
+            assert_eq!(head.is_some(), end >= b"\r\n\r\nPOST ".len(), "{end}");
+            let Some(head) = head else { continue };
+            assert_eq!(head.is_whole(), end >= whole, "{end}");
+            let found: Vec<_> = head.fields().collect();
+            let lines = text[..end.min(whole)].iter().filter(|byte| **byte == b'\n').count();
+            assert_eq!(found, fields[..lines.saturating_sub(3).min(2)], "{end}");
+        }
+        for other in ["get / HTTP/1.1\r\n", "SSH-2.0-x y\r\n", "-A b", "EHLO x\r\n", "GET /\r\n\r\n", " ", ""]
+        {
+            assert_eq!(Head::of_request(other.as_bytes()), None, "{other:?}");
+        }
+    }
+
+    #[test]
+    fn the_head_and_the_walk_agree() {
+        let table = table("sid");
+        for lines in [
+            "",
+            "Cookie: sid=abc\r\n",
+            "cookie:sid=abc; a=b\r\n",
+            "Cookie: a=b;sid=abc\n",
+            "Cookie: sid= abc\r\n",
+            "Cookie: sid=\r\nCookie: sid=abc\r\n",
+            "Cookie: xsid=1; SID=2; sid\r\n",
+            "Cookies: sid=abc\r\nX: Cookie: sid=abc\r\n",
+            "Cookie : sid=abc\r\n",
+        ] {
+            for end in ["\r\n", "\n", ""] {
+                let text = format!("GET / HTTP/1.1\r\nHost: x\r\n{lines}{end}");
+                let head = Head::of_request(text.as_bytes()).expect("a request");
+                let walked = walk(&table, REQUEST, text.as_bytes());
+                let found = (walked.state == FOUND).then(|| id(walked.hash));
+                assert_eq!(by_fields(&head), found, "{text:?}");
+                assert_eq!(head.is_whole(), !end.is_empty(), "{text:?}");
+                assert!(found.is_some() || head.is_whole() == (walked.state == END), "{text:?}");
+            }
+        }
     }
 }
