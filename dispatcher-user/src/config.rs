@@ -25,6 +25,7 @@ use toml::Spanned;
 use crate::{
     api,
     balancer::Balance,
+    counted,
     dataplane::{AttachMode, Capacities},
 };
 
@@ -727,7 +728,8 @@ impl Text<'_> {
                 };
                 if !lengths.contains(&(id.len() as u8)) {
                     return refused(format!(
-                        "\"{text}\" has {0} bytes, but no [[service.quic_lb]] has server_id_length = {0}; add one, or correct the ID",
+                        "\"{text}\" has {}, but no [[service.quic_lb]] has server_id_length = {}; add one, or correct the ID",
+                        counted(id.len(), "byte"),
                         id.len()
                     ));
                 }
@@ -742,7 +744,8 @@ impl Text<'_> {
             let length = *one.server_id_length.get_ref();
             if !owners.keys().any(|id| id.len() as i64 == length) {
                 let problem = format!(
-                    "no backend has an ID of {length} bytes; give each its quic_server_id, such as \"{}\"",
+                    "no backend has an ID of {}; give each its quic_server_id, such as \"{}\"",
+                    counted(length, "byte"),
                     "0a".repeat(length as usize)
                 );
                 return Err(self.error(

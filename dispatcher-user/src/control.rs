@@ -49,6 +49,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::{
     api::{self, Problem},
     config::{self, Config, Protocol},
+    counted,
     dataplane::{self, memory_bytes, monotonic_ns, monotonic_seconds},
     reconcile::{self, Vip},
     reload,
@@ -659,8 +660,9 @@ fn keys(shared: &Shared, id: &str, service: Option<&str>, kinds: &[u8]) -> Resul
         None => config.services.iter().collect(),
     };
     let key = |service: &config::Service, kind| {
-        SessionKey::new(service.id, kind, &bytes)
-            .ok_or_else(|| bad(format!("{id} has {} bytes; identifiers have 1 to 32", bytes.len())))
+        SessionKey::new(service.id, kind, &bytes).ok_or_else(|| {
+            bad(format!("{id} has {}; identifiers have 1 to 32", counted(bytes.len(), "byte")))
+        })
     };
     services.iter().flat_map(|service| kinds.iter().map(|kind| key(service, *kind))).collect()
 }

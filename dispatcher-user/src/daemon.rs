@@ -20,6 +20,7 @@ use tokio::{
 use crate::{
     config::Config,
     control::{self, Socket},
+    counted,
     dataplane::{self, Dataplane, memory_bytes, monotonic_ns},
     discovery, events, health, netlink, privileges,
     reconcile::{self, Reach},
@@ -94,7 +95,8 @@ pub fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
     let capacities = config.capacities;
-    say(out, &format!("{} services on {} interfaces", config.services.len(), config.interfaces.len()));
+    let (services, interfaces) = (config.services.len(), config.interfaces.len());
+    say(out, &format!("{} on {}", counted(services, "service"), counted(interfaces, "interface")));
     for interface in &config.interfaces {
         dataplane::find_interface(&interface.name)?;
     }
@@ -102,7 +104,11 @@ pub fn run(
     let mebibytes = memory_bytes(&capacities) as f64 / f64::from(1 << 20);
     say(
         out,
-        &format!("maps: {mebibytes:.1} MiB, {} flows, {} sessions", capacities.flows, capacities.sessions),
+        &format!(
+            "maps: {mebibytes:.1} MiB, {}, {}",
+            counted(capacities.flows, "flow"),
+            counted(capacities.sessions, "session")
+        ),
     );
     let mut socket = Socket::bind(&config.control, config.control_group.as_deref())?;
     say(out, &format!("control: {}", config.control.display()));

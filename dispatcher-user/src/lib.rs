@@ -38,3 +38,19 @@ pub fn one_line(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+/// A number of things: `1 service`, `2 services`. The plural is the name with an s.
+#[must_use]
+pub fn counted<N: std::fmt::Display + PartialEq + From<u8>>(number: N, one: &str) -> String {
+    let plural = if number == 1.into() { "" } else { "s" };
+    format!("{number} {one}{plural}")
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn one_is_not_several() {
+        let told = [0_u64, 1, 2].map(|number| super::counted(number, "service"));
+        assert_eq!(told, ["0 services", "1 service", "2 services"]);
+    }
+}

@@ -93,7 +93,7 @@ fn run(args: Args) -> Result<()> {
         }
     };
     if args.check {
-        println!("{} services: good", config.services.len());
+        println!("{}: good", dispatcher_user::counted(config.services.len(), "service"));
         return Ok(());
     }
     let options = Options { keep_privileges: args.keep_privileges, source };

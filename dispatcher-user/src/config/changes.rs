@@ -3,6 +3,7 @@
 use std::fmt::{Debug, Write as _};
 
 use super::{Backend, Config, Service};
+use crate::counted;
 
 /// The differences.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -38,7 +39,7 @@ pub fn changes(old: &Config, new: &Config) -> Changes {
         lines,
         (&old.services, &new.services),
         |one| one.name.clone(),
-        |one| format!("service {} ({} backends)", one.name, one.backends.len()),
+        |one| format!("service {} ({})", one.name, counted(one.backends.len(), "backend")),
         service,
     );
     changes
