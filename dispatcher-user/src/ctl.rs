@@ -24,7 +24,7 @@ use tokio::net::UnixStream;
 use crate::{
     api::{self, Problem, Traced},
     config::{AdminState, DEFAULT_CONTROL},
-    control, explain,
+    control, counted, explain,
 };
 
 /// Ask and steer a running dispatcherd
@@ -114,7 +114,7 @@ enum Command {
     /// Why the packets of a capture go where they go (root; needs no daemon)
     ///
     /// Runs every packet through the real program, in maps of its own, and says of each flow: secure or
-    /// not, what its hello offers, which backend it goes to and for what reason. With --json, a line a flow.
+    /// not, what its hello offers, which identifier decided, which backend it goes to and for what reason. With --json, a line a flow.
     ///
     /// The program answers a client's SYN with a sequence number of its own, so the capture's numbers are
     /// moved; the captured server's packets are taken as the chosen backend's. Capture at a client or on the
@@ -277,19 +277,24 @@ impl Error {
     }
 }
 
-/// Carries out a command line and prints the answer; `width` is that of the terminal that `out` is, if it is
-/// one.
-pub fn run(args: &Args, out: &mut dyn Write, width: Option<u16>) -> Result<(), Error> {
+/// Carries out a command line and prints the answer to `out`, and what else is to be known to `hints`; `width`
+/// is that of the terminal that `out` is, if it is one.
+pub fn run(args: &Args, out: &mut dyn Write, hints: &mut dyn Write, width: Option<u16>) -> Result<(), Error> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Output)?;
-    match runtime.block_on(answer(args, out, width)) {
+    match runtime.block_on(answer(args, out, hints, width)) {
         // `dispatcherctl flows | head`: whoever reads has read enough.
         Err(Error::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => result,
     }
 }
 
-async fn answer(args: &Args, out: &mut dyn Write, width: Option<u16>) -> Result<(), Error> {
+async fn answer(
+    args: &Args,
+    out: &mut dyn Write,
+    hints: &mut dyn Write,
+    width: Option<u16>,
+) -> Result<(), Error> {
     let ask = Client { socket: &args.socket };
     let json = args.json;
     let form = if json { Form::Json } else { Form::Table(width) };
@@ -383,7 +388,7 @@ async fn answer(args: &Args, out: &mut dyn Write, width: Option<u16>) -> Result<
             } else {
                 explain::Known::default()
             };
-            Ok(explain::run(options, known, json, out)?)
+            Ok(explain::run(options, known, json, out, hints)?)
         }
     }
 }
@@ -639,8 +644,8 @@ fn status(status: &api::Status) -> Table {
                 events.miss, events.held, events.released, events.refused, events.learned
             ),
         ),
-        ("rejected", format!("{} tickets of known keys", events.rejected)),
-        ("swept", format!("{} expired sessions", events.swept)),
+        ("rejected", format!("{} of known keys", counted(events.rejected, "ticket"))),
+        ("swept", counted(events.swept, "expired session")),
         ("heartbeat", format!("{} ms ago", status.heartbeat_age_ms)),
         ("cookie epoch", status.cookie_epoch.to_string()),
     ];

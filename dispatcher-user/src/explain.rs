@@ -20,6 +20,7 @@ mod flows;
 mod frame;
 mod hello;
 mod live;
+mod lookup;
 mod machine;
 mod report;
 mod run;
@@ -36,6 +37,9 @@ use run::Runner;
 
 /// Most addresses that stand for services where no configuration says which do.
 const SERVICES_MAX: usize = 1024;
+
+/// VIPs that are named where a capture has none of them.
+const VIPS_SHOWN: usize = 16;
 
 /// What to explain, and how.
 #[derive(Clone, Debug, clap::Args)]
@@ -75,6 +79,9 @@ pub enum Error {
         /// What is wrong and what to do.
         problem: String,
     },
+    /// The file holds no packets.
+    #[error("no packets in {0}; was the filter of the capture right, and did it run long enough?")]
+    Empty(PathBuf),
     /// The file is larger than what is held in memory.
     #[error(
         "{path} has more than {most} bytes; take a part of it: tcpdump -r {path} -w part.pcap 'host ADDRESS'"
@@ -111,8 +118,22 @@ pub enum Error {
 }
 
 /// Explains a capture: a line of JSON, or a block of text, for each flow in the order of first packets.
-pub fn run(options: &Options, known: Known, json: bool, out: &mut dyn Write) -> Result<(), Error> {
+/// What concerns the whole of it is said to `hints`.
+pub fn run(
+    options: &Options,
+    known: Known,
+    json: bool,
+    out: &mut dyn Write,
+    hints: &mut dyn Write,
+) -> Result<(), Error> {
     let capture = capture::read(&options.file)?;
+    if capture.packets.is_empty() {
+        let path = options.file.clone();
+        return Err(match capture.broken {
+            Some(problem) => Error::Format { path, problem },
+            None => Error::Empty(path),
+        });
+    }
     let config = match &options.config {
         Some(path) => {
             // Which interfaces it names does not matter here.
@@ -127,12 +148,22 @@ pub fn run(options: &Options, known: Known, json: bool, out: &mut dyn Write) -> 
         None => supposed(&flows)?,
     };
     flows.find_services(&flows::vips(&config));
+    if flows.flows.iter().all(|flow| flow.service.is_none()) {
+        writeln!(hints, "{}: {}", options.file.display(), no_service(&config))?;
+    }
     let mut machine = Machine::new(config, known, flows.flows.len())?;
     let talks = Runner::run(&capture.packets, &flows, &mut machine)?;
     let lines = flows.flows.iter().zip(talks);
     let lines = lines
         .map(|(flow, talk)| report::Line::new(flow, &flows, talk, &capture.packets, &machine))
         .collect::<Result<Vec<_>, _>>()?;
+    if !options.live && lines.iter().any(report::Line::missed) {
+        writeln!(
+            hints,
+            "{}: the table of sessions began empty; with --config FILE --live it has those that the running daemon knows",
+            options.file.display()
+        )?;
+    }
     if json {
         report::json(&lines, out)?;
     } else {
@@ -141,6 +172,22 @@ pub fn run(options: &Options, known: Known, json: bool, out: &mut dyn Write) -> 
     match capture.broken {
         Some(problem) => Err(Error::Broken { path: options.file.clone(), problem }),
         None => Ok(()),
+    }
+}
+
+/// Why nothing in a capture concerns a service.
+fn no_service(config: &Config) -> String {
+    let vips = config.services.iter().flat_map(|one| {
+        let protocol = report::protocol_name(one.protocol.number());
+        one.vips.iter().map(move |vip| format!("{vip}/{protocol} ({})", one.name))
+    });
+    let vips: Vec<String> = vips.collect();
+    let more = vips.len().saturating_sub(VIPS_SHOWN);
+    let shown = vips.get(..VIPS_SHOWN).unwrap_or(&vips).join(", ");
+    match (vips.is_empty(), more) {
+        (true, _) => "no TCP or UDP packet in it".to_owned(),
+        (false, 0) => format!("no TCP or UDP packet of a VIP in it; the VIPs are {shown}"),
+        (false, _) => format!("no TCP or UDP packet of a VIP in it; the VIPs are {shown} and {more} more"),
     }
 }
 

@@ -1,12 +1,14 @@
 //! `dispatcherctl explain` on captures: those of made connections, and one of a real exchange.
 
 use std::{
+    cell::RefCell,
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
 };
 
 use clap::Parser as _;
+use dispatcher_common::addr::Addr;
 use dispatcher_tests::{
     bench::sniff::Sniffer,
     capture::{self, Scene},
@@ -74,11 +76,12 @@ fn hexed(bytes: &[u8]) -> String {
 struct Desk {
     folder: Folder,
     extra: &'static str,
+    hints: RefCell<String>,
 }
 
 impl Desk {
     fn new() -> Self {
-        Self { folder: Folder::new().expect("a folder"), extra: "" }
+        Self { folder: Folder::new().expect("a folder"), extra: "", hints: RefCell::default() }
     }
 
     /// With lines for the service `web`.
@@ -93,9 +96,15 @@ impl Desk {
     fn run(&self, file: &Path, arguments: &[&str]) -> (String, Result<(), ctl::Error>) {
         let line = ["dispatcherctl", "explain", file.to_str().expect("a name")];
         let args = ctl::Args::try_parse_from(line.iter().chain(arguments)).expect("a command line");
-        let mut out = Vec::new();
-        let result = ctl::run(&args, &mut out, None);
+        let (mut out, mut hints) = (Vec::new(), Vec::new());
+        let result = ctl::run(&args, &mut out, &mut hints, None);
+        self.hints.replace(String::from_utf8(hints).expect("text"));
         (String::from_utf8(out).expect("text"), result)
+    }
+
+    /// What the last run has said beside its answer.
+    fn hints(&self) -> String {
+        self.hints.borrow().clone()
     }
 
     fn capture<F: AsRef<[u8]>>(&self, frames: &[F]) -> PathBuf {
@@ -160,9 +169,11 @@ fn a_session_id_is_missed_learned_and_found_again() {
     let [first, second] = &found[..] else { panic!("{found:#?}") };
     let backend = first["backend"].as_str().expect("a backend");
     let session = json!({"kind": "tls-session-id", "id": hexed(&id), "backends": [backend]});
+    let nobodys = json!({"kind": "tls-session-id", "id": hexed(&id), "backends": []});
     let wanted = json!({
         "flow": "203.0.113.7:4001 -> 192.0.2.10:443/tcp",
         "service": "web",
+        "protocol": "tls",
         "secure": true,
         "complete": true,
         "tls_version": "1.2",
@@ -178,6 +189,7 @@ fn a_session_id_is_missed_learned_and_found_again() {
         "accepted_version": "1.2",
         "resumed": true,
         "looked_up": session,
+        "tried": [nobodys],
         "learned": [session],
         "verdict": "forward",
         "backend": backend,
@@ -196,6 +208,153 @@ fn a_session_id_is_missed_learned_and_found_again() {
     });
     assert_eq!(*first, wanted);
     assert_eq!((&second["reason"], &second["backend"]), (&json!("bound_hit"), &json!(backend)), "{second:#}");
+    assert_eq!((&second["looked_up"], &second["tried"]), (&session, &json!([session])), "{second:#}");
+}
+
+#[test]
+fn the_identifier_that_decides_is_told_after_those_before_it() {
+    let desk = Desk::with("affinity = [\"tls-ticket\", \"tls-session-id\", \"client-address\"]");
+    // A server whose tickets carry no name of a key, and a client that comes back with its ticket, then
+    // with a session ID that nobody knows, then with nothing.
+    let ticket = [0xaa; 100];
+    let offer = hello::server_hello_with(&[], &[(35, &[])]);
+    let given = [offer, hello::new_session_ticket(&ticket)].concat();
+    let first = scene(4001).open().says(&hello::resuming_hello(&[], Some(&[]), &[], 0)).answers(&given);
+    let returns = scene(4002).open().says(&hello::resuming_hello(&[], Some(&ticket), &[], 0));
+    let unknown = scene(4003).open().says(&hello::client_hello(&[7; 32], 0));
+    let bare = scene(4004).open().says(&hello::client_hello(&[], 0));
+    let frames = [first.frames(), returns.frames(), unknown.frames(), bare.frames()].concat();
+    let found = desk.json(&frames);
+    let backend = &found[0]["backend"];
+    let client = hexed(&Addr::from(client(1).ip()).octets());
+    let one = |kind: &str, id: &[u8], whose: Value| json!({"kind": kind, "id": hexed(id), "backends": whose});
+    let address = |whose: Value| json!({"kind": "client-address", "id": client, "backends": whose});
+    let a = json!([backend]);
+    assert_eq!(found[0]["tried"], json!([address(json!([]))]));
+    assert_eq!(found[0]["looked_up"], address(a.clone()));
+    let [key, whole] = [&ticket[..16], &ticket[..32]];
+    let known = one("tls-ticket", whole, a.clone());
+    assert_eq!((&found[1]["reason"], &found[1]["looked_up"]), (&json!("bound_hit"), &known), "{found:#?}");
+    assert_eq!(found[1]["tried"], json!([one("tls-ticket-key", key, json!([])), known]));
+    // Its own entry is made when the address has decided already.
+    assert_eq!(found[2]["tried"], json!([one("tls-session-id", &[7; 32], json!([])), address(a.clone())]));
+    assert_eq!((&found[2]["reason"], &found[2]["looked_up"]), (&json!("bound_hit"), &address(a.clone())));
+    assert_eq!((&found[3]["looked_up"], &found[3]["tried"]), (&address(a.clone()), &json!([address(a)])));
+    let text = desk.text(&frames);
+    let (key, whole, backend) = (hexed(key), hexed(whole), backend.as_str().expect("a name"));
+    let told = format!(
+        "  looked up  tls-ticket-key {key}: nobody's\n             then tls-ticket {whole}: {backend}, which decides\n"
+    );
+    assert!(text.contains(&told), "{text}");
+}
+
+#[test]
+fn a_cut_request_or_hello_claims_nothing_of_what_may_follow() {
+    // A flow for each beginning; its line of JSON, and its row in text.
+    let said = |desk: &Desk, beginnings: &[&[u8]]| {
+        let scenes = (4001..).zip(beginnings).map(|(port, bytes)| scene(port).open().says(bytes));
+        let frames: Vec<Vec<u8>> = scenes.flat_map(|scene| scene.frames()).collect();
+        let text = desk.text(&frames);
+        let rows = text.lines().filter_map(|line| Some(line.strip_prefix("  secure     ")?.to_owned()));
+        desk.json(&frames).into_iter().zip(rows).collect::<Vec<_>>()
+    };
+    let head = b"GET / HTTP/1.1\r\nHost: x\r\nCookie: a=b; sid=very-secret; c=d\r\nAccept: */*\r\n\r\n";
+    let before_value = 45;
+    assert!(head[..before_value].ends_with(b"sid=ver"));
+    let hello = hello::resuming_hello(&[1; 32], None, &[5; 64], 300);
+    let few = "not known: the capture has too little of what the client says";
+    let wanted: [(&[u8], Value, bool, Value, &str); 7] = [
+        (head, json!(true), true, json!("http"), "HTTP, declared secure by its session cookie, whole head"),
+        (
+            &head[..before_value + 10],
+            json!(true),
+            false,
+            json!("http"),
+            "HTTP, declared secure by its session cookie, head not whole",
+        ),
+        (
+            &head[..before_value],
+            Value::Null,
+            false,
+            json!("http"),
+            "not known yet: HTTP, head not whole, and a session cookie may follow",
+        ),
+        (&head[..3], Value::Null, false, Value::Null, few),
+        (b"", Value::Null, false, Value::Null, few),
+        (
+            b"GET / HTTP/1.1\r\nCookie: a=b\r\n\r\n",
+            json!(false),
+            true,
+            json!("http"),
+            "no: HTTP in clear, whole head",
+        ),
+        (
+            &hello[..100],
+            json!(true),
+            false,
+            json!("tls"),
+            "TLS, offers a version that is not known yet, hello not whole",
+        ),
+    ];
+    let found = said(&Desk::with("affinity = \"http-cookie:sid\""), &wanted.each_ref().map(|one| one.0));
+    assert_eq!(found.len(), wanted.len());
+    for ((line, text), (_, secure, complete, protocol, row)) in found.iter().zip(wanted) {
+        assert_eq!((&line["secure"], &line["complete"]), (&secure, &json!(complete)), "{line:#}");
+        assert_eq!((&line["protocol"], text.as_str()), (&protocol, row), "{line:#}");
+    }
+    let (cut, _) = found.last().expect("the hello");
+    for field in ["tls_version", "ticket_len", "psk_identity_len", "key_name", "sni"] {
+        assert_eq!(cut[field], Value::Null, "{field}: {cut:#}");
+    }
+    assert_eq!(cut["session_id"], hexed(&[1; 32]));
+    // Nor where the program has waited long enough.
+    let desk = Desk::with("affinity = \"http-cookie:sid\"");
+    let long = (0..9).fold(scene(4001).open().says(&head[..before_value]), |scene, _| scene.says(b"y"));
+    let [line] = &desk.json(&long.frames())[..] else { panic!("a flow") };
+    assert_eq!((&line["reason"], &line["secure"]), (&json!("bound_nonsecure"), &json!(false)), "{line:#}");
+    // Where no service looks for a cookie there is nothing to wait for.
+    let found = said(&Desk::new(), &[&head[..before_value]]);
+    let [(line, text)] = &found[..] else { panic!("{found:#?}") };
+    assert_eq!((&line["secure"], &line["complete"]), (&json!(false), &json!(false)), "{line:#}");
+    assert_eq!(text, "no: HTTP in clear, head not whole");
+}
+
+#[test]
+fn empty_lines_before_a_request_are_passed_over() {
+    let request = b"\r\n\r\nGET / HTTP/1.1\r\nCookie: id=very-secret\r\n\r\n";
+    let found = Desk::new().json(&scene(4001).open().says(request).frames());
+    assert_eq!((&found[0]["protocol"], &found[0]["complete"]), (&json!("http"), &json!(true)));
+    assert_eq!(found[0]["cookie"], json!({"len": 14}));
+}
+
+#[test]
+fn what_concerns_the_whole_capture_is_said_once() {
+    let desk = Desk::new();
+    let empty = desk.capture::<Vec<u8>>(&[]);
+    for arguments in [&["--json"][..], &[], &["--config", &desk.config()]] {
+        let (out, result) = desk.run(&empty, arguments);
+        let error = result.expect_err("nothing to explain");
+        assert_eq!((out.as_str(), error.exit()), ("", ctl::Exit::Refused));
+        assert!(error.to_string().starts_with(&format!("no packets in {}", empty.display())), "{error}");
+    }
+    // Nothing of a VIP.
+    let strangers = Scene::new(client(4002), address("198.51.100.99:443")).open().frames();
+    assert_eq!(desk.json(&strangers).len(), 1);
+    assert_eq!(
+        desk.hints().lines().collect::<Vec<_>>(),
+        [format!(
+            "{}: no TCP or UDP packet of a VIP in it; the VIPs are 192.0.2.10:443/tcp (web), [2001:db8::10]:443/tcp (web), 192.0.2.10:25/tcp (mail), 192.0.2.10:8443/udp (quic)",
+            desk.path("file.pcap").display()
+        )]
+    );
+    desk.alone(&[[&[0xff; 12][..], &[8, 6], &[0; 46]].concat()]);
+    assert!(desk.hints().contains("no TCP or UDP packet in it"), "{}", desk.hints());
+    // A session that a running daemon might know, twice; and none.
+    let visit = |port, id: &[u8]| scene(port).open().says(&hello::client_hello(id, 0)).frames();
+    desk.json(&[visit(4001, &[1; 32]), visit(4002, &[2; 32])].concat());
+    assert_eq!(desk.hints().matches("--live").count(), 1, "{}", desk.hints());
+    desk.json(&visit(4001, &[]));
+    assert_eq!(desk.hints(), "");
 }
 
 #[test]
@@ -240,7 +399,7 @@ fn what_is_not_tls_goes_by_the_table() {
     let desk = Desk::new();
     let found = desk.json(&scene.frames());
     assert_eq!(found[0]["reason"], "bound_nonsecure");
-    assert_eq!((&found[0]["secure"], &found[0]["complete"]), (&json!(false), &json!(false)));
+    assert_eq!((&found[0]["secure"], &found[0]["complete"]), (&json!(false), &json!(true)));
     assert_eq!(found[0]["cookie"], json!({"len": 14}));
     for field in ["tls_version", "session_id", "ticket_len", "psk_identity_len", "key_name", "sni", "resumed"]
     {
@@ -514,7 +673,7 @@ fn what_is_nobodys_is_summed_up() {
     let last = text.lines().last().expect("a line");
     assert_eq!(
         last,
-        "4 more flows go to the kernel (1 backend_other, 1 icmp_other, 2 no_service, 1 not_ip, 3 not_ours)"
+        "to the kernel: 4 more flows (1 backend_other, 1 icmp_other, 2 no_service, 1 not_ip, 3 not_ours)"
     );
 }
 
@@ -541,13 +700,23 @@ fn a_quic_connection_is_followed_to_another_port() {
         frames.push(datagram(moved, vip, &short(&id)));
     }
     frames.push(datagram(client(7000), vip, &short(&given)));
+    // One that comes from a port of another connection goes its own way, and the flow is told as it began.
+    for port in [5002, 5003, 5004] {
+        frames.push(datagram(client(5001), vip, &short(&[port as u8; 8])));
+    }
     let found = Desk::new().json(&frames);
+    let again = steps(&found[0]).matches("bound_hit").count();
+    assert!(again > 0, "all at one server proves nothing: {found:#?}");
+    let made_up = json!({"kind": "quic-cid", "id": hexed(&[5001_u16 as u8; 10]), "backends": []});
+    assert_eq!((&found[0]["tried"], &found[0]["looked_up"]), (&json!([made_up]), &made_up));
     for pair in found[..8].chunks(2) {
         let [first, moved] = pair else { panic!("{found:#?}") };
         assert_eq!((&first["reason"], &moved["reason"]), (&json!("bound_l4"), &json!("bound_hit")));
         assert_eq!(first["backend"], moved["backend"]);
         assert_eq!(first["learned"][0]["kind"], "quic-cid");
         assert_eq!(first["learned"][0]["backends"], json!([first["backend"]]));
+        assert_eq!(moved["looked_up"], first["learned"][0]);
+        assert_eq!(moved["tried"], json!([first["learned"][0]]));
     }
     let backends: BTreeSet<String> = found.iter().map(|line| line["backend"].to_string()).collect();
     assert_eq!(backends.len(), 2, "all at one server proves nothing: {backends:?}");
@@ -596,9 +765,10 @@ fn bad_files_are_said_and_lies_are_counted() {
     assert_eq!(steps(&lines(&out)[0]), "1 syn_answered, 3 cookie_ack, 2 not_run");
     for (name, content, says) in [
         ("text", b"#!/bin/sh\n".to_vec(), "neither pcap nor pcapng"),
-        ("empty", Vec::new(), "neither pcap nor pcapng"),
+        ("empty", Vec::new(), "it is empty, not even a header; give a pcap or pcapng file"),
         ("head", file[..20].to_vec(), "cut short"),
-        ("radio", capture::pcap(127, &frames), "link type is 127"),
+        ("first", file[..60].to_vec(), "after packet 0, at byte 24"),
+        ("radio", capture::pcap(127, &frames), "link type is 127;"),
     ] {
         let path = desk.path(name);
         std::fs::write(&path, content).expect("writing a file");
@@ -712,6 +882,7 @@ fn what_the_daemon_knows_decides_with_live() {
     let arguments = ["--json", "--config", &config, "--live", "--socket", socket];
     let (out, result) = desk.run(&file, &arguments);
     result.expect("explained");
+    assert_eq!(desk.hints(), "");
     let told: Vec<(Value, Value, Value)> = lines(&out)
         .iter()
         .map(|line| (line["reason"].clone(), line["backend"].clone(), line["looked_up"]["backends"].clone()))

@@ -41,7 +41,7 @@ fn command_lines() {
 #[test]
 fn nobody_to_ask_is_a_code_of_its_own() {
     let args = parse("dispatcherctl --socket /no/such/socket status").expect("parses");
-    let error = run(&args, &mut Vec::new(), None).expect_err("nobody is there");
+    let error = run(&args, &mut Vec::new(), &mut Vec::new(), None).expect_err("nobody is there");
     assert_eq!(error.exit(), Exit::Unreachable);
     assert!(error.to_string().contains("is dispatcherd running"), "{error}");
 }

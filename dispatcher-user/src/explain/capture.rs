@@ -51,6 +51,10 @@ pub(super) fn read(path: &Path) -> Result<Capture, Error> {
 
 fn parse(bytes: &[u8]) -> Result<Capture, String> {
     match bytes.first_chunk() {
+        None if bytes.is_empty() => Err(
+            "it is empty, not even a header; give a pcap or pcapng file, as `tcpdump -w` and `dumpcap` write"
+                .to_owned(),
+        ),
         Some([0x0a, 0x0d, 0x0d, 0x0a]) => pcapng(bytes),
         Some(
             [0xd4 | 0x4d, 0xc3 | 0x3c, 0xb2, 0xa1]
@@ -96,7 +100,7 @@ fn frame_parser(header: &PcapHeader) -> FrameParser {
 
 fn pcapng(bytes: &[u8]) -> Result<Capture, String> {
     let mut capture = Capture::default();
-    let mut links: Vec<(Link, usize)> = Vec::new();
+    let mut links: Vec<(Result<Link, String>, usize)> = Vec::new();
     let mut rest = bytes;
     let mut big = false;
     while !rest.is_empty() {
@@ -108,12 +112,14 @@ fn pcapng(bytes: &[u8]) -> Result<Capture, String> {
             }
         };
         let mut take = |interface: u32, original: u32, data: &[u8]| {
-            let Some((link, most)) = links.get(interface as usize) else { return false };
+            let Some((link, most)) = links.get(interface as usize) else { return Ok(false) };
+            // Of several interfaces only those with packets matter.
+            let link = link.clone()?;
             // A simple packet block does not say how much was captured: the interface does.
             let data = data.get(..data.len().min(*most)).unwrap_or(data);
             let cut = (original as usize) > data.len();
             capture.packets.push(Packet { frame: link.ethernet(data), cut });
-            data.len() <= PACKET_MAX
+            Ok::<_, String>(data.len() <= PACKET_MAX)
         };
         let good = match &block {
             Block::SectionHeader(section) => {
@@ -123,11 +129,11 @@ fn pcapng(bytes: &[u8]) -> Result<Capture, String> {
             }
             Block::InterfaceDescription(interface) => {
                 let most = if interface.snaplen == 0 { usize::MAX } else { interface.snaplen as usize };
-                links.push((Link::of(interface.linktype)?, most));
+                links.push((Link::of(interface.linktype), most));
                 true
             }
-            Block::EnhancedPacket(packet) => take(packet.if_id, packet.origlen, packet.packet_data()),
-            Block::SimplePacket(packet) => take(0, packet.origlen, packet.packet_data()),
+            Block::EnhancedPacket(packet) => take(packet.if_id, packet.origlen, packet.packet_data())?,
+            Block::SimplePacket(packet) => take(0, packet.origlen, packet.packet_data())?,
             // No packets.
             Block::NameResolution(_)
             | Block::InterfaceStatistics(_)
@@ -177,7 +183,7 @@ impl Link {
             Linktype::LINUX_SLL => Ok(Self::Cooked { protocol: 14, len: 16 }),
             Linktype::LINUX_SLL2 => Ok(Self::Cooked { protocol: 0, len: 20 }),
             other => Err(format!(
-                "its link type is {} ({other}); Ethernet, raw IP and Linux cooked (SLL, SLL2) can be read: capture on an interface whose frames are Ethernet's",
+                "its link type is {}; Ethernet, raw IP and Linux cooked (SLL, SLL2) can be read: capture on an interface whose frames are Ethernet's",
                 other.0
             )),
         }
@@ -294,6 +300,37 @@ mod tests {
     }
 
     #[test]
+    fn every_interface_has_its_own_link_type() {
+        let ip = [&[0x45][..], &[1; 30]].concat();
+        for big in [false, true] {
+            let section = [&word(big, 0x1a2b_3c4d)[..], &half(big, 1), &half(big, 0), &[0xff; 8]].concat();
+            let interface =
+                |link: u16| block(big, 1, &[&half(big, link)[..], &half(big, 0), &word(big, 0)].concat());
+            let packet = |interface: u32, data: &[u8]| {
+                let head = [interface, 0, 0, data.len() as u32, data.len() as u32];
+                block(big, 6, &[&head.map(|value| word(big, value)).concat(), data].concat())
+            };
+            // Ethernet; radio, without packets; raw IP. A second section counts its interfaces anew.
+            let file = [
+                block(big, 0x0a0d_0d0a, &section),
+                interface(1),
+                interface(127),
+                interface(101),
+                packet(2, &ip),
+                packet(0, &[7; 60]),
+                block(big, 0x0a0d_0d0a, &section),
+                interface(101),
+                packet(0, &ip),
+            ]
+            .concat();
+            let capture = parse(&file).expect("a capture");
+            let raw = || Packet { frame: [&MACS[..], &[8, 0], &ip].concat(), cut: false };
+            assert_eq!(capture.packets, [raw(), Packet { frame: vec![7; 60], cut: false }, raw()]);
+            assert_eq!(capture.broken, None);
+        }
+    }
+
+    #[test]
     fn every_prefix_keeps_the_packets_that_are_whole() {
         let packets: [(&[u8], u32); 3] = [(&[7; 60], 60), (&[8; 61], 61), (&[9; 62], 62)];
         for file in [pcap_file(false, 0xa1b2_c3d4, 1, &packets), pcapng_file(true, 1, &packets)] {
@@ -356,7 +393,7 @@ mod tests {
             let frame = [&MACS[..], &ethertype, content].concat();
             assert_eq!(capture.packets, [Packet { frame, cut: false }], "{link}");
         }
-        for file in [pcap_file(false, 0xa1b2_c3d4, 127, &[]), pcapng_file(false, 127, &[])] {
+        for file in [pcap_file(false, 0xa1b2_c3d4, 127, &[]), pcapng_file(false, 127, &[(&raw, 31)])] {
             let error = parse(&file).expect_err("radio");
             assert!(error.contains("127") && error.contains("Ethernet"), "{error}");
         }
@@ -364,7 +401,8 @@ mod tests {
 
     #[test]
     fn what_is_no_capture_is_said() {
-        for bytes in [&b""[..], b"abc", b"#!/bin/sh\n"] {
+        assert!(parse(b"").expect_err("nothing").contains("empty"));
+        for bytes in [&b"abc"[..], b"#!/bin/sh\n"] {
             assert!(parse(bytes).expect_err("no capture").contains("neither"), "{bytes:?}");
         }
         assert!(parse(&[0x1f, 0x8b, 8, 0]).expect_err("gzip").contains("gzip -d"));

@@ -1,22 +1,35 @@
 //! What client and server say of themselves in clear: TLS hellos, HTTP's cookie, QUIC's connection IDs.
 
 use dispatcher_common::{
+    http::Head,
     quic::{self, Cid, Form},
     session::{ID_MAX, TICKET_FORMATS},
-    tls::{self, Scan},
+    tls::{self, Scan, Span},
 };
 use serde::Serialize;
 
-use crate::api::to_hex;
+use crate::{api::to_hex, counted};
+
+/// What a client speaks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Protocol {
+    /// TLS.
+    Tls,
+    /// HTTP/1 in clear.
+    Http,
+    /// QUIC.
+    Quic,
+}
 
 /// What a client's first bytes say.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Hello {
-    /// TLS or QUIC.
-    pub(super) secure: bool,
-    /// The whole hello is there.
+    /// Which of those that are known here.
+    pub(super) protocol: Option<Protocol>,
+    /// The whole hello, or head of the request, is there.
     pub(super) complete: bool,
-    /// The highest version that is offered.
+    /// The highest version that is offered. Of a hello that is cut this and what follows is what was seen.
     pub(super) tls_version: Option<String>,
     /// Session ID.
     pub(super) session_id: Option<Vec<u8>>,
@@ -44,7 +57,7 @@ pub(super) struct Cookie {
 impl Cookie {
     /// For people.
     pub(super) fn shown(&self) -> String {
-        format!("{} bytes", self.len)
+        counted(self.len, "byte")
     }
 }
 
@@ -68,13 +81,18 @@ pub(super) struct Answer {
     pub(super) resumed: Option<bool>,
 }
 
-/// Reads the start of a client's stream.
-pub(super) fn of_stream(bytes: &[u8]) -> Hello {
-    let scan = tls::scan_client_hello(bytes);
-    if scan == Scan::NotTls || bytes.is_empty() {
-        return Hello { cookie: cookie(bytes), ..Hello::default() };
+impl Hello {
+    /// TLS or QUIC.
+    pub(super) fn is_encrypted(&self) -> bool {
+        matches!(self.protocol, Some(Protocol::Tls | Protocol::Quic))
     }
-    let mut hello = Hello { secure: true, complete: scan == Scan::Complete, ..Hello::default() };
+}
+
+/// The ClientHello with which a stream begins, without record headers, and where in it things stand.
+pub(super) fn client_hello(bytes: &[u8]) -> Option<(Vec<u8>, tls::ClientHello)> {
+    if tls::scan_client_hello(bytes) == Scan::NotTls {
+        return None;
+    }
     let mut message = vec![0; bytes.len()];
     let len = tls::join_records(bytes, bytes.len(), |from, to, len| {
         let Some(part) = bytes.get(from..from + len) else { return false };
@@ -82,22 +100,47 @@ pub(super) fn of_stream(bytes: &[u8]) -> Hello {
     });
     message.truncate(len);
     let mut found = tls::ClientHello::default();
-    if !tls::client_hello(&message[..], &mut found) {
-        return hello;
+    tls::client_hello(&message[..], &mut found).then_some((message, found))
+}
+
+/// Reads the start of a client's stream.
+pub(super) fn of_stream(bytes: &[u8]) -> Hello {
+    let scan = tls::scan_client_hello(bytes);
+    if scan == Scan::NotTls || bytes.is_empty() {
+        return of_request(bytes);
     }
-    let (ticket, psk) = (found.ticket.of(&message), found.psk.of(&message));
+    let complete = scan == Scan::Complete;
+    let hello = Hello { protocol: Some(Protocol::Tls), complete, ..Hello::default() };
+    let Some((message, found)) = client_hello(bytes) else { return hello };
+    // What was not seen may still come.
+    let seen = |span: Span| (complete || span.len != 0).then(|| span.of(&message));
+    let (ticket, psk) = (seen(found.ticket), seen(found.psk));
     // A client that offers both resumes with the PSK.
-    let sealed = if psk.is_empty() { ticket } else { psk };
+    let sealed = psk.filter(|psk| !psk.is_empty()).or(ticket).unwrap_or_default();
     let (at, name_len) = TICKET_FORMATS[0];
     let name = sealed.get(usize::from(at)..usize::from(at) + usize::from(name_len));
     let server_name = found.server_name.of(&message);
-    hello.tls_version = Some(highest(found.version, found.versions.of(&message)));
-    hello.session_id = Some(found.session_id.of(&message).to_vec());
-    hello.ticket_len = Some(ticket.len());
-    hello.psk_identity_len = Some(psk.len());
-    hello.key_name = name.map(<[u8]>::to_vec);
-    hello.sni = (!server_name.is_empty()).then(|| printable(server_name));
-    hello
+    Hello {
+        tls_version: seen(found.versions).map(|versions| highest(found.version, versions)),
+        session_id: seen(found.session_id).map(<[u8]>::to_vec),
+        ticket_len: ticket.map(<[u8]>::len),
+        psk_identity_len: psk.map(<[u8]>::len),
+        key_name: name.map(<[u8]>::to_vec),
+        sni: (!server_name.is_empty()).then(|| printable(server_name)),
+        ..hello
+    }
+}
+
+/// Reads the head of a request in clear.
+fn of_request(bytes: &[u8]) -> Hello {
+    let Some(head) = Head::of_request(bytes) else { return Hello::default() };
+    let cookie = head.fields().find(|(name, _)| name.eq_ignore_ascii_case(b"cookie"));
+    Hello {
+        protocol: Some(Protocol::Http),
+        complete: head.is_whole(),
+        cookie: cookie.map(|(_, value)| Cookie { len: value.len() }),
+        ..Hello::default()
+    }
 }
 
 /// The highest version of a hello. GREASE values (RFC 8701) are no versions.
@@ -120,25 +163,11 @@ fn printable(bytes: &[u8]) -> String {
     bytes.escape_ascii().to_string()
 }
 
-/// The cookie of an HTTP/1 request in clear: the one place where explain looks for one.
-fn cookie(bytes: &[u8]) -> Option<Cookie> {
-    let mut lines = bytes.split(|byte| *byte == b'\n');
-    let request = lines.next()?.trim_ascii();
-    if !request.ends_with(b"HTTP/1.1") && !request.ends_with(b"HTTP/1.0") {
-        return None;
-    }
-    let mut headers = lines.map(<[u8]>::trim_ascii).take_while(|line| !line.is_empty());
-    headers.find_map(|line| {
-        let (name, value) = line.split_at_checked(line.iter().position(|byte| *byte == b':')?)?;
-        name.eq_ignore_ascii_case(b"cookie").then(|| Cookie { len: value[1..].trim_ascii().len() })
-    })
-}
-
 /// Reads the first datagram of a client.
 pub(super) fn of_datagram(bytes: &[u8]) -> Hello {
     let quic = quic(bytes);
-    let secure = quic.is_some();
-    Hello { secure, complete: secure, quic, ..Hello::default() }
+    let protocol = quic.as_ref().map(|_| Protocol::Quic);
+    Hello { protocol, complete: quic.is_some(), quic, ..Hello::default() }
 }
 
 /// A long header of a version in use: what else begins so is no QUIC.
@@ -242,7 +271,7 @@ mod tests {
         assert_eq!(of_datagram(&other).quic, None, "an ID of 21 bytes");
         other = packet;
         other[0] = 0x43;
-        assert!(!of_datagram(&other).secure, "a short header says nothing of itself");
+        assert_eq!(of_datagram(&other).protocol, None, "a short header says nothing of itself");
     }
 
     #[test]

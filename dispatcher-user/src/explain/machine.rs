@@ -10,7 +10,9 @@ use dispatcher_common::{
     abi,
     event::{EVENT_LEARNED, EVENT_REJECTED, Event},
     flow::{Flow, FlowKey, Link, ports_of, ports_word},
+    http::{REQUEST, Reader},
     reason::{Kind, Reason},
+    service::{Frontend, VipKey},
     session::{Session, SessionKey},
     stash::Slot,
 };
@@ -184,6 +186,21 @@ impl Machine {
         let id = self.actual.backend_id(bound.entry.backend)?;
         let all = self.config.services.iter().flat_map(|one| &one.backends);
         all.filter(|one| one.id == id).map(|one| one.name.clone()).next()
+    }
+
+    /// A VIP's settings, as the program has them.
+    pub(super) fn frontend(&self, vip: SocketAddr, proto: u8) -> Result<Option<Frontend>, Error> {
+        let index = self.dataplane.vips().get(&VipKey::new(vip.ip(), vip.port(), proto))?;
+        Ok(index.map(|index| self.dataplane.frontends().get(index)).transpose()?)
+    }
+
+    /// Looks for the service's cookie in the start of a client's stream; `None` where it has none.
+    pub(super) fn cookie(&self, frontend: &Frontend, stream: &[u8]) -> Result<Option<Reader>, Error> {
+        let Some(index) = frontend.cookie.checked_sub(1) else { return Ok(None) };
+        let table = self.dataplane.cookies().get(index)?;
+        let mut reader = Reader::new(REQUEST);
+        stream.iter().for_each(|byte| reader.step(&table, *byte));
+        Ok(Some(reader))
     }
 
     /// What the mapping table says of an identifier.

@@ -3,12 +3,11 @@
 use std::{
     collections::BTreeMap,
     io::{self, Write},
-    net::SocketAddr,
 };
 
 use dispatcher_common::{
-    reason::Kind,
-    session::{KIND_COOKIE, KIND_TICKET_NAME, SessionKey},
+    reason::{Kind, Reason},
+    session::{KIND_TICKET_NAME, Session, SessionKey},
 };
 use serde::Serialize;
 
@@ -17,18 +16,20 @@ use super::{
     capture::Packet,
     flows::{Flow, Flows, Who},
     frame::{TCP, UDP},
-    hello::{self, Cookie, Hello, hex},
+    hello::{self, Cookie, Hello, Protocol, hex},
+    lookup::Declared,
     machine::Machine,
-    run::{Talk, Why},
+    run::{Talk, Why, binds},
 };
-use crate::{api::to_hex, control::KINDS};
+use crate::{api::to_hex, control::KINDS, counted};
 
 /// A line of `explain --json`. Fields are added, never renamed.
 #[derive(Serialize)]
 pub(super) struct Line {
     flow: String,
     service: Option<String>,
-    secure: bool,
+    protocol: Option<Protocol>,
+    secure: Option<bool>,
     complete: bool,
     tls_version: Option<String>,
     session_id: Option<String>,
@@ -43,6 +44,7 @@ pub(super) struct Line {
     accepted_version: Option<String>,
     resumed: Option<bool>,
     looked_up: Option<Identifier>,
+    tried: Vec<Identifier>,
     learned: Vec<Identifier>,
     verdict: &'static str,
     backend: Option<String>,
@@ -58,7 +60,7 @@ pub(super) struct Line {
 struct Identifier {
     kind: &'static str,
     id: String,
-    /// Whose it is, when all packets have run.
+    /// Whose it is when all packets have run; of one that was tried: whose it was then.
     backends: Vec<String>,
 }
 
@@ -79,12 +81,13 @@ impl Line {
         packets: &[Packet],
         machine: &Machine,
     ) -> Result<Self, Error> {
-        let (client, server) = said(flow, flows, packets);
-        let identifier = |key: &SessionKey| -> Result<Identifier, Error> {
-            let session = machine.session(key)?;
+        let Said { client, server, secure } = Said::new(flow, flows, packets, machine, &talk)?;
+        let known = |key: &SessionKey, session: Option<Session>| {
             let backends = session.map(|session| machine.names(&session)).unwrap_or_default();
-            Ok(Identifier { kind: kind(key.kind), id: to_hex(key.id()), backends })
+            Identifier { kind: kind(key.kind), id: to_hex(key.id()), backends }
         };
+        let identifier =
+            |key: &SessionKey| -> Result<Identifier, Error> { Ok(known(key, machine.session(key)?)) };
         // Where the program has read a key's name, it knows by which format.
         let read = talk.identifier.as_ref().filter(|key| key.kind == KIND_TICKET_NAME);
         let key_name = read.map(|key| to_hex(key.id())).or_else(|| hex(client.key_name.as_ref()));
@@ -97,8 +100,8 @@ impl Line {
         Ok(Self {
             flow: name(&flow.who),
             service: flow.service.and_then(|index| machine.service(index)).map(|one| one.name.clone()),
-            // Declared so by a cookie, if it is not TLS.
-            secure: client.secure || talk.identifier.as_ref().is_some_and(|key| key.kind == KIND_COOKIE),
+            protocol: client.protocol,
+            secure,
             complete: client.complete,
             tls_version: client.tls_version,
             session_id: hex(client.session_id.as_ref()),
@@ -113,6 +116,7 @@ impl Line {
             accepted_version: server.version,
             resumed: server.resumed,
             looked_up: talk.identifier.as_ref().map(identifier).transpose()?,
+            tried: talk.tried.iter().map(|one| known(&one.key, one.session)).collect(),
             learned,
             verdict: why.verdict(),
             backend: talk.backend,
@@ -127,6 +131,41 @@ impl Line {
         })
     }
 
+    /// How the connection is secure, for people.
+    fn secured(&self) -> String {
+        let whole =
+            |what: &str| if self.complete { format!("whole {what}") } else { format!("{what} not whole") };
+        match (self.protocol, self.secure) {
+            (Some(Protocol::Tls), _) => {
+                let offers = self.tls_version.as_deref().unwrap_or("a version that is not known yet");
+                format!("TLS, offers {offers}, {}", whole("hello"))
+            }
+            (Some(Protocol::Quic), _) => {
+                format!("QUIC, version {}", self.quic_version.as_deref().unwrap_or("unknown"))
+            }
+            (Some(Protocol::Http), Some(true)) => {
+                format!("HTTP, declared secure by its session cookie, {}", whole("head"))
+            }
+            (Some(Protocol::Http), Some(false)) => {
+                format!("no: HTTP in clear, {}", whole("head"))
+            }
+            (Some(Protocol::Http), None) => {
+                format!("not known yet: HTTP, {}, and a session cookie may follow", whole("head"))
+            }
+            (None, Some(true)) => "declared so by a session cookie".to_owned(),
+            (None, Some(false)) => "no".to_owned(),
+            (None, None) => "not known: the capture has too little of what the client says".to_owned(),
+        }
+    }
+
+    /// True when identifiers were looked up for a flow and nobody's. (A QUIC client makes up its first ID.)
+    pub(super) fn missed(&self) -> bool {
+        let bound = matches!(self.why, Why::Reason(reason) if binds(reason));
+        let tried = &self.tried;
+        let nobodys = !tried.is_empty() && tried.iter().all(|one| one.backends.is_empty());
+        bound && nobodys && self.protocol != Some(Protocol::Quic)
+    }
+
     /// Nothing to tell in text but that it is not ours.
     fn passes(&self) -> bool {
         matches!(self.why, Why::Reason(reason) if reason.kind() == Kind::Pass)
@@ -134,24 +173,59 @@ impl Line {
 }
 
 /// What client and server of a flow say in clear.
-fn said(flow: &Flow, flows: &Flows, packets: &[Packet]) -> (Hello, hello::Answer) {
-    let Who::Ports { proto, client, server } = flow.who else {
-        return (Hello::default(), hello::Answer::default());
-    };
-    let stream = |from: SocketAddr| flows.stream(flow, packets, from);
-    if proto == UDP {
-        return (hello::of_datagram(&stream(client)), hello::Answer::default());
+#[derive(Default)]
+struct Said {
+    client: Hello,
+    server: hello::Answer,
+    /// Whether it is secure, if that is known.
+    secure: Option<bool>,
+}
+
+impl Said {
+    fn new(
+        flow: &Flow,
+        flows: &Flows,
+        packets: &[Packet],
+        machine: &Machine,
+        talk: &Talk,
+    ) -> Result<Self, Error> {
+        let Who::Ports { proto, client: near, server: vip } = flow.who else {
+            return Ok(Self { secure: Some(false), ..Self::default() });
+        };
+        let stream = flows.stream(flow, packets, near);
+        let client = if proto == UDP { hello::of_datagram(&stream) } else { hello::of_stream(&stream) };
+        let secure = if client.is_encrypted() {
+            Some(true)
+        } else if proto == TCP && stream.is_empty() {
+            None
+        } else {
+            let frontend = flow.service.map(|_| machine.frontend(vip, proto)).transpose()?.flatten();
+            let walked = frontend.map(|frontend| machine.cookie(&frontend, &stream)).transpose()?.flatten();
+            match Declared::by(walked) {
+                Declared::Yes => Some(true),
+                // Where it is bound the program waits no longer.
+                Declared::Open if talk.backend.is_none() => None,
+                Declared::Open | Declared::No => Some(false),
+            }
+        };
+        let server = if client.protocol == Some(Protocol::Tls) {
+            hello::of_server(&flows.stream(flow, packets, vip), &client)
+        } else {
+            hello::Answer::default()
+        };
+        Ok(Self { client, server, secure })
     }
-    let client = hello::of_stream(&stream(client));
-    let server =
-        if client.secure { hello::of_server(&stream(server), &client) } else { hello::Answer::default() };
-    (client, server)
+}
+
+/// `tcp` or `udp`.
+pub(super) fn protocol_name(proto: u8) -> &'static str {
+    if proto == TCP { "tcp" } else { "udp" }
 }
 
 fn name(who: &Who) -> String {
     match who {
         Who::Ports { proto, client, server } => {
-            format!("{client} -> {server}/{}", if *proto == TCP { "tcp" } else { "udp" })
+            format!("{client} -> {server}/{}", protocol_name(*proto))
         }
         Who::Addresses(ends) => {
             let proto = match ends.proto {
@@ -191,7 +265,7 @@ pub(super) fn text(lines: &[Line], packets: bool, out: &mut dyn Write) -> io::Re
             .for_each(|step| *reasons.entry(step.reason).or_default() += 1);
         let reasons: Vec<String> =
             reasons.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
-        writeln!(out, "{} more flows go to the kernel ({})", passing.len(), reasons.join(", "))?;
+        writeln!(out, "to the kernel: {} ({})", counted(passing.len(), "more flow"), reasons.join(", "))?;
     }
     out.flush()
 }
@@ -202,20 +276,14 @@ fn block(line: &Line, packets: bool, out: &mut dyn Write) -> io::Result<()> {
     if let Some(service) = &line.service {
         row("service", service)?;
     }
-    match (&line.tls_version, &line.quic_version, line.secure) {
-        (Some(version), _, _) => {
-            let whole = if line.complete { "whole hello" } else { "hello not whole" };
-            row("secure", &format!("TLS, offers {version}, {whole}"))?;
-        }
-        (None, Some(version), _) => row("secure", &format!("QUIC, version {version}"))?,
-        (None, None, true) => row("secure", "TLS, hello not whole")?,
-        (None, None, false) => row("secure", "no")?,
-    }
+    row("secure", &line.secured())?;
     let some = |value: &Option<String>| value.clone().filter(|text| !text.is_empty());
     let lengths = [("ticket", line.ticket_len), ("PSK identity", line.psk_identity_len)];
     let sealed: Vec<String> = lengths
         .iter()
-        .filter_map(|(name, len)| len.filter(|len| *len > 0).map(|len| format!("{name} of {len} bytes")))
+        .filter_map(|(name, len)| {
+            len.filter(|len| *len > 0).map(|len| format!("{name} of {}", counted(len, "byte")))
+        })
         .collect();
     let rows = [
         ("sni", some(&line.sni)),
@@ -226,7 +294,7 @@ fn block(line: &Line, packets: bool, out: &mut dyn Write) -> io::Result<()> {
         ("dcid", some(&line.dcid)),
         ("scid", some(&line.scid)),
         ("server", line.accepted_version.as_ref().map(|version| accepted(version, line.resumed))),
-        ("looked up", line.looked_up.as_ref().map(Identifier::shown)),
+        ("looked up", (!line.tried.is_empty()).then(|| looked_up(line))),
         (
             "learned",
             (!line.learned.is_empty())
@@ -252,6 +320,17 @@ fn block(line: &Line, packets: bool, out: &mut dyn Write) -> io::Result<()> {
         row("packets", &steps.collect::<Vec<_>>().join(", "))?;
     }
     writeln!(out)
+}
+
+/// What was looked up, in its order: whose each was, and which decided.
+fn looked_up(line: &Line) -> String {
+    let mut all: Vec<String> = line.tried.iter().map(Identifier::shown).collect();
+    let same = |a: &Identifier, b: &Identifier| (a.kind, &a.id) == (b.kind, &b.id);
+    let decided = line.tried.last().zip(line.looked_up.as_ref()).is_some_and(|(last, one)| same(last, one));
+    if let Some(last) = all.last_mut().filter(|_| decided && line.why == Why::Reason(Reason::BoundHit)) {
+        last.push_str(", which decides");
+    }
+    all.join("\n             then ")
 }
 
 fn accepted(version: &str, resumed: Option<bool>) -> String {

@@ -20,6 +20,7 @@ use super::{
     capture::Packet,
     flows::{Flow, Flows, Who},
     frame::{Parsed, Sum, Tcp},
+    lookup::{self, Tried},
     machine::{Bound, Machine, Outcome},
 };
 use crate::config::{Miss, Mode};
@@ -91,7 +92,8 @@ impl Why {
     }
 }
 
-fn binds(reason: Reason) -> bool {
+/// True for a reason with which a flow is bound.
+pub(super) fn binds(reason: Reason) -> bool {
     use Reason::{BoundFresh, BoundHit, BoundL4, BoundMiss, BoundNonsecure};
     [BoundHit, BoundMiss, BoundFresh, BoundNonsecure, BoundL4].contains(&reason)
 }
@@ -103,10 +105,14 @@ pub(super) struct Talk {
     pub(super) results: Vec<(Option<usize>, Why)>,
     /// What to know.
     pub(super) notes: Vec<&'static str>,
-    /// Name of the backend.
+    /// Name of the backend; of a QUIC client that has come to know others on the same port: of the first.
     pub(super) backend: Option<String>,
-    /// The first identifier that was looked up.
+    /// The identifiers that were looked up, in their order.
+    pub(super) tried: Vec<Tried>,
+    /// Of these: the one that decided, else the first that the program had.
     pub(super) identifier: Option<SessionKey>,
+    /// The identifiers in what the client says.
+    offered: Option<Vec<SessionKey>>,
     /// What the server's answer taught.
     pub(super) learned: Vec<SessionKey>,
     stage: Stage,
@@ -253,11 +259,13 @@ impl<'r> Runner<'r> {
         if matches!(self.talks[one.flow].stage, Stage::New) {
             self.end_earlier(&one)?;
         }
+        let before = self.look(&one)?;
         for frame in self.pieces(&one, one.frame.to_vec()) {
             let (why, _) = self.step(one.flow, Some(one.index), &frame)?;
             if let Why::Reason(reason) = why
                 && binds(reason)
             {
+                self.looked_up(&one, &before, reason)?;
                 self.bound(&one)?;
             }
             // A QUIC client uses the ID that its server gave.
@@ -302,14 +310,59 @@ impl<'r> Runner<'r> {
         });
         let mut frame = one.frame.to_vec();
         one.parsed.shift(&mut frame, talk.cookie.0.wrapping_sub(isn), talk.cookie.1.wrapping_sub(clock));
+        let before = self.look(&one)?;
         for frame in self.pieces(&one, frame) {
             let (why, _) = self.step(one.flow, Some(one.index), &frame)?;
             if let Why::Reason(reason) = why
                 && binds(reason)
             {
+                self.looked_up(&one, &before, reason)?;
                 self.bound(&one)?;
             }
         }
+        Ok(())
+    }
+
+    /// The identifiers that will be looked up if this packet binds its flow.
+    fn look(&mut self, one: &One<'_>) -> Result<Vec<Tried>, Error> {
+        let bound = matches!(self.talks[one.flow].stage, Stage::Bound(_));
+        if bound || one.parsed.payload.is_empty() {
+            return Ok(Vec::new());
+        }
+        if self.talks[one.flow].offered.is_none() || one.mode == Mode::L4 {
+            let frontend = self.machine.frontend(one.vip, one.parsed.proto)?;
+            self.talks[one.flow].offered = Some(match frontend {
+                Some(frontend) if one.mode == Mode::Passthrough => {
+                    let stream = self.flows.stream(&self.flows.flows[one.flow], self.packets, one.client);
+                    lookup::of_stream(self.machine, &frontend, one.client.ip(), &stream)?
+                }
+                Some(frontend) => lookup::of_datagram(&frontend, one.parsed.payload(one.frame)),
+                None => Vec::new(),
+            });
+        }
+        let offered = self.talks[one.flow].offered.iter().flatten();
+        offered.map(|key| Ok(Tried { key: *key, session: self.machine.session(key)? })).collect()
+    }
+
+    /// Notes what was looked up for a flow that was bound now: up to the identifier whose entry was used.
+    fn looked_up(&mut self, one: &One<'_>, before: &[Tried], reason: Reason) -> Result<(), Error> {
+        let mut tried = Vec::new();
+        let mut decided = None;
+        for was in before {
+            tried.push(*was);
+            let hits = self.machine.session(&was.key)?.map(|session| session.hits);
+            if reason == Reason::BoundHit && was.session.is_some_and(|was| Some(was.hits) != hits) {
+                decided = Some(was.key);
+                break;
+            }
+        }
+        let talk = &mut self.talks[one.flow];
+        // What bound the flow first is told.
+        if talk.backend.is_some() {
+            return Ok(());
+        }
+        talk.identifier = decided.or_else(|| tried.first().map(|one| one.key));
+        talk.tried = tried;
         Ok(())
     }
 
@@ -348,12 +401,18 @@ impl<'r> Runner<'r> {
     fn bound(&mut self, one: &One<'_>) -> Result<(), Error> {
         let Some(bound) = self.machine.bound(one.client, one.vip, one.parsed.proto)? else { return Ok(()) };
         let talk = &mut self.talks[one.flow];
-        talk.backend = self.machine.backend(&bound);
+        if talk.backend.is_none() {
+            talk.backend = self.machine.backend(&bound);
+        }
         talk.stage = Stage::Bound(Ends::from(&bound));
         if one.mode == Mode::Passthrough && !talk.answered {
             talk.answered = true;
             let slot = self.machine.slot(&bound)?;
-            talk.identifier = (slot.session.len > 0).then_some(slot.session);
+            // What the program noted counts, should it have read less than there is in the capture.
+            if slot.session.len > 0 && !talk.tried.iter().any(|one| one.key == slot.session) {
+                talk.identifier = Some(slot.session);
+                talk.tried = vec![Tried { key: slot.session, session: None }];
+            }
             // A PROXY header takes the numbers before the client's first.
             let header = (ROOM as u32).wrapping_sub(slot.start);
             let ack = slot.isn.wrapping_add(1).wrapping_sub(header);
