@@ -1,6 +1,6 @@
 //! What the control socket says, in JSON. Names of fields are stable: add, never rename.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -217,6 +217,9 @@ pub struct Pin {
     pub backend: String,
     /// Kind of the identifier, as in [`Session::kind`]; `tls-session-id` when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(
+        pattern = "^(tls-session-id|tls-ticket-key|tls-ticket|http-cookie|client-address|quic-cid|quic-server-id)$"
+    )]
     pub kind: Option<String>,
 }
 
@@ -227,6 +230,32 @@ pub struct Reload {
     pub applied: bool,
     /// What is different from the configuration that was in force, a line each.
     pub changes: Vec<String>,
+}
+
+/// What `dispatcherctl config check` says.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Checked {
+    /// The file.
+    pub file: PathBuf,
+    /// It would be put in force.
+    pub good: bool,
+    /// Its services.
+    pub services: usize,
+    /// Their backends.
+    pub backends: usize,
+    /// What is wrong with it.
+    pub error: Option<Mistake>,
+}
+
+/// A mistake in a configuration.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Mistake {
+    /// Line, from 1; null where the file cannot be read.
+    pub line: Option<usize>,
+    /// The key.
+    pub key: Option<String>,
+    /// What is wrong and what to do.
+    pub problem: String,
 }
 
 /// An element of `GET /v1/flows`.

@@ -20,7 +20,6 @@ use dispatcher_common::{
 };
 use rustls::pki_types::ServerName;
 use serde::{Deserialize, Serialize};
-use toml::Spanned;
 
 use crate::{
     api,
@@ -32,10 +31,15 @@ use crate::{
 mod changes;
 mod health;
 mod raw;
+mod schema;
+mod written;
 
+use self::raw::Spanned;
+pub(crate) use self::written::written;
 pub use self::{
     changes::{Changes, changes},
     health::{Health, HttpCheck},
+    schema::schema,
 };
 
 /// Where `dispatcherd` listens for `dispatcherctl`.
@@ -212,6 +216,19 @@ impl Affinity {
     }
 }
 
+/// As in the file.
+impl fmt::Display for Affinity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TlsTicket => f.write_str("tls-ticket"),
+            Self::TlsSessionId => f.write_str("tls-session-id"),
+            Self::HttpCookie(name) => write!(f, "http-cookie:{name}"),
+            Self::ClientAddress => f.write_str("client-address"),
+            Self::QuicCid => f.write_str("quic-cid"),
+        }
+    }
+}
+
 /// How key names of session tickets are found out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tickets {
@@ -341,6 +358,13 @@ impl Config {
             }
             Error::Read { .. } => error,
         })
+    }
+
+    /// What is in it, for those who asked whether it is good.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        let backends: usize = self.services.iter().map(|service| service.backends.len()).sum();
+        format!("{}, {}", counted(self.services.len(), "service"), counted(backends, "backend"))
     }
 
     /// Checks a text. `interfaces` come on top of those in the text.
@@ -519,7 +543,7 @@ impl Text<'_> {
             ("stash_slots", &raw.stash_slots, stash_slots),
         ] {
             if let Some(value) = value {
-                *target = self.number(value, &format!("capacity.{name}"), 1..=1 << 26)?;
+                *target = self.number(value, &format!("capacity.{name}"), CAPACITY)?;
                 spans.insert(name, value.span());
             }
         }
@@ -587,8 +611,8 @@ impl Text<'_> {
             table_size: self.table_size(raw)?,
             session_ttl: self.duration(raw.session_ttl.as_ref(), "service.session_ttl", 3600)?,
             provisional_ttl: self.duration(raw.provisional_ttl.as_ref(), "service.provisional_ttl", 10)?,
-            wscale: number(&raw.wscale, "service.wscale", 7, 0..=14)? as u8,
-            mss: number(&raw.mss, "service.mss", 1460, 536..=1460)? as u16,
+            wscale: number(&raw.wscale, "service.wscale", 7, WSCALE)? as u8,
+            mss: number(&raw.mss, "service.mss", 1460, MSS)? as u16,
             timestamps: raw.timestamps.unwrap_or(true),
             sack: raw.sack.unwrap_or(true),
             tickets: self.tickets(raw, mode, &affinity)?,
@@ -704,10 +728,9 @@ impl Text<'_> {
                 let problem = "there is a [[service.quic_lb]] table, but affinity does not have \"quic-cid\"; add that, or remove the table";
                 return Err(self.error(one.config_id.span(), "service.quic_lb", problem));
             }
-            let highest = i64::from(UNROUTABLE) - 1;
-            let config = self.number(&one.config_id, "service.quic_lb.config_id", 0..=highest)?;
+            let config = self.number(&one.config_id, "service.quic_lb.config_id", CONFIG_ID)?;
             let key = "service.quic_lb.server_id_length";
-            let length = self.number(&one.server_id_length, key, 1..=SERVER_ID_MAX as i64)?;
+            let length = self.number(&one.server_id_length, key, SERVER_ID)?;
             let place = lengths.get_mut(config as usize).filter(|place| **place == 0);
             *place.ok_or_else(|| {
                 let problem = format!("configuration {config} is given twice; remove one");
@@ -847,17 +870,23 @@ impl Text<'_> {
     }
 
     fn table_size(&self, raw: &raw::Service) -> Result<u32, Error> {
-        let Some(size) = &raw.table_size else { return Ok(4093) };
-        let value = self.number(size, "service.table_size", 2..=1 << 24)?;
+        let span = raw.table_size.as_ref().map_or_else(|| raw.name.span(), Spanned::span);
+        let refused = |problem| Err(self.error(span, "service.table_size", problem));
+        let prime = |from: u32| (from..).find(|n| is_prime(*n)).unwrap_or(4093);
+        let value = match &raw.table_size {
+            Some(size) => self.number(size, "service.table_size", TABLE_SIZE)?,
+            None => 4093,
+        };
         if !is_prime(value) {
-            let next = (value..).find(|n| is_prime(*n)).unwrap_or(4093);
-            let problem = format!("{value} is not a prime number; use {next}");
-            return Err(self.error(size.span(), "service.table_size", problem));
+            return refused(format!("{value} is not a prime number; use {}", prime(value)));
         }
-        if (value as usize) < raw.backend.len() {
-            let problem =
-                format!("{value} entries are fewer than the {} backends; use 4093", raw.backend.len());
-            return Err(self.error(size.span(), "service.table_size", problem));
+        let backends = raw.backend.len();
+        if (value as usize) < backends {
+            // So that weights are told apart: a hundred entries a backend, as far as the range goes.
+            let enough = prime((backends * 100).clamp(4093, 1 << 20) as u32);
+            return refused(format!(
+                "{value} entries are fewer than the {backends} backends; set it to {enough}"
+            ));
         }
         Ok(value)
     }
@@ -881,7 +910,7 @@ impl Text<'_> {
             return Err(self.error(raw.address.span(), "service.backend.address", problem));
         }
         let weight = match &raw.weight {
-            Some(weight) => self.number(weight, "service.backend.weight", 0..=65535)?,
+            Some(weight) => self.number(weight, "service.backend.weight", WEIGHT)?,
             None => 1,
         };
         let state = self.choice(raw.state.as_ref(), "service.backend.state", &STATES)?;
@@ -1101,6 +1130,15 @@ impl Text<'_> {
     }
 }
 
+const CAPACITY: RangeInclusive<i64> = 1..=1 << 26;
+const TABLE_SIZE: RangeInclusive<i64> = 2..=1 << 24;
+const WSCALE: RangeInclusive<i64> = 0..=14;
+const MSS: RangeInclusive<i64> = 536..=1460;
+const WEIGHT: RangeInclusive<i64> = 0..=65535;
+/// Checks in a row.
+const TIMES: RangeInclusive<i64> = 1..=100;
+const CONFIG_ID: RangeInclusive<i64> = 0..=UNROUTABLE as i64 - 1;
+const SERVER_ID: RangeInclusive<i64> = 1..=SERVER_ID_MAX as i64;
 const ATTACH: [(&str, AttachMode); 3] =
     [("auto", AttachMode::Auto), ("native", AttachMode::Native), ("generic", AttachMode::Generic)];
 const PROTOCOLS: [(&str, Protocol); 2] = [("tcp", Protocol::Tcp), ("udp", Protocol::Udp)];

@@ -16,8 +16,8 @@ use std::{
 use axum::{
     Json, Router,
     extract::{
-        FromRequest, FromRequestParts, Path as Segment, State,
-        rejection::{JsonRejection, QueryRejection},
+        FromRequest, FromRequestParts, State,
+        rejection::{JsonRejection, PathRejection, QueryRejection},
     },
     http::StatusCode,
     response::{IntoResponse, Response},
@@ -57,6 +57,7 @@ use crate::{
 };
 
 pub(crate) mod metrics;
+mod settings;
 pub(crate) mod trace;
 
 /// What can go wrong with the socket.
@@ -203,7 +204,11 @@ fn router(shared: Arc<Shared>) -> Router {
     resources()
         .split_for_parts()
         .0
-        .fallback(|| async { Failure(StatusCode::NOT_FOUND, "no such resource".to_owned()) })
+        .fallback(|| async { not_found("no such resource") })
+        .method_not_allowed_fallback(|| async {
+            let problem = "not for this resource; the header Allow says what is".to_owned();
+            Failure(StatusCode::METHOD_NOT_ALLOWED, problem)
+        })
         .with_state(shared)
 }
 
@@ -226,6 +231,8 @@ fn resources() -> OpenApiRouter<Arc<Shared>> {
         .routes(routes!(flows))
         .routes(routes!(counters))
         .routes(routes!(reload_now))
+        .routes(routes!(settings::config))
+        .routes(routes!(settings::config_toml))
         .routes(routes!(trace::trace))
         .routes(routes!(metrics::metrics))
         .routes(routes!(description))
@@ -278,6 +285,12 @@ impl From<QueryRejection> for Failure {
     }
 }
 
+impl From<PathRejection> for Failure {
+    fn from(rejection: PathRejection) -> Self {
+        Self(rejection.status(), rejection.body_text())
+    }
+}
+
 impl From<JsonRejection> for Failure {
     fn from(rejection: JsonRejection) -> Self {
         Self(rejection.status(), rejection.body_text())
@@ -288,6 +301,11 @@ impl From<JsonRejection> for Failure {
 #[derive(FromRequestParts)]
 #[from_request(via(axum::extract::Query), rejection(Failure))]
 struct Query<T>(T);
+
+/// What stands in the path, or an answer in JSON like all others.
+#[derive(FromRequestParts)]
+#[from_request(via(axum::extract::Path), rejection(Failure))]
+struct Segment<T>(T);
 
 /// The body, or an answer in JSON like all others.
 #[derive(FromRequest)]
@@ -300,6 +318,11 @@ fn not_found(what: impl Into<String>) -> Failure {
 
 fn bad(what: impl Into<String>) -> Failure {
     Failure(StatusCode::BAD_REQUEST, what.into())
+}
+
+/// A good request that does not go with the configuration.
+fn conflict(what: impl Into<String>) -> Failure {
+    Failure(StatusCode::CONFLICT, what.into())
 }
 
 type Answer<T> = Result<Json<T>, Failure>;
@@ -563,7 +586,8 @@ struct SessionQuery {
     /// Only sessions of backends with this name.
     backend: Option<String>,
     /// Stop after so many.
-    limit: Option<usize>,
+    #[param(format = "uint32", maximum = 4294967295_u32)]
+    limit: Option<u32>,
 }
 
 /// The mapping table
@@ -606,7 +630,7 @@ async fn sessions(
             .filter(|(_, session)| !session.expired(now))
             .map(|(key, session)| shown(&names, &key, &session, now))
             .filter(fits)
-            .take(query.limit.unwrap_or(usize::MAX))
+            .take(query.limit.map_or(usize::MAX, |limit| limit as usize))
             .collect())
     })
     .await
@@ -671,7 +695,7 @@ fn keys(shared: &Shared, id: &str, service: Option<&str>, kinds: &[u8]) -> Resul
 #[utoipa::path(
     get,
     path = "/v1/sessions/{id}",
-    params(("id" = String, Path, description = "The identifier, hexadecimal"), OneQuery),
+    params(("id" = String, Path, description = "The identifier, hexadecimal", pattern = "^([0-9a-fA-F]{2}){1,32}$"), OneQuery),
     responses((status = 200, description = "One for each service and kind that knows it", body = Vec<api::Session>), Failure)
 )]
 async fn session(
@@ -699,7 +723,7 @@ fn looked_for(service: &config::Service, key: &SessionKey) -> Result<(), Failure
     let name = called(key.kind);
     if !kinds.contains(&key.kind) {
         let kinds: Vec<&str> = kinds.iter().map(|kind| called(*kind)).collect();
-        return Err(bad(format!(
+        return Err(conflict(format!(
             "service {} does not look for a {name}, so a pin would do nothing; by its affinity it looks for: {}",
             service.name,
             if kinds.is_empty() { "nothing".to_owned() } else { kinds.join(", ") }
@@ -714,7 +738,7 @@ fn looked_for(service: &config::Service, key: &SessionKey) -> Result<(), Failure
     };
     if !lengths.contains(&key.len) {
         let lengths: Vec<String> = lengths.iter().map(u8::to_string).collect();
-        return Err(bad(format!(
+        return Err(conflict(format!(
             "{} has {} bytes, a {name} has {}; `dispatcherctl sessions list` shows some",
             api::to_hex(key.id()),
             key.len,
@@ -728,7 +752,7 @@ fn looked_for(service: &config::Service, key: &SessionKey) -> Result<(), Failure
 #[utoipa::path(
     put,
     path = "/v1/sessions/{id}",
-    params(("id" = String, Path, description = "The identifier, hexadecimal")),
+    params(("id" = String, Path, description = "The identifier, hexadecimal", pattern = "^([0-9a-fA-F]{2}){1,32}$")),
     request_body = api::Pin,
     responses((status = 200, description = "The session", body = Vec<api::Session>), Failure)
 )]
@@ -764,7 +788,7 @@ async fn pin(
 #[utoipa::path(
     delete,
     path = "/v1/sessions/{id}",
-    params(("id" = String, Path, description = "The identifier, hexadecimal"), OneQuery),
+    params(("id" = String, Path, description = "The identifier, hexadecimal", pattern = "^([0-9a-fA-F]{2}){1,32}$"), OneQuery),
     responses((status = 200, description = "What was removed", body = Vec<api::Session>), Failure)
 )]
 async fn remove(
@@ -862,7 +886,8 @@ fn shown(names: &Names, key: &SessionKey, session: &Session, now: u32) -> api::S
 #[into_params(parameter_in = Query)]
 struct Limit {
     /// Stop after so many.
-    limit: Option<usize>,
+    #[param(format = "uint32", maximum = 4294967295_u32)]
+    limit: Option<u32>,
 }
 
 /// Connections
@@ -881,7 +906,7 @@ async fn flows(State(shared): State<Arc<Shared>>, Query(query): Query<Limit>) ->
             .iter()
             .filter(|(_, flow)| flow.flags & FLAG_TO_BACKEND != 0)
             .map(|(key, flow)| shown_flow(&names, &key, &flow, now))
-            .take(query.limit.unwrap_or(usize::MAX))
+            .take(query.limit.map_or(usize::MAX, |limit| limit as usize))
             .collect())
     })
     .await
@@ -983,6 +1008,20 @@ mod tests {
                 assert_eq!(method == "put", operation["requestBody"].is_object(), "{what}");
             }
         }
+    }
+
+    #[test]
+    fn the_kinds_of_a_pin_are_described() {
+        let document = serde_json::to_value(openapi()).expect("json");
+        let pattern = document.pointer("/components/schemas/Pin/properties/kind/pattern").expect("a pattern");
+        let names = KINDS.map(|(_, name)| name).join("|");
+        let sorted = |text: &str| {
+            let mut names: Vec<String> =
+                text.trim_matches(['^', '(', ')', '$']).split('|').map(str::to_owned).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(sorted(pattern.as_str().expect("a text")), sorted(&names));
     }
 
     #[test]

@@ -22,8 +22,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
 use crate::{
-    api::{self, Problem, Traced},
-    config::{AdminState, DEFAULT_CONTROL},
+    api::{self, Mistake, Problem, Traced},
+    config::{self, AdminState, Config, DEFAULT_CONTROL},
     control, counted, explain,
 };
 
@@ -72,6 +72,11 @@ enum Command {
         /// Only say what would change
         #[arg(long)]
         dry_run: bool,
+    },
+    /// The configuration: check a file, show what is in force, describe the keys
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
     },
     /// What is known of the backends' session tickets: which keys seal them, and who shares them
     Identities,
@@ -126,6 +131,19 @@ enum Command {
     ///   dispatcherctl explain file.pcap --config /etc/dispatcher.toml
     #[command(verbatim_doc_comment)]
     Explain(explain::Options),
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Check a file as the daemon would (needs no daemon and no root); fails where it is not good
+    Check {
+        /// The file (TOML)
+        file: PathBuf,
+    },
+    /// The configuration in force, with all defaults, as a file that loads again
+    Show,
+    /// JSON Schema of the file, for editors (needs no daemon)
+    Schema,
 }
 
 #[derive(Debug, Subcommand)]
@@ -210,7 +228,7 @@ fn backend_name(text: &str) -> Result<(String, String), String> {
 pub enum Exit {
     /// The request was carried out.
     Good = 0,
-    /// The daemon refused it, or a capture cannot be explained, or not to its end.
+    /// The daemon refused it, or a configuration is not good, or a capture cannot be explained, or not to its end.
     Refused = 1,
     /// The command line is wrong (clap's own code).
     Usage = 2,
@@ -252,6 +270,9 @@ pub enum Error {
     /// The daemon says no.
     #[error("{0}")]
     Refused(String),
+    /// A configuration is not good.
+    #[error(transparent)]
+    Config(config::Error),
     /// A capture cannot be explained.
     #[error(transparent)]
     Explain(explain::Error),
@@ -272,7 +293,9 @@ impl Error {
     pub fn exit(&self) -> Exit {
         match self {
             Self::Unreachable { .. } => Exit::Unreachable,
-            Self::Protocol(_) | Self::Refused(_) | Self::Explain(_) | Self::Output(_) => Exit::Refused,
+            Self::Protocol(_) | Self::Refused(_) | Self::Config(_) | Self::Explain(_) | Self::Output(_) => {
+                Exit::Refused
+            }
         }
     }
 }
@@ -341,6 +364,14 @@ async fn answer(
             let answer: api::Reload = ask.post(&path).await?;
             show(out, form, &answer, reloaded)
         }
+        Command::Config { command: ConfigCommand::Check { file } } => check(out, form, file),
+        Command::Config { command: ConfigCommand::Show } if json => {
+            show(out, form, &ask.get::<serde_json::Value>("/v1/config").await?, |_| Table::new())
+        }
+        Command::Config { command: ConfigCommand::Show } => ask.print("/v1/config.toml", out).await,
+        Command::Config { command: ConfigCommand::Schema } => {
+            show(out, Form::Json, &config::schema(), |_| Table::new())
+        }
         Command::Identities => {
             show(out, form, ask.get::<Vec<api::Identity>>("/v1/identities").await?.as_slice(), identities)
         }
@@ -374,11 +405,7 @@ async fn answer(
             )
             .await
         }
-        Command::Metrics => {
-            let text = whole(ask.open(Method::GET, "/metrics", Bytes::new()).await?).await?;
-            out.write_all(&text)?;
-            Ok(out.flush()?)
-        }
+        Command::Metrics => ask.print("/metrics", out).await,
         Command::Openapi => show(out, Form::Json, &control::openapi(), |_| Table::new()),
         Command::Explain(options) => {
             let known = if options.live {
@@ -390,6 +417,33 @@ async fn answer(
             };
             Ok(explain::run(options, known, json, out, hints)?)
         }
+    }
+}
+
+/// Says whether a file is good. One that is not is an error, which with JSON is told there too.
+fn check(out: &mut dyn Write, form: Form, file: &Path) -> Result<(), Error> {
+    let loaded = Config::load(file, &[]);
+    let mistake = |error: &config::Error| match error {
+        config::Error::Read { .. } => Mistake { line: None, key: None, problem: error.to_string() },
+        config::Error::Invalid { line, key, problem, .. } => {
+            Mistake { line: Some(*line), key: Some(key.clone()), problem: problem.clone() }
+        }
+    };
+    let count = |of: fn(&Config) -> usize| loaded.as_ref().map_or(0, of);
+    let checked = api::Checked {
+        file: file.to_owned(),
+        good: loaded.is_ok(),
+        services: count(|config| config.services.len()),
+        backends: count(|config| config.services.iter().map(|service| service.backends.len()).sum()),
+        error: loaded.as_ref().err().map(mistake),
+    };
+    match (form, loaded) {
+        (Form::Json, loaded) => {
+            show(out, form, &checked, |_| Table::new())?;
+            loaded.map(drop).map_err(Error::Config)
+        }
+        (Form::Table(_), Ok(config)) => Ok(writeln!(out, "{}: {}: good", file.display(), config.summary())?),
+        (Form::Table(_), Err(error)) => Err(Error::Config(error)),
     }
 }
 
@@ -469,6 +523,13 @@ impl Client<'_> {
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
         self.request(Method::GET, path, Bytes::new()).await
+    }
+
+    /// Prints an answer that is a text.
+    async fn print(&self, path: &str, out: &mut dyn Write) -> Result<(), Error> {
+        let text = whole(self.open(Method::GET, path, Bytes::new()).await?).await?;
+        out.write_all(&text)?;
+        Ok(out.flush()?)
     }
 
     async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {

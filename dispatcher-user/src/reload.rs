@@ -107,7 +107,7 @@ fn overridden(shared: &Shared, new: &Config) -> Vec<String> {
         for backend in &service.backends {
             if let Some(set) = state.admin.get(&backend.id).filter(|set| **set != backend.state) {
                 lines.push(format!(
-                    "~ backend {}/{}: state: {set:?} (set by dispatcherctl) -> {:?}",
+                    "~ backend {}/{}: state: {set} (set by dispatcherctl) -> {}",
                     service.name, backend.name, backend.state
                 ));
             }

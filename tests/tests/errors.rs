@@ -178,7 +178,7 @@ fn checking_changes_nothing() {
         .dispatcher
         .execute(&program.to_string_lossy(), &["--check", "--config", &file])
         .expect("a good configuration");
-    assert!(said.contains("1 service: good"), "{said}");
+    assert!(said.contains("1 service, 3 backends: good"), "{said}");
     let links = topology.dispatcher.execute("ip", &["-details", "link"]).expect("links");
     assert!(!links.contains("xdp"), "{links}");
 }

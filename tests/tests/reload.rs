@@ -93,7 +93,7 @@ fn sessions_and_connections_outlive_a_reload() {
     let text = scene.text(&[web().weights(&[1, 0, 0]).with("balance = \"weighted-round-robin\"")]);
     scene.daemon.rewrite(&text).expect("written");
     let wanted = [
-        "~ service web: balance: Maglev -> WeightedRoundRobin",
+        "~ service web: balance: maglev -> weighted-round-robin",
         "~ backend web/b2: weight: 1 -> 0",
         "~ backend web/b3: weight: 1 -> 0",
     ];
@@ -158,7 +158,7 @@ fn what_the_operator_set_gives_way_to_the_file() {
     let state = |scene: &Scene| scene.daemon.backends().expect("backends")[0].state.clone();
     assert_eq!(state(&scene), "disabled");
     let dry: api::Reload = scene.daemon.ask(&["reload", "--dry-run"]).expect("told");
-    assert_eq!(dry.changes, ["~ backend web/b1: state: Disabled (set by dispatcherctl) -> Enabled"]);
+    assert_eq!(dry.changes, ["~ backend web/b1: state: disabled (set by dispatcherctl) -> enabled"]);
     scene.daemon.process().signal(libc::SIGHUP);
     let deadline = Instant::now() + Duration::from_secs(5);
     while state(&scene) != "up" {

@@ -27,6 +27,9 @@ pub(crate) const DISTRIBUTION_RUSTC: &str = "/usr/bin/rustc";
 /// The licence checker that `cargo xtask check` offers to install.
 pub(crate) const CARGO_DENY: &str = "0.20.2";
 
+/// Python packages that scenarios call, with their versions.
+pub(crate) const REQUIREMENTS: &str = "tests/requirements.txt";
+
 /// What needs a tool; each includes the ones before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Need {

@@ -15,7 +15,7 @@ use clap::ValueEnum;
 
 use crate::{
     pins::{self, Need, TOOLS, Tool},
-    process::{cargo, find, is_root, output_of, run, shown, try_within},
+    process::{cargo, find, is_root, output_of, root, run, shown, target_dir, try_within},
     toolchain::{self, Candidate, Compiler, Version},
 };
 
@@ -65,6 +65,9 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     if !after.missing.is_empty() {
         bail!("still missing. Install by hand:\n{}", by_hand(&after.missing));
     }
+    if after.packages == Some(false) {
+        bail!("still missing: the Python packages of {}; see above", pins::REQUIREMENTS);
+    }
     Ok(())
 }
 
@@ -85,6 +88,9 @@ pub(crate) fn ensure(need: Need) -> Result<Compiler> {
         let names = after.missing.iter().filter(|tool| needed(tool)).map(|tool| tool.program);
         names.collect::<Vec<_>>().join(", ")
     };
+    if after.packages == Some(false) {
+        eprintln!("xtask: going on without the Python packages of {}", pins::REQUIREMENTS);
+    }
     let (required, optional) =
         (missing(|tool| tool.need < Need::Test), missing(|tool| tool.need == Need::Test));
     if !required.is_empty() {
@@ -108,11 +114,16 @@ struct Found {
     linker: Result<Version, String>,
     tools: Vec<(&'static Tool, PathBuf)>,
     missing: Vec<&'static Tool>,
+    /// Whether Python's packages are there, where they are needed.
+    packages: Option<bool>,
 }
 
 impl Found {
     fn complete(&self) -> bool {
-        self.compiler.is_ok() && self.linker.is_ok() && self.missing.is_empty()
+        self.compiler.is_ok()
+            && self.linker.is_ok()
+            && self.missing.is_empty()
+            && self.packages != Some(false)
     }
 
     fn print(&self, need: Need) {
@@ -135,6 +146,14 @@ impl Found {
                 None => item(false, tool.program, &format!("for {} (package {})", tool.why, tool.debian)),
             }
         }
+        if let Some(there) = self.packages {
+            let text = if there {
+                python().display().to_string()
+            } else {
+                format!("fuzz the control API ({})", pins::REQUIREMENTS)
+            };
+            item(there, "Python packages", &text);
+        }
     }
 }
 
@@ -143,8 +162,14 @@ fn item(present: bool, name: &str, text: &str) {
 }
 
 fn look(need: Need) -> Found {
-    let mut found =
-        Found { compiler: toolchain::detect(), linker: linker(), tools: Vec::new(), missing: Vec::new() };
+    let packages = (need >= Need::Test).then(packages_are_there);
+    let mut found = Found {
+        compiler: toolchain::detect(),
+        linker: linker(),
+        tools: Vec::new(),
+        missing: Vec::new(),
+        packages,
+    };
     for tool in TOOLS.iter().filter(|tool| tool.need <= need) {
         match find(tool.program) {
             Some(path) => found.tools.push((tool, path)),
@@ -183,7 +208,43 @@ fn install(found: Found) -> Result<Compiler> {
         }
     }
     install_tools(&found.missing);
+    if found.packages == Some(false)
+        && let Err(error) = install_packages()
+    {
+        println!("          {error:#}");
+    }
     Ok(compiler)
+}
+
+/// Python's packages have a folder of their own, so that the system's stay as they are.
+fn python() -> PathBuf {
+    target_dir().join("python")
+}
+
+/// The list of what is installed lies beside it.
+fn packages_are_there() -> bool {
+    let wanted = fs::read(root().join(pins::REQUIREMENTS));
+    wanted.is_ok_and(|wanted| fs::read(python().join("requirements.txt")).is_ok_and(|have| have == wanted))
+}
+
+fn install_packages() -> Result<()> {
+    let (folder, wanted) = (python(), root().join(pins::REQUIREMENTS));
+    println!("install   Python packages of {} into {}", pins::REQUIREMENTS, folder.display());
+    let make = || {
+        let mut command = Command::new("python3");
+        command.args(["-m", "venv", "--clear"]).arg(&folder);
+        try_within(&mut command, Duration::from_secs(120))
+    };
+    // Debian has a package of its own for it.
+    if make().is_err() {
+        apt_install(&["python3-venv"])?;
+        make()?;
+    }
+    let mut command = Command::new(folder.join("bin/pip"));
+    command.args(["install", "--quiet", "--disable-pip-version-check", "--requirement"]).arg(&wanted);
+    try_within(&mut command, Duration::from_secs(300))?;
+    fs::copy(&wanted, folder.join("requirements.txt"))?;
+    Ok(())
 }
 
 fn install_compiler() -> Result<Compiler> {

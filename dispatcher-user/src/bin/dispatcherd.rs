@@ -93,7 +93,7 @@ fn run(args: Args) -> Result<()> {
         }
     };
     if args.check {
-        println!("{}: good", dispatcher_user::counted(config.services.len(), "service"));
+        println!("{}: good", config.summary());
         return Ok(());
     }
     let options = Options { keep_privileges: args.keep_privileges, source };

@@ -1,8 +1,10 @@
-//! What is different between two configurations, in words.
+//! What is different between two configurations, in the words of the file.
 
-use std::fmt::{Debug, Write as _};
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Backend, Config, Service};
+use serde_json::Value;
+
+use super::{Config, written};
 use crate::counted;
 
 /// The differences.
@@ -14,116 +16,81 @@ pub struct Changes {
     pub restart: Vec<String>,
 }
 
-/// From one configuration to another.
+/// From one configuration to another. Both are compared as they are written, with all defaults.
 #[must_use]
 pub fn changes(old: &Config, new: &Config) -> Changes {
+    let value = |config| serde_json::to_value(written(config)).unwrap_or_default();
+    let (old, new) = (value(old), value(new));
     let mut changes = Changes::default();
-    // Named one by one, so that a new field is not forgotten.
-    let Config { control: _, control_group: _, metrics: _, interfaces: _, capacities: _, services: _ } = new;
-    let restart = &mut changes.restart;
-    differ(restart, "control", &old.control, &new.control);
-    differ(restart, "control_group", &old.control_group, &new.control_group);
-    differ(restart, "metrics", &old.metrics, &new.metrics);
-    differ(restart, "capacity", &old.capacities, &new.capacities);
+    settings("", &old, &new, &["interface", "service"], &mut changes.restart);
     let lines = &mut changes.lines;
-    pairs(
-        lines,
-        (&old.interfaces, &new.interfaces),
-        |one| one.name.clone(),
-        |one| format!("interface {}", one.name),
-        |before, after, lines| {
-            differ(lines, &format!("interface {}: attach", after.name), &before.attach, &after.attach);
-        },
-    );
-    pairs(
-        lines,
-        (&old.services, &new.services),
-        |one| one.name.clone(),
-        |one| format!("service {} ({})", one.name, counted(one.backends.len(), "backend")),
-        service,
-    );
+    named("interface", "", &old["interface"], &new["interface"], lines, |what, old, new, lines| {
+        settings(&format!("{what}: "), old, new, &[], lines);
+    });
+    named("service", "", &old["service"], &new["service"], lines, |what, old, new, lines| {
+        settings(&format!("{what}: "), old, new, &["backend"], lines);
+        let name = new["name"].as_str().unwrap_or_default();
+        let above = format!("{name}/");
+        named("backend", &above, &old["backend"], &new["backend"], lines, |what, old, new, lines| {
+            settings(&format!("{what}: "), old, new, &[], lines);
+        });
+    });
     changes
 }
 
-/// Elements that come, go and stay, by their names.
-fn pairs<T>(
+/// Tables that come, go and stay, by their names.
+fn named(
+    kind: &str,
+    above: &str,
+    old: &Value,
+    new: &Value,
     lines: &mut Vec<String>,
-    (old, new): (&[T], &[T]),
-    key: impl Fn(&T) -> String,
-    shown: impl Fn(&T) -> String,
-    mut both: impl FnMut(&T, &T, &mut Vec<String>),
+    both: impl Fn(&str, &Value, &Value, &mut Vec<String>),
 ) {
-    for before in old {
-        if !new.iter().any(|after| key(after) == key(before)) {
-            lines.push(format!("- {}", shown(before)));
-        }
-    }
-    for after in new {
-        match old.iter().find(|before| key(before) == key(after)) {
-            None => lines.push(format!("+ {}", shown(after))),
-            Some(before) => both(before, after, lines),
-        }
-    }
-}
-
-fn differ<T: PartialEq + Debug>(lines: &mut Vec<String>, what: &str, before: &T, after: &T) {
-    if before != after {
-        let mut line = format!("~ {what}: ");
-        // Writing to a string cannot fail.
-        let _ = write!(line, "{before:?} -> {after:?}");
-        lines.push(line);
-    }
-}
-
-macro_rules! fields {
-    ($lines:ident, $what:expr, $before:ident, $after:ident: $($field:ident)+) => {
-        $(differ($lines, &format!("{} {}", $what, stringify!($field)), &$before.$field, &$after.$field);)+
+    let tables = |list| Value::as_array(list).into_iter().flatten();
+    let name = |table: &Value| format!("{kind} {above}{}", table["name"].as_str().unwrap_or_default());
+    let inside = |table: &Value| match table["backend"].as_array() {
+        Some(backends) => format!(" ({})", counted(backends.len(), "backend")),
+        None => String::new(),
     };
+    let before: BTreeMap<String, &Value> = tables(old).map(|table| (name(table), table)).collect();
+    let after: BTreeSet<String> = tables(new).map(name).collect();
+    for table in tables(old).filter(|table| !after.contains(&name(table))) {
+        lines.push(format!("- {}{}", name(table), inside(table)));
+    }
+    for table in tables(new) {
+        match before.get(&name(table)) {
+            None => lines.push(format!("+ {}{}", name(table), inside(table))),
+            Some(old) => both(&name(table), old, table, lines),
+        }
+    }
 }
 
-fn service(before: &Service, after: &Service, lines: &mut Vec<String>) {
-    let Service {
-        name,
-        id: _,
-        vips: _,
-        protocol: _,
-        mode: _,
-        miss: _,
-        source: _,
-        proxy_protocol: _,
-        balance: _,
-        table_size: _,
-        session_ttl: _,
-        provisional_ttl: _,
-        wscale: _,
-        mss: _,
-        timestamps: _,
-        sack: _,
-        affinity: _,
-        tickets: _,
-        ticket: _,
-        health: _,
-        slow_start: _,
-        quic_lb: _,
-        backends: _,
-    } = after;
-    let what = format!("service {name}:");
-    fields!(lines, what, before, after: vips protocol mode miss source proxy_protocol balance table_size
-        session_ttl provisional_ttl wscale mss timestamps sack affinity tickets ticket health slow_start
-        quic_lb);
-    pairs(
-        lines,
-        (&before.backends, &after.backends),
-        |one| one.name.clone(),
-        |one| format!("backend {name}/{}", one.name),
-        |before, after, lines| backend(name, before, after, lines),
-    );
+/// Values that differ, a line each.
+fn settings(what: &str, old: &Value, new: &Value, but: &[&str], lines: &mut Vec<String>) {
+    let keys = |table| Value::as_object(table).into_iter().flat_map(|table| table.keys());
+    for key in keys(old).chain(keys(new)).collect::<BTreeSet<_>>() {
+        let (old, new) = (&old[key], &new[key]);
+        if old.is_object() && new.is_object() {
+            settings(&format!("{what}{key}."), old, new, &[], lines);
+        } else if old != new && !but.contains(&key.as_str()) {
+            lines.push(format!("~ {what}{key}: {} -> {}", shown(old), shown(new)));
+        }
+    }
 }
 
-fn backend(service: &str, before: &Backend, after: &Backend, lines: &mut Vec<String>) {
-    let Backend { name, id: _, v4: _, v6: _, weight: _, state: _, quic_server_ids: _ } = after;
-    let what = format!("backend {service}/{name}:");
-    fields!(lines, what, before, after: v4 v6 weight state quic_server_ids);
+fn shown(value: &Value) -> String {
+    match value {
+        Value::Null => "none".to_owned(),
+        Value::String(text) => text.clone(),
+        Value::Bool(_) | Value::Number(_) => value.to_string(),
+        Value::Array(list) => format!("[{}]", list.iter().map(shown).collect::<Vec<_>>().join(", ")),
+        Value::Object(table) => {
+            let pairs: Vec<String> =
+                table.iter().map(|(key, value)| format!("{key} = {}", shown(value))).collect();
+            format!("{{ {} }}", pairs.join(", "))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -156,7 +123,7 @@ mod tests {
             [
                 "- interface eth0",
                 "+ interface eth1",
-                "~ service web: balance: Maglev -> WeightedRoundRobin",
+                "~ service web: balance: maglev -> weighted-round-robin",
                 "- backend web/b",
                 "~ backend web/a: weight: 1 -> 3",
                 "+ backend web/c",
@@ -168,15 +135,24 @@ mod tests {
 
     #[test]
     fn settings_of_a_service() {
-        let lines = "slow_start = \"30s\"\nhealth = { check = \"tcp\" }";
-        let found = of(&TEXT.replace("name = \"web\"", &format!("name = \"web\"\n{lines}")));
-        assert_eq!(found.lines.len(), 2, "{found:?}");
-        assert!(
-            found.lines[0].starts_with("~ service web: health: None -> Some(Health { interval: 5"),
-            "{found:?}"
+        let with = |lines: &str| TEXT.replace("name = \"web\"", &format!("name = \"web\"\n{lines}"));
+        let found = of(&with("slow_start = \"30s\"\nhealth = { check = \"tcp\" }"));
+        assert_eq!(
+            found.lines,
+            [
+                "~ service web: health: none -> { check = tcp, fall = 3, interval = 5s, rise = 2, timeout = 2s }",
+                "~ service web: slow_start: none -> 30s",
+            ]
         );
-        assert_eq!(found.lines[1], "~ service web: slow_start: 0 -> 30");
         assert_eq!(found.restart, [""; 0]);
+        let parse = |text: &str| Config::parse(text, &[]).expect("good");
+        let health = |lines: &str| parse(&with(&format!("health = {{ check = \"tcp\", {lines} }}")));
+        assert_eq!(
+            changes(&health("rise = 1"), &health("interval = \"90s\"")).lines,
+            ["~ service web: health.interval: 5s -> 1m30s", "~ service web: health.rise: 1 -> 2"]
+        );
+        let found = of(&TEXT.replace("\"192.0.2.1:443\"", "[\"192.0.2.1:443\", \"192.0.2.2:443\"]"));
+        assert_eq!(found.lines, ["~ service web: vip: 192.0.2.1:443 -> [192.0.2.1:443, 192.0.2.2:443]"]);
     }
 
     #[test]
@@ -184,7 +160,7 @@ mod tests {
         let text = TEXT.replace("[[service]]", "[capacity]\nflows = 1024\n[[service]]");
         let found = of(&text);
         assert_eq!((found.lines.len(), found.restart.len()), (0, 1));
-        assert!(found.restart[0].starts_with("~ capacity: Capacities { flows: 262144"), "{found:?}");
+        assert_eq!(found.restart, ["~ capacity.flows: 262144 -> 1024"]);
         for line in ["control = \"/run/x\"", "control_group = \"adm\"", "metrics = \"127.0.0.1:9100\""] {
             let found = of(&format!("{line}\n{TEXT}"));
             assert_eq!((found.lines.len(), found.restart.len()), (0, 1), "{line}");

@@ -4,9 +4,8 @@ use std::ops::RangeInclusive;
 
 use hyper::{header::HeaderValue, http::uri::PathAndQuery};
 use rustls::pki_types::ServerName;
-use toml::Spanned;
 
-use super::{Error, Text, raw};
+use super::{Error, Spanned, TIMES, Text, raw};
 
 /// How the addresses of a service's backends are checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +38,7 @@ pub struct HttpCheck {
 }
 
 /// Whether a check has a handshake, and whether it has a request.
-const CHECKS: [(&str, (bool, bool)); 4] =
+pub(super) const CHECKS: [(&str, (bool, bool)); 4] =
     [("tcp", (false, false)), ("tls", (true, false)), ("http", (false, true)), ("https", (true, true))];
 
 impl Text<'_> {
@@ -77,7 +76,7 @@ impl Text<'_> {
             return Err(self.error(name.span(), "service.health.server_name", problem));
         }
         let times = |value: &raw::Number, key: &str, default| match value {
-            Some(value) => self.number(value, key, 1..=100),
+            Some(value) => self.number(value, key, TIMES),
             None => Ok(default),
         };
         Ok(Some(Health {

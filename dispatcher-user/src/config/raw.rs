@@ -1,12 +1,61 @@
-//! The file as it is written, before anything is checked.
+//! The file as it is written, before anything is checked. The same types write it again
+//! (`written.rs`) and describe it (`schema.rs`, where the comments here are the descriptions).
 
-use serde::Deserialize;
-use toml::Spanned;
+use std::borrow::Cow;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    ATTACH, CAPACITY, CONFIG_ID, KEY_NAMES, MISSES, MODES, MSS, PROTOCOLS, PROXY, SERVER_ID, SOURCES, STATES,
+    TABLE_SIZE, TIMES, WEIGHT, WSCALE,
+    health::CHECKS,
+    schema::{duration, hexadecimal, name, one_of, within},
+};
+use crate::balancer::Balance;
+
+/// A value and where it stands in the file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(transparent)]
+pub(crate) struct Spanned<T>(toml::Spanned<T>);
+
+impl<T> Spanned<T> {
+    pub(super) fn span(&self) -> std::ops::Range<usize> {
+        self.0.span()
+    }
+
+    pub(super) fn get_ref(&self) -> &T {
+        self.0.get_ref()
+    }
+}
+
+/// A value that comes from no file.
+impl<T> From<T> for Spanned<T> {
+    fn from(value: T) -> Self {
+        Self(toml::Spanned::new(0..0, value))
+    }
+}
+
+/// Where it stands is no part of its form.
+impl<T: JsonSchema> JsonSchema for Spanned<T> {
+    fn inline_schema() -> bool {
+        T::inline_schema()
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        T::schema_name()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        T::json_schema(generator)
+    }
+}
 
 /// One value or a list of them.
-#[derive(Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "expected a string or a list of strings")]
-pub(super) enum OneOrMany {
+#[schemars(inline)]
+pub(crate) enum OneOrMany {
     One(String),
     Many(Vec<String>),
 }
@@ -23,110 +72,272 @@ impl OneOrMany {
 pub(super) type Text = Option<Spanned<String>>;
 pub(super) type Number = Option<Spanned<i64>>;
 
-#[derive(Deserialize)]
+/// Configuration of dispatcherd.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct File {
+#[schemars(title = "dispatcher.toml")]
+pub(crate) struct File {
+    /// Path of the socket on which dispatcherctl finds the daemon.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) control: Text,
+    /// Group that may use this socket besides root.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) control_group: Text,
+    /// Address and port on which GET /metrics is served over TCP, such as "127.0.0.1:9100".
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) metrics: Text,
+    /// Metrics may be served on another address than loopback.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) metrics_public: Option<bool>,
-    #[serde(default)]
+    /// Names of interfaces of clients and backends.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) interfaces: Vec<Spanned<String>>,
+    /// How to attach to those that do not say it themselves: "native" in the driver, "generic" in the network
+    /// stack, "auto": native where the driver can.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = one_of(&ATTACH))]
     pub(super) attach: Text,
-    #[serde(default)]
+    /// Interfaces with settings of their own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) interface: Vec<Interface>,
+    /// Sizes of the tables.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) capacity: Option<Capacity>,
-    #[serde(default)]
+    /// Services.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) service: Vec<Service>,
 }
 
-#[derive(Deserialize)]
+/// An interface of clients, of backends, or of both.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Interface {
+pub(crate) struct Interface {
+    /// Name, as `ip link` lists it.
     pub(super) name: Spanned<String>,
+    /// How to attach to it, instead of the common `attach`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = one_of(&ATTACH))]
     pub(super) attach: Text,
 }
 
-#[derive(Deserialize, Default)]
+/// Sizes of the tables. All memory is taken at start.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Capacity {
+pub(crate) struct Capacity {
+    /// Two for each connection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(CAPACITY))]
     pub(super) flows: Number,
+    /// Sessions that servers, probes or the operator vouch for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(CAPACITY))]
     pub(super) sessions: Number,
+    /// Sessions that only clients stand for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(CAPACITY))]
     pub(super) provisional: Number,
+    /// VIPs of all services.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(CAPACITY))]
     pub(super) frontends: Number,
+    /// Backends of all services.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(CAPACITY))]
     pub(super) backends: Number,
+    /// Twice table_size for each VIP.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(CAPACITY))]
     pub(super) lb_table: Number,
+    /// source_addresses of all services.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(CAPACITY))]
     pub(super) sources: Number,
+    /// Different names of cookies in all services.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(CAPACITY))]
     pub(super) cookies: Number,
+    /// Connections that wait for a backend at the same time; a power of two.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(CAPACITY))]
     pub(super) stash_slots: Number,
 }
 
-#[derive(Deserialize)]
+/// A service: one or more VIPs and the backends behind them.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Service {
+pub(crate) struct Service {
+    /// Name; sessions are kept under it.
+    #[schemars(transform = name)]
     pub(super) name: Spanned<String>,
+    /// Addresses and ports that clients connect to, such as "192.0.2.10:443".
     pub(super) vip: Spanned<OneOrMany>,
+    /// "udp" goes with mode = "l4" only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = one_of(&PROTOCOLS))]
     pub(super) protocol: Text,
+    /// When a connection is bound: "passthrough" by its first data, so that TLS sessions stay on their
+    /// backend; "l4" by its first packet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = one_of(&MODES))]
     pub(super) mode: Text,
+    /// Who picks a backend for an unknown session: the data path by its "table", or the "daemon".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = one_of(&MISSES))]
     pub(super) miss: Text,
+    /// Whose address backends see: the "client"'s, or one of source_addresses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = one_of(&SOURCES))]
     pub(super) source: Text,
+    /// Addresses to take with source = "dispatcher".
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) source_addresses: Option<Spanned<OneOrMany>>,
+    /// Ports to take with source = "dispatcher": "1024-65535".
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) source_ports: Text,
+    /// "v2" tells backends the client's address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = one_of(&PROXY))]
     pub(super) proxy_protocol: Text,
+    /// Load-balancing algorithm.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = one_of(&Balance::NAMES))]
     pub(super) balance: Text,
+    /// Entries of the load-balancing table of each VIP: a prime, about 100 times the number of backends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(TABLE_SIZE))]
     pub(super) table_size: Number,
+    /// Life of a confirmed session without use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = duration)]
     pub(super) session_ttl: Text,
+    /// Life of a session that no server has confirmed yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = duration)]
     pub(super) provisional_ttl: Text,
+    /// Window scale told to clients: no more than that of the backends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(WSCALE))]
     pub(super) wscale: Number,
+    /// Largest MSS told to clients.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(MSS))]
     pub(super) mss: Number,
+    /// Agree to timestamps with clients.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) timestamps: Option<bool>,
+    /// Agree to SACK with clients.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) sack: Option<bool>,
+    /// What a connection is known by, in the order in which it is looked up: "tls-ticket", "tls-session-id",
+    /// "http-cookie:NAME", "client-address"; "quic-cid" of a udp service.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) affinity: Option<Spanned<OneOrMany>>,
-    pub(super) tickets: Option<Tickets>,
-    pub(super) health: Option<Health>,
+    /// Time in which the weight of a backend that begins to take connections grows from a tenth to all of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = duration)]
     pub(super) slow_start: Text,
-    #[serde(default)]
+    /// How it is found out which ticket keys belong to which backend.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) tickets: Option<Tickets>,
+    /// Checks of each address of each backend.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) health: Option<Health>,
+    /// Connection IDs that name their server, in clear (draft-ietf-quic-load-balancers-21).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) quic_lb: Vec<QuicLb>,
-    #[serde(default)]
+    /// Servers; one at least.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) backend: Vec<Backend>,
 }
 
-#[derive(Deserialize)]
+/// How it is found out which ticket keys belong to which backend.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Tickets {
+pub(crate) struct Tickets {
+    /// Ask backends for tickets.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) discovery: Option<bool>,
+    /// Where tickets name their key: at their start, with so many bytes, or nowhere; "auto": found out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = one_of(&KEY_NAMES))]
     pub(super) key_name: Text,
+    /// Names to ask for by SNI; without one, no name is sent.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) server_names: Option<Spanned<OneOrMany>>,
+    /// Time between two looks at a backend.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = duration)]
     pub(super) interval: Text,
 }
 
-#[derive(Deserialize)]
+/// Checks, over TCP, of each address of each backend.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Health {
+pub(crate) struct Health {
+    /// "tcp": it accepts a connection. "tls": a handshake. "http", "https": a request.
+    #[schemars(transform = one_of(&CHECKS))]
     pub(super) check: Spanned<String>,
+    /// Time between two checks of an address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = duration)]
     pub(super) interval: Text,
+    /// Time that a whole check may take.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = duration)]
     pub(super) timeout: Text,
+    /// Good checks in a row that bring an address back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(TIMES))]
     pub(super) rise: Number,
+    /// Failed checks in a row that take it out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(TIMES))]
     pub(super) fall: Number,
+    /// Name to ask for by SNI; without one, no name is sent.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) server_name: Text,
+    /// What is asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) path: Text,
+    /// The Host header; without it server_name, or the address.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) host: Text,
+    /// Status codes of good answers: "200-399", or a list of such.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) expect: Option<Spanned<OneOrMany>>,
 }
 
-#[derive(Deserialize)]
+/// Connection IDs of one configuration.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct QuicLb {
+pub(crate) struct QuicLb {
+    /// The upper three bits of the connection ID.
+    #[schemars(transform = within(CONFIG_ID))]
     pub(super) config_id: Spanned<i64>,
+    /// Bytes of the server ID.
+    #[schemars(transform = within(SERVER_ID))]
     pub(super) server_id_length: Spanned<i64>,
 }
 
-#[derive(Deserialize)]
+/// A server of the service.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Backend {
+pub(crate) struct Backend {
+    /// Name, one a service.
+    #[schemars(transform = name)]
     pub(super) name: Spanned<String>,
+    /// Address and port, at most one of each family.
     pub(super) address: Spanned<OneOrMany>,
+    /// Its part of new connections; 0: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(WEIGHT))]
     pub(super) weight: Number,
+    /// "drain": keeps its sessions, gets no new ones. "disabled": gets nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = one_of(&STATES))]
     pub(super) state: Text,
+    /// Its server IDs in connection IDs, hexadecimal; a list for configurations of different lengths.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = hexadecimal)]
     pub(super) quic_server_id: Option<Spanned<OneOrMany>>,
 }

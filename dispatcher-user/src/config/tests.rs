@@ -593,16 +593,212 @@ fn checks_are_as_told_or_as_usual() {
     assert_eq!(told.health, Some(expected));
 }
 
+/// The files of docs/config, by name.
+fn examples() -> Vec<(String, String)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/config");
+    let paths = std::fs::read_dir(folder).expect("docs/config").map(|entry| entry.expect("an entry").path());
+    let files = paths.filter(|path| path.extension().is_some_and(|extension| extension == "toml"));
+    let read = |path: PathBuf| {
+        let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+        (name, std::fs::read_to_string(path).expect("a text"))
+    };
+    files.map(read).collect()
+}
+
+fn parse(name: &str, text: &str) -> Config {
+    Config::parse(text, &[]).unwrap_or_else(|error| panic!("{name}: {error}\n{text}"))
+}
+
 #[test]
 fn the_example_files_are_valid() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/config");
-    let mut count = 0;
-    for entry in std::fs::read_dir(folder).expect("docs/config") {
-        let path = entry.expect("an entry").path();
-        if path.extension().is_some_and(|extension| extension == "toml") {
-            Config::load(&path, &[]).unwrap_or_else(|error| panic!("{error}"));
-            count += 1;
+    let names: BTreeSet<String> =
+        examples().into_iter().map(|(name, text)| (parse(&name, &text), name).1).collect();
+    let wanted = ["cookie", "full", "l4", "minimal", "quic", "tickets"].map(|name| format!("{name}.toml"));
+    assert_eq!(names, BTreeSet::from(wanted));
+}
+
+/// Services of all kinds.
+const MANY: &str = r#"
+control = "/run/x/y.sock"
+control_group = "adm"
+metrics = "192.0.2.7:9100"
+metrics_public = true
+interfaces = ["eth0"]
+[[service]]
+name = "pool"
+vip = ["192.0.2.10:443", "[2001:db8::10]:443"]
+source = "dispatcher"
+source_addresses = ["10.0.0.254", "fd00::fe"]
+source_ports = "2000-2999"
+proxy_protocol = "v2"
+miss = "daemon"
+balance = "power-of-two-choices"
+affinity = ["http-cookie:ID", "client-address"]
+slow_start = "1h1s"
+session_ttl = "1d2h3m4s"
+sack = false
+backend = [{ name = "a", address = ["10.0.0.1:443", "[fd00::1]:443"], weight = 0, state = "drain" }, { name = "b", address = ["10.0.0.2:443", "[fd00::2]:443"] }]
+[[service]]
+name = "blind"
+vip = "192.0.2.11:443"
+affinity = []
+health = { check = "https", server_name = "a.test", host = "b.test", path = "/x", expect = ["200", "300-302"] }
+backend = [{ name = "a", address = "10.0.0.1:443" }]
+[[service]]
+name = "named"
+vip = "192.0.2.12:443"
+tickets = { key_name = "none" }
+health = { check = "tls" }
+backend = [{ name = "a", address = "10.0.0.1:443" }]
+[[service]]
+name = "asked"
+vip = "192.0.2.13:443"
+affinity = "tls-ticket"
+tickets = { key_name = "4-bytes", server_names = ["a.test", "b.test"], interval = "1m" }
+backend = [{ name = "a", address = "10.0.0.1:443" }]
+[[service]]
+name = "quic"
+vip = "192.0.2.13:443"
+protocol = "udp"
+mode = "l4"
+affinity = "quic-cid"
+quic_lb = [{ config_id = 6, server_id_length = 15 }, { config_id = 0, server_id_length = 1 }]
+backend = [{ name = "a", address = "10.0.0.1:443", quic_server_id = ["0a", "000102030405060708090a0b0c0d0e"] }]
+[[service]]
+name = "l4"
+vip = "192.0.2.14:443"
+mode = "l4"
+backend = [{ name = "a", address = "10.0.0.1:443" }]
+"#;
+
+/// The schema, and a file against it.
+fn fits(text: &str) -> Result<(), String> {
+    let validator = jsonschema::validator_for(&schema()).expect("a schema");
+    let value: serde_json::Value = toml::from_str(text).map_err(|error| error.to_string())?;
+    validator.validate(&value).map_err(|error| format!("{}: {error}", error.instance_path()))
+}
+
+#[test]
+fn what_is_written_is_read_again() {
+    let mut texts = examples();
+    texts.push(("many".into(), MANY.into()));
+    for (name, text) in texts {
+        let config = parse(&name, &text);
+        let again = toml::to_string_pretty(&written(&config)).expect("a text");
+        assert_eq!(parse(&name, &again), config, "{name}\n{again}");
+        fits(&again).unwrap_or_else(|error| panic!("{name}: {error}\n{again}"));
+    }
+    let none = toml::to_string_pretty(&written(&Config::default())).expect("a text");
+    assert_eq!(
+        Config::parse(&none, &[Interface { name: "lo".into(), attach: AttachMode::Auto }])
+            .expect("good")
+            .services,
+        []
+    );
+}
+
+#[test]
+fn the_schema_is_up_to_date_and_fits_the_examples() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/config/schema.json");
+    let kept: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(path).expect("a text")).expect("json");
+    assert_eq!(kept, schema(), "write it anew: dispatcherctl config schema > docs/config/schema.json");
+    jsonschema::meta::validate(&kept).expect("a schema");
+    for (name, text) in examples() {
+        fits(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+}
+
+#[test]
+fn the_schema_tells_mistakes_and_defaults() {
+    fits(GOOD).expect("good");
+    for (from, to) in [
+        ("name = \"web\"", "name = \"web\"\ncolour = \"red\""),
+        ("name = \"web\"", "name = \"we b\""),
+        ("name = \"web\"", ""),
+        ("name = \"web\"", "name = \"web\"\nbalance = \"dice\""),
+        ("name = \"web\"", "name = \"web\"\nwscale = 15"),
+        ("name = \"web\"", "name = \"web\"\nsack = \"yes\""),
+        ("name = \"web\"", "name = \"web\"\nsession_ttl = \"10\""),
+        ("name = \"web\"", "name = \"web\"\nhealth = { check = \"ping\" }"),
+        ("weight = 3", "weight = -1"),
+        ("state = \"drain\"", "state = \"off\""),
+        ("state = \"drain\"", "quic_server_id = [\"0a0\"]"),
+    ] {
+        let text = GOOD.replacen(from, to, 1);
+        let (fits, read) = (fits(&text), Config::parse(&text, &[]));
+        // A list of several forms is refused by the reader alone.
+        assert!(fits.is_err() || to.contains('['), "{to}");
+        assert!(read.is_err(), "{to}");
+    }
+    let schema = schema();
+    for (place, expected) in [
+        ("/properties/control/default", serde_json::json!(DEFAULT_CONTROL)),
+        ("/$defs/Service/properties/session_ttl/default", "1h".into()),
+        ("/$defs/Service/properties/table_size/default", 4093.into()),
+        ("/$defs/Service/properties/affinity/default", serde_json::json!(["tls-ticket", "tls-session-id"])),
+        ("/$defs/Health/properties/fall/default", 3.into()),
+        ("/$defs/Backend/properties/state/default", "enabled".into()),
+        ("/$defs/Service/properties/wscale/maximum", 14.into()),
+        ("/$defs/Service/properties/name/type", "string".into()),
+        ("/$defs/Service/properties/mss/type", "integer".into()),
+    ] {
+        assert_eq!(schema.pointer(place), Some(&expected), "{place}");
+    }
+    for place in ["", "/$defs/Service", "/$defs/Health", "/$defs/Capacity", "/$defs/Backend"] {
+        let properties = schema.pointer(&format!("{place}/properties")).and_then(|all| all.as_object());
+        for (key, property) in properties.expect("properties") {
+            assert!(property["description"].is_string(), "{place} {key} has no description");
         }
     }
-    assert!(count > 0);
+}
+
+#[test]
+fn half_a_file_is_good_or_refused_with_its_line() {
+    let (_, text) = examples().into_iter().find(|(name, _)| name == "full.toml").expect("full.toml");
+    let mut refused = 0;
+    for end in (0..text.len()).filter(|end| text.is_char_boundary(*end)) {
+        let half = &text[..end];
+        match Config::parse(half, &[]) {
+            Ok(_) => {}
+            Err(Error::Invalid { line, key, problem, .. }) => {
+                assert!((1..=half.lines().count().max(1)).contains(&line), "line {line} of:\n{half}");
+                assert!(!key.is_empty() && !problem.is_empty(), "{half}");
+                refused += 1;
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert!(refused > 500, "{refused}");
+}
+
+#[test]
+fn more_backends_than_table_entries_are_refused() {
+    let file = |lines: &str, capacity: &str| {
+        let mut text = format!(
+            "interfaces = [\"eth0\"]\n[capacity]\n{capacity}\n[[service]]\nname = \"web\"\nvip = \"192.0.2.1:1\"\n{lines}\n"
+        );
+        for n in 0..10_000_u32 {
+            text += &format!(
+                "[[service.backend]]\nname = \"b{n}\"\naddress = \"10.1.{}.{}:1\"\n",
+                n >> 8,
+                n & 255
+            );
+        }
+        text
+    };
+    let (line, key, problem) = invalid(&file("", ""));
+    assert_eq!((line, key.as_str()), (5, "service.table_size"));
+    assert!(
+        problem.contains("4093 entries are fewer than the 10000 backends; set it to 1000003"),
+        "{problem}"
+    );
+    let (line, key, problem) = invalid(&file("table_size = 1000003", ""));
+    assert_eq!((line, key.as_str()), (5, "capacity.backends"));
+    assert!(problem.contains("set it to 10000"), "{problem}");
+    let (line, key, problem) = invalid(&file("table_size = 1000003", "backends = 10000"));
+    assert_eq!((line, key.as_str()), (5, "capacity.lb_table"));
+    assert!(problem.contains("set it to 2000006"), "{problem}");
+    let config = parse("large", &file("table_size = 1000003", "backends = 10000\nlb_table = 2000006"));
+    assert_eq!(config.services[0].backends.len(), 10_000);
 }

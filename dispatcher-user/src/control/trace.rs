@@ -95,7 +95,8 @@ pub(super) struct TraceQuery {
     #[param(value_type = Option<String>)]
     client: Option<IpAddr>,
     /// End after so many.
-    limit: Option<usize>,
+    #[param(format = "uint32", maximum = 4294967295_u32)]
+    limit: Option<u32>,
 }
 
 /// Decisions as they are made, a line of JSON each
@@ -117,7 +118,7 @@ pub(super) async fn trace(
     if let Some(service) = &query.service {
         find_service(&shared.config(), service)?;
     }
-    let left = query.limit.unwrap_or(usize::MAX);
+    let left = query.limit.map_or(usize::MAX, |limit| limit as usize);
     let listener = Listener { events: shared.trace.0.subscribe(), shared, query, left };
     let lines = stream::unfold(listener, |mut listener| async {
         let lines = listener.next().await?;

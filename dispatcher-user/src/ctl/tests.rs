@@ -18,6 +18,10 @@ fn command_lines() {
         "dispatcherctl counters --watch 5 --all",
         "dispatcherctl trace --client 2001:db8::1 --service web --limit 3 --json",
         "dispatcherctl metrics",
+        "dispatcherctl config check dispatcher.toml --json",
+        "dispatcherctl config show",
+        "dispatcherctl config schema",
+        "dispatcherctl reload --dry-run --json",
         "dispatcherctl openapi",
         "dispatcherctl explain file.pcap",
         "dispatcherctl explain file.pcap --json --packets --live --config dispatcher.toml",
@@ -31,6 +35,8 @@ fn command_lines() {
         "dispatcherctl flows --limit x",
         "dispatcherctl trace --client somebody",
         "dispatcherctl trace --limit 0",
+        "dispatcherctl config",
+        "dispatcherctl config check",
         "dispatcherctl explain",
         "dispatcherctl explain file.pcap --live",
     ] {
@@ -161,4 +167,41 @@ fn a_line_of_the_trace() {
             Traced::Lost(_) => assert!(line.contains("12 events were lost"), "{line}"),
         }
     }
+}
+
+#[test]
+fn a_file_is_checked_without_a_daemon() {
+    let folder = std::env::temp_dir().join(format!("dispatcherctl-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder");
+    let file = folder.join("dispatcher.toml");
+    let check = |json: &str| {
+        let line = format!("dispatcherctl --socket /no/such/socket config check {} {json}", file.display());
+        let mut out = Vec::new();
+        let result = run(&parse(line.trim()).expect("parses"), &mut out, None);
+        (result, String::from_utf8(out).expect("a text"))
+    };
+    let good = include_str!("../../../docs/config/minimal.toml");
+    std::fs::write(&file, good).expect("a file");
+    let (result, said) = check("");
+    assert!(result.is_ok() && said == format!("{}: 1 service, 2 backends: good\n", file.display()), "{said}");
+    let (result, said) = check("--json");
+    let checked: api::Checked = serde_json::from_str(&said).expect("json");
+    let wanted = api::Checked { file: file.clone(), good: true, services: 1, backends: 2, error: None };
+    assert!(result.is_ok() && checked == wanted, "{said}");
+
+    std::fs::write(&file, good.replace("vip =", "mode = \"magic\"\nvip =")).expect("a file");
+    let (result, said) = check("");
+    let error = result.expect_err("not good");
+    assert_eq!((error.exit(), said.as_str()), (Exit::Refused, ""));
+    assert!(error.to_string().contains("dispatcher.toml: line 8: service.mode:"), "{error}");
+    let (result, said) = check("--json");
+    assert_eq!(result.expect_err("not good").exit(), Exit::Refused);
+    let checked: api::Checked = serde_json::from_str(&said).expect("json");
+    let mistake = checked.error.expect("a mistake");
+    assert_eq!((checked.good, mistake.line, mistake.key.as_deref()), (false, Some(8), Some("service.mode")));
+    assert!(mistake.problem.contains("use \"passthrough\" or \"l4\""), "{mistake:?}");
+
+    std::fs::remove_dir_all(&folder).expect("removes");
+    let (result, said) = check("--json");
+    assert!(result.is_err() && said.contains("\"line\": null") && said.contains("No such file"), "{said}");
 }

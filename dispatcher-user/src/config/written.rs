@@ -1,0 +1,197 @@
+//! A configuration as a file again, with everything filled in.
+
+use std::net::SocketAddr;
+
+use super::{
+    ATTACH, Affinity, Backend, Config, Health, HttpCheck, Interface, KEY_NAMES, MISSES, MODES, Mode,
+    PROTOCOLS, PROXY, SOURCES, STATES, Service, Source, Tickets,
+    health::CHECKS,
+    raw::{self, OneOrMany, Spanned},
+};
+use crate::{api, balancer::Balance, dataplane::Capacities};
+
+/// The file that says what a configuration is, defaults included. Reading it gives the same configuration.
+pub(crate) fn written(config: &Config) -> raw::File {
+    // Named one by one, here and below, so that a new field is not forgotten.
+    let Config { control, control_group, metrics, interfaces, capacities, services } = config;
+    raw::File {
+        control: text(control.to_string_lossy()),
+        control_group: control_group.as_ref().and_then(text),
+        metrics: metrics.and_then(text),
+        metrics_public: metrics.filter(|at| !at.ip().is_loopback()).map(|_| true),
+        interfaces: Vec::new(),
+        attach: None,
+        interface: interfaces.iter().map(interface).collect(),
+        capacity: Some(capacity(*capacities)),
+        service: services.iter().map(service).collect(),
+    }
+}
+
+fn text(value: impl ToString) -> raw::Text {
+    Some(value.to_string().into())
+}
+
+fn number(value: impl Into<i64>) -> raw::Number {
+    Some(value.into().into())
+}
+
+/// The name of a value.
+fn chosen<T: PartialEq>(choices: &[(&str, T)], value: &T) -> raw::Text {
+    choices.iter().find(|(_, one)| one == value).and_then(|(name, _)| text(name))
+}
+
+fn list(values: impl IntoIterator<Item = impl ToString>) -> Spanned<OneOrMany> {
+    let mut values: Vec<String> = values.into_iter().map(|value| value.to_string()).collect();
+    match values.pop() {
+        Some(one) if values.is_empty() => OneOrMany::One(one),
+        last => OneOrMany::Many(values.into_iter().chain(last).collect()),
+    }
+    .into()
+}
+
+/// "1h30m" and the like.
+fn duration(seconds: u32) -> raw::Text {
+    let mut rest = seconds;
+    let mut written = String::new();
+    for (unit, length) in [("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1)] {
+        if rest >= length {
+            written += &format!("{}{unit}", rest / length);
+            rest %= length;
+        }
+    }
+    (seconds > 0).then(|| written.into())
+}
+
+fn interface(Interface { name, attach }: &Interface) -> raw::Interface {
+    raw::Interface { name: name.clone().into(), attach: chosen(&ATTACH, attach) }
+}
+
+fn capacity(capacities: Capacities) -> raw::Capacity {
+    let Capacities {
+        flows,
+        sessions,
+        provisional,
+        frontends,
+        backends,
+        lb_table,
+        sources,
+        cookies,
+        stash_slots,
+    } = capacities;
+    raw::Capacity {
+        flows: number(flows),
+        sessions: number(sessions),
+        provisional: number(provisional),
+        frontends: number(frontends),
+        backends: number(backends),
+        lb_table: number(lb_table),
+        sources: number(sources),
+        cookies: number(cookies),
+        stash_slots: number(stash_slots),
+    }
+}
+
+fn service(service: &Service) -> raw::Service {
+    let Service {
+        name,
+        id: _,
+        vips,
+        protocol,
+        mode,
+        miss,
+        source,
+        proxy_protocol,
+        balance,
+        table_size,
+        session_ttl,
+        provisional_ttl,
+        wscale,
+        mss,
+        timestamps,
+        sack,
+        affinity,
+        tickets,
+        ticket,
+        health,
+        slow_start,
+        quic_lb,
+        backends,
+    } = service;
+    let pool = match source {
+        Source::Client => None,
+        Source::Dispatcher { addresses, ports } => Some((addresses, ports)),
+    };
+    let lengths = (0..).zip(quic_lb).filter(|(_, length)| **length > 0);
+    raw::Service {
+        name: name.clone().into(),
+        vip: list(vips),
+        protocol: chosen(&PROTOCOLS, protocol),
+        mode: chosen(&MODES, mode),
+        miss: chosen(&MISSES, miss),
+        source: chosen(&SOURCES, &pool.is_some()),
+        source_addresses: pool.map(|(addresses, _)| list(addresses)),
+        source_ports: pool.and_then(|(_, ports)| text(format!("{}-{}", ports.start(), ports.end()))),
+        proxy_protocol: chosen(&PROXY, proxy_protocol),
+        balance: chosen(&Balance::NAMES, balance),
+        table_size: number(*table_size),
+        session_ttl: duration(*session_ttl),
+        provisional_ttl: duration(*provisional_ttl),
+        wscale: number(*wscale),
+        mss: number(*mss),
+        timestamps: Some(*timestamps),
+        sack: Some(*sack),
+        // An l4 service without one must not have the key.
+        affinity: (*mode == Mode::Passthrough || !affinity.is_empty()).then(|| list(affinity)),
+        slow_start: duration(*slow_start),
+        tickets: affinity.contains(&Affinity::TlsTicket).then(|| raw::Tickets {
+            discovery: Some(tickets.is_some()),
+            key_name: chosen(&KEY_NAMES, ticket),
+            server_names: tickets.as_ref().and_then(names),
+            interval: tickets.as_ref().and_then(|tickets| duration(tickets.interval)),
+        }),
+        health: health.as_ref().map(check),
+        quic_lb: lengths
+            .map(|(config, length)| raw::QuicLb {
+                config_id: config.into(),
+                server_id_length: i64::from(*length).into(),
+            })
+            .collect(),
+        backend: backends.iter().map(backend).collect(),
+    }
+}
+
+fn names(Tickets { server_names, interval: _ }: &Tickets) -> Option<Spanned<OneOrMany>> {
+    (!server_names.is_empty()).then(|| list(server_names))
+}
+
+fn check(health: &Health) -> raw::Health {
+    let Health { interval, timeout, rise, fall, tls, server_name, http } = health;
+    let check = CHECKS.iter().find(|(_, kind)| *kind == (*tls, http.is_some()));
+    let codes = |HttpCheck { path: _, host: _, expect }: &HttpCheck| {
+        list(expect.iter().map(|codes| format!("{}-{}", codes.start(), codes.end())))
+    };
+    raw::Health {
+        check: check.map_or("", |(name, _)| name).to_owned().into(),
+        interval: duration(*interval),
+        timeout: duration(*timeout),
+        rise: number(*rise),
+        fall: number(*fall),
+        server_name: server_name.as_ref().and_then(text),
+        path: http.as_ref().and_then(|http| text(&http.path)),
+        host: http.as_ref().and_then(|http| http.host.as_ref().and_then(text)),
+        expect: http.as_ref().map(codes),
+    }
+}
+
+fn backend(backend: &Backend) -> raw::Backend {
+    let Backend { name, id: _, v4: _, v6: _, weight, state, quic_server_ids } = backend;
+    let addresses: Vec<SocketAddr> = backend.addresses().collect();
+    raw::Backend {
+        name: name.clone().into(),
+        address: list(addresses),
+        weight: number(*weight),
+        state: chosen(&STATES, state),
+        quic_server_id: (!quic_server_ids.is_empty())
+            .then(|| list(quic_server_ids.iter().map(|id| api::to_hex(id)))),
+    }
+}
