@@ -14,6 +14,9 @@ pub const EVENT_LEARNED: u32 = 4;
 /// A backend did not accept a ticket whose key name the mapping table says is its own.
 pub const EVENT_REJECTED: u32 = 5;
 
+/// A connection was bound: one of so many as [`Globals::trace`](crate::globals::Globals::trace) says.
+pub const EVENT_BOUND: u32 = 6;
+
 /// One record of the `EVENTS` ring. 96 bytes.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 #[repr(C)]
@@ -24,7 +27,7 @@ pub struct Event {
     pub frontend: u32,
     /// Backend index; for [`EVENT_HELD`] what the table would pick.
     pub backend: u32,
-    /// Stash slot, for [`EVENT_HELD`].
+    /// Stash slot, for [`EVENT_HELD`]; number of the [`Reason`](crate::reason::Reason), for [`EVENT_BOUND`].
     pub slot: u32,
     /// The flow of the packet that it is about: client -> VIP; of what a server's packet taught
     /// ([`EVENT_LEARNED`], [`EVENT_REJECTED`]) backend -> client or pool.

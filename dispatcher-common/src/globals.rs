@@ -30,8 +30,8 @@ pub struct Globals {
     pub stash_mask: u32,
     /// [`ABI_VERSION`](crate::abi::ABI_VERSION) of whoever made the maps.
     pub abi: u32,
-    /// Unused, zero.
-    pub reserved: u32,
+    /// The daemon is told of one bound connection in so many; 0: of none.
+    pub trace: u32,
     /// Bit [`Addr::filter_bit`](crate::addr::Addr::filter_bit) is set for each VIP (seen as a
     /// destination) and each backend (seen as a source): other packets are passed after two tests.
     pub filter: [u32; (FILTER_BITS / 32) as usize],
@@ -53,7 +53,7 @@ impl Default for Globals {
             flags: 0,
             stash_mask: 0,
             abi: 0,
-            reserved: 0,
+            trace: 0,
             filter: [0; (FILTER_BITS / 32) as usize],
             vips: [0; VIP_HINTS],
         }

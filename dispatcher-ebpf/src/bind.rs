@@ -2,7 +2,7 @@
 
 use dispatcher_common::{
     addr::Addr,
-    event::{EVENT_HELD, EVENT_MISS, EVENT_REFUSED},
+    event::{EVENT_BOUND, EVENT_HELD, EVENT_MISS, EVENT_REFUSED},
     flow::{
         FLAG_SYN_SENT, FLAG_TO_BACKEND, FLAG_VLAN, Flow, FlowKey, Link, MARK_HIT, MARK_HTTP, MARK_SECURE,
         is_closed, ports_of, ports_swapped,
@@ -93,7 +93,18 @@ pub fn bind(frame: &Frame, slot: &mut Slot, index: u32, pick: u32) -> Verdict {
         }
     });
     send_syn(frame, slot, index)?;
+    trace(slot, verdict)?;
     verdict
+}
+
+/// Tells the daemon of a bound connection, where it wants to know of this one.
+#[inline(always)]
+fn trace(slot: &Slot, verdict: Verdict) -> Result<(), Reason> {
+    let one_in = globals()?.trace;
+    if one_in != 0 && slot.cookie % one_in == 0 {
+        tell(EVENT_BOUND, slot.backend, verdict.0 as u32, slot);
+    }
+    Ok(())
 }
 
 /// Sends the slot's SYN: in this frame if it has the room, else in a clone.

@@ -316,7 +316,7 @@ pub enum Traced {
     Lost(Lost),
 }
 
-/// A decision of the data path about a connection, as it was made. Hits are not among them.
+/// A decision of the data path about a connection, as it was made.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Decision {
@@ -324,8 +324,10 @@ pub struct Decision {
     pub time: String,
     /// `miss` (bound by the table, the identifier is not known), `held` (for the daemon to pick a backend),
     /// `refused` (by the backend, or not answered), `learned` (an identifier, from a server) or `rejected` (a
-    /// ticket that the backend did not accept although its key is known as its own).
+    /// ticket that the backend did not accept although its key is known as its own), or `bound`.
     pub what: String,
+    /// Of `bound`: the packet's reason, such as `bound_hit`; else null.
+    pub reason: Option<String>,
     /// Service.
     pub service: String,
     /// The client.

@@ -96,11 +96,10 @@ enum Command {
         #[arg(long)]
         all: bool,
     },
-    /// Decisions as they are made: misses, held hellos, refusals, what is learned, tickets not accepted
+    /// Decisions as they are made: connections bound, held hellos, refusals, what is learned
     ///
-    /// Connections that follow a known session (hits), and those without an identifier, are decided in the
-    /// data path without a word to the daemon: they are not here, but in `backends` and `counters`. Ends with
-    /// Ctrl-C. With --json, a line a decision.
+    /// `bound` tells the reason: by a known session (bound_hit), an unknown one (bound_miss, beside `miss`), TLS
+    /// without one (bound_fresh), or none (bound_nonsecure). Ends with Ctrl-C. With --json, a line a decision.
     Trace {
         /// Only about this client address
         #[arg(long, value_name = "ADDR")]
@@ -111,6 +110,9 @@ enum Command {
         /// Stop after so many
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
         limit: Option<u64>,
+        /// Of so many bound connections, tell of one; 0 for none: on a busy machine, 1000 say
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        one_in: u32,
     },
     /// Metrics in the text format of OpenMetrics, as Prometheus reads them
     Metrics,
@@ -389,11 +391,12 @@ async fn answer(
                 before = Some(now);
             }
         }
-        Command::Trace { client, service, limit } => {
+        Command::Trace { client, service, limit, one_in } => {
+            let one_in = Some(("one_in", one_in.to_string()));
             let client = client.map(|client| ("client", client.to_string()));
             let service = service.as_ref().map(|service| ("service", escaped(service)));
             let limit = limit.map(|limit| ("limit", limit.to_string()));
-            let query: Vec<String> = [client, service, limit]
+            let query: Vec<String> = [client, service, limit, one_in]
                 .into_iter()
                 .flatten()
                 .map(|(key, value)| format!("{key}={value}"))
@@ -624,12 +627,13 @@ fn trace_line(traced: &Traced) -> String {
     match traced {
         Traced::Decision(one) => {
             let api::Decision { time, what, service, client, backend, .. } = one;
+            let what = one.reason.as_ref().unwrap_or(what);
             let id = match (&one.kind, &one.id) {
                 (Some(kind), Some(id)) => format!("{kind} {id}"),
                 _ => "-".to_owned(),
             };
             let client = client.to_string();
-            format!("{time:<24}  {what:<8}  {service:<12}  {client:<22}  {backend:<12}  {id}")
+            format!("{time:<24}  {what:<15}  {service:<12}  {client:<22}  {backend:<12}  {id}")
         }
         Traced::Lost(api::Lost { lost }) => format!("({lost} events were lost: this reader is too slow)"),
     }

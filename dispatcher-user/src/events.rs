@@ -12,7 +12,9 @@ use std::{
 
 use aya::maps::{MapData, RingBuf};
 use dispatcher_common::{
-    event::{EVENT_HELD, EVENT_LEARNED, EVENT_MISS, EVENT_REFUSED, EVENT_REJECTED, Event, Release},
+    event::{
+        EVENT_BOUND, EVENT_HELD, EVENT_LEARNED, EVENT_MISS, EVENT_REFUSED, EVENT_REJECTED, Event, Release,
+    },
     flow::FlowKey,
     session::{KIND_TICKET_NAME, STATE_PROVISIONAL, Session},
 };
@@ -110,6 +112,7 @@ pub(crate) fn read_event(bytes: &[u8]) -> Option<Event> {
 }
 
 fn handle(shared: &Shared, picker: &mut Picker, event: &Event, releases: &mut Vec<Release>) {
+    shared.trace.tell(event);
     let counts = &shared.counts;
     let (count, what) = match event.kind {
         EVENT_MISS => (&counts.miss, "unknown identifier"),
@@ -117,10 +120,11 @@ fn handle(shared: &Shared, picker: &mut Picker, event: &Event, releases: &mut Ve
         EVENT_REFUSED => (&counts.refused, "refused by the backend"),
         EVENT_LEARNED => (&counts.learned, "identifier learned"),
         EVENT_REJECTED => (&counts.rejected, "ticket not accepted"),
+        // For those who listen.
+        EVENT_BOUND => return,
         _ => return log::debug!("event of unknown kind {}", event.kind),
     };
     count.fetch_add(1, Ordering::Relaxed);
-    shared.trace.tell(event);
     log::debug!(
         "{what}: {:?} frontend {} backend {} session {}",
         event.flow,

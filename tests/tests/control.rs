@@ -130,6 +130,10 @@ fn the_trace_shows_a_miss_and_what_is_learned() {
     let user = stage.user(Version::Tls12);
     let home = stage.visit(&user, Family::V4, 0).backend;
     let from = stage.from(Family::V4, 0).to_string();
+    let bound = line();
+    for word in ["bound_fresh", "web", &home, &format!("{from}:")] {
+        assert!(bound.contains(word), "{word}: {bound}");
+    }
     let learned = line();
     for word in ["learned", "web", &home, &format!("{from}:"), "tls-session-id"] {
         assert!(learned.contains(word), "{word}: {learned}");
@@ -137,17 +141,22 @@ fn the_trace_shows_a_miss_and_what_is_learned() {
     let id = learned.split_whitespace().last().expect("an identifier").to_owned();
     let sessions = stage.daemon.sessions().expect("sessions");
     assert!(sessions.iter().any(|one| one.id == id), "{id}: {sessions:#?}");
-    // A hit is not told; an identifier that is not known any more is a miss.
+    // An identifier that is not known any more is a miss.
     assert_eq!(stage.visit(&user, Family::V6, 1).backend, home);
+    let hit = line();
+    assert!(hit.contains(" bound_hit ") && hit.ends_with(&id), "{hit}");
     let _: Vec<api::Session> = stage.daemon.ask(&["sessions", "remove", &id]).expect("removes");
     let _ = stage.visit(&user, Family::V6, 2);
     let missed = line();
     assert!(missed.contains(" miss ") && missed.ends_with(&id), "{missed}");
+    let bound = line();
+    assert!(bound.contains(" bound_miss ") && bound.ends_with(&id), "{bound}");
     assert!(missed.contains(&stage.from(Family::V6, 2).to_string()), "{missed}");
 
     // Another listens to one client only, in JSON, and stops at a limit.
     let [here, there] = [1, 2].map(|client| stage.from(Family::V4, client));
-    let arguments = ["--json", "--limit", "2", "--service", "web", "--client", &here.to_string()];
+    let arguments =
+        ["--json", "--limit", "2", "--one-in", "0", "--service", "web", "--client", &here.to_string()];
     let (mut process, lines) = trace(&stage.daemon, &arguments);
     let deadline = Instant::now() + Duration::from_secs(30);
     while process.ended().is_none() {

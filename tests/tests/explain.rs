@@ -309,7 +309,7 @@ fn a_cut_request_or_hello_claims_nothing_of_what_may_follow() {
     assert_eq!(cut["session_id"], hexed(&[1; 32]));
     // Nor where the program has waited long enough.
     let desk = Desk::with("affinity = \"http-cookie:sid\"");
-    let long = (0..9).fold(scene(4001).open().says(&head[..before_value]), |scene, _| scene.says(b"y"));
+    let long = (0..32).fold(scene(4001).open().says(&head[..before_value]), |scene, _| scene.says(b"y"));
     let [line] = &desk.json(&long.frames())[..] else { panic!("a flow") };
     assert_eq!((&line["reason"], &line["secure"]), (&json!("bound_nonsecure"), &json!(false)), "{line:#}");
     // Where no service looks for a cookie there is nothing to wait for.

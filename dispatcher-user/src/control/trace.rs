@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use axum::{
@@ -13,8 +13,9 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use dispatcher_common::{
-    event::{EVENT_HELD, EVENT_LEARNED, EVENT_MISS, EVENT_REFUSED, EVENT_REJECTED, Event},
+    event::{EVENT_BOUND, EVENT_HELD, EVENT_LEARNED, EVENT_MISS, EVENT_REFUSED, EVENT_REJECTED, Event},
     flow::{FlowKey, ports_of},
+    reason::Reason,
 };
 use futures_util::stream;
 use jiff::Timestamp;
@@ -28,6 +29,7 @@ use super::{Failure, Names, Query, find_service, kind_name};
 use crate::{
     api::{self, Traced},
     config::{self, Protocol},
+    dataplane::Dataplane,
     state::Shared,
 };
 
@@ -37,7 +39,8 @@ const ROOM: usize = 4096;
 const BATCH: usize = 256;
 
 /// Kinds of events, as the API calls them.
-const EVENTS: [(u32, &str); 5] = [
+const EVENTS: [(u32, &str); 6] = [
+    (EVENT_BOUND, "bound"),
     (EVENT_MISS, "miss"),
     (EVENT_HELD, "held"),
     (EVENT_REFUSED, "refused"),
@@ -50,20 +53,34 @@ type Told = (Timestamp, Event);
 
 /// Where events go in and listeners take them out.
 #[derive(Debug)]
-pub(crate) struct Trace(Sender<Told>);
+pub(crate) struct Trace {
+    events: Sender<Told>,
+    /// Of how many bound connections each listener wants one.
+    wanted: Mutex<Vec<u32>>,
+}
 
 impl Default for Trace {
     fn default() -> Self {
-        Self(broadcast::channel(ROOM).0)
+        Self { events: broadcast::channel(ROOM).0, wanted: Mutex::default() }
     }
 }
 
 impl Trace {
     /// Tells all listeners; costs nothing when there are none.
     pub(crate) fn tell(&self, event: &Event) {
-        if self.0.receiver_count() > 0 {
+        if self.events.receiver_count() > 0 {
             // That the last one has just left is no fault.
-            drop(self.0.send((Timestamp::now(), *event)));
+            drop(self.events.send((Timestamp::now(), *event)));
+        }
+    }
+
+    /// Changes what listeners want; the data path then tells what the most curious one wants.
+    fn want(&self, dataplane: &Dataplane, change: impl FnOnce(&mut Vec<u32>)) {
+        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut wanted);
+        let least = wanted.iter().copied().min().unwrap_or(0);
+        if let Err(error) = dataplane.update_globals(|globals| globals.trace = least) {
+            log::warn!("trace: {error}");
         }
     }
 }
@@ -97,11 +114,14 @@ pub(super) struct TraceQuery {
     /// End after so many.
     #[param(format = "uint32", maximum = 4294967295_u32)]
     limit: Option<u32>,
+    /// Of so many bound connections, tell of one; 0 for none. Default: 1. Another listener can want more.
+    #[param(format = "uint32", maximum = 4294967295_u32)]
+    one_in: Option<u32>,
 }
 
 /// Decisions as they are made, a line of JSON each
 ///
-/// Hits are not told. A listener that is too slow loses events and is told how many.
+/// A listener that is too slow loses events and is told how many.
 #[utoipa::path(
     get,
     path = "/v1/trace",
@@ -119,7 +139,8 @@ pub(super) async fn trace(
         find_service(&shared.config(), service)?;
     }
     let left = query.limit.map_or(usize::MAX, |limit| limit as usize);
-    let listener = Listener { events: shared.trace.0.subscribe(), shared, query, left };
+    let one_in = query.one_in.unwrap_or(1);
+    let listener = Listener { events: shared.trace.events.subscribe(), shared, query, left, one_in };
     let lines = stream::unfold(listener, |mut listener| async {
         let lines = listener.next().await?;
         Some((Ok::<_, std::convert::Infallible>(lines), listener))
@@ -132,6 +153,17 @@ struct Listener {
     events: Receiver<Told>,
     query: TraceQuery,
     left: usize,
+    one_in: u32,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.shared.trace.want(&self.shared.dataplane, |wanted| {
+            if let Some(at) = wanted.iter().position(|one| *one == self.one_in) {
+                wanted.swap_remove(at);
+            }
+        });
+    }
 }
 
 impl Listener {
@@ -173,6 +205,11 @@ impl Listener {
         event: &Event,
     ) -> Option<api::Decision> {
         let (_, what) = EVENTS.iter().find(|(kind, _)| *kind == event.kind)?;
+        let bound = event.kind == EVENT_BOUND;
+        if bound && self.one_in == 0 {
+            return None;
+        }
+        let reason = Reason::ALL.iter().find(|reason| **reason as u32 == event.slot).filter(|_| bound);
         // One whose service has just gone is nobody's.
         let (vip, protocol, service) = frontends.0.get(&event.frontend)?;
         if self.query.service.as_ref().is_some_and(|wanted| wanted != service) {
@@ -186,6 +223,7 @@ impl Listener {
         Some(api::Decision {
             time: format!("{time:.3}"),
             what: (*what).to_owned(),
+            reason: reason.map(|reason| reason.name().to_owned()),
             service: service.clone(),
             client,
             vip: *vip,
@@ -244,7 +282,7 @@ mod tests {
     async fn each_listener_is_told_all_of_it() {
         let trace = Trace::default();
         trace.tell(&event(0));
-        let mut listeners = [trace.0.subscribe(), trace.0.subscribe()];
+        let mut listeners = [trace.events.subscribe(), trace.events.subscribe()];
         for slot in 1..=3 {
             trace.tell(&event(slot));
         }
@@ -260,7 +298,7 @@ mod tests {
     #[tokio::test]
     async fn a_slow_listener_is_told_what_it_lost() {
         let trace = Trace::default();
-        let mut slow = trace.0.subscribe();
+        let mut slow = trace.events.subscribe();
         for slot in 0..ROOM as u32 + 10 {
             trace.tell(&event(slot));
         }

@@ -146,10 +146,11 @@ fn a_line_of_the_trace() {
     let decision = api::Decision {
         time: "2026-01-02T03:04:05.678Z".into(),
         what: "miss".into(),
+        reason: None,
         service: "web".into(),
         client: "192.0.2.7:4711".parse().expect("an address"),
         vip: "192.0.2.1:443".parse().expect("an address"),
-        protocol: crate::config::Protocol::Tcp,
+        protocol: config::Protocol::Tcp,
         backend: "a".into(),
         kind: Some("tls-session-id".into()),
         id: Some("00ff".into()),
@@ -177,7 +178,7 @@ fn a_file_is_checked_without_a_daemon() {
     let check = |json: &str| {
         let line = format!("dispatcherctl --socket /no/such/socket config check {} {json}", file.display());
         let mut out = Vec::new();
-        let result = run(&parse(line.trim()).expect("parses"), &mut out, None);
+        let result = run(&parse(line.trim()).expect("parses"), &mut out, &mut Vec::new(), None);
         (result, String::from_utf8(out).expect("a text"))
     };
     let good = include_str!("../../../docs/config/minimal.toml");
