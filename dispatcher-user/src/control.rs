@@ -802,6 +802,11 @@ async fn remove(
         let mut removed = Vec::new();
         for key in keys(shared, &id, query.service.as_deref(), &all_kinds())? {
             let session = shared.dataplane.sessions().get(&key)?;
+            if session.is_some() && key.kind == KIND_QUIC_SERVER {
+                return Err(bad(format!(
+                    "{id} is a server ID that the configuration gives; take it out of quic_server_id there, and reload"
+                )));
+            }
             if let Some(session) = session
                 && shared.dataplane.sessions().remove(&key)?
             {

@@ -300,7 +300,7 @@ fn bridge(netns: &Netns, port: u16, socket: &Path) {
 fn the_api_is_as_described_whatever_is_asked() {
     let stage = stage();
     let user = stage.user(Version::Tls12);
-    stage.visit(&user, Family::V4, 0);
+    let _ = stage.visit(&user, Family::V4, 0);
     let folder = Folder::new().expect("a folder");
     let document =
         folder.write("openapi.json", &stage.daemon.told(&["openapi"]).expect("told")).expect("a file");

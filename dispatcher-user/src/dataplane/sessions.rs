@@ -122,3 +122,68 @@ impl Sessions {
         self.mapping.keys().chain(self.provisional.keys())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use dispatcher_common::session::{KIND_COOKIE, STATE_CONFIRMED};
+
+    use super::{
+        super::{Capacities, Dataplane, object},
+        *,
+    };
+
+    /// In a build with the object, as root.
+    #[test]
+    fn what_the_daemon_wrote_is_written_again_until_it_expires_or_is_removed() {
+        // SAFETY: takes nothing, touches nothing.
+        if object().is_empty() || unsafe { libc::geteuid() } != 0 {
+            return;
+        }
+        let capacities = Capacities { flows: 64, sessions: 64, stash_slots: 16, ..Capacities::default() };
+        let dataplane = Dataplane::load(object(), &capacities).expect("loads");
+        let sessions = dataplane.sessions();
+        let key = |n: u8| SessionKey::new(1, KIND_COOKIE, &[n; 16]).expect("a key");
+        let session = |state, expires| Session { state, expires, ..Session::of(7) };
+        for (n, state, expires) in [
+            (1, STATE_PINNED, 0),
+            (2, STATE_DISCOVERED, 100),
+            (3, STATE_DISCOVERED, 10),
+            (4, STATE_CONFIRMED, 100),
+            (5, STATE_PROVISIONAL, 100),
+            (6, STATE_PINNED, 0),
+        ] {
+            sessions.insert(key(n), session(state, expires)).expect("writable");
+        }
+        assert!(sessions.remove(&key(6)).expect("writable"), "by the operator");
+        // A full table forgets.
+        for n in [1, 2, 3, 4] {
+            assert!(sessions.mapping.remove(&key(n)).expect("writable"));
+        }
+        let swept = sessions.sweep(50).expect("sweeps");
+        assert_eq!((swept.removed, swept.known.0, swept.provisional.0), (0, 0, 1));
+        let there = |n| sessions.get(&key(n)).expect("readable").is_some();
+        assert_eq!([1, 2, 3, 4, 5, 6].map(there), [true, true, false, false, true, false]);
+        let swept = sessions.sweep(200).expect("sweeps");
+        assert_eq!((swept.removed, swept.known, swept.provisional.0), (2, (1, 64), 0));
+    }
+
+    /// As above.
+    #[test]
+    fn a_provisional_entry_comes_second_and_gives_way() {
+        // SAFETY: takes nothing, touches nothing.
+        if object().is_empty() || unsafe { libc::geteuid() } != 0 {
+            return;
+        }
+        let capacities = Capacities { flows: 64, sessions: 64, stash_slots: 16, ..Capacities::default() };
+        let dataplane = Dataplane::load(object(), &capacities).expect("loads");
+        let sessions = dataplane.sessions();
+        let key = SessionKey::new(1, KIND_COOKIE, &[1; 16]).expect("a key");
+        let session = |state, backend| Session { state, ..Session::of(backend) };
+        sessions.insert(key, session(STATE_CONFIRMED, 7)).expect("writable");
+        sessions.insert(key, session(STATE_PROVISIONAL, 8)).expect("writable");
+        assert_eq!(sessions.get(&key).expect("readable").expect("there").backends[0], 7);
+        assert_eq!(sessions.all(&key).expect("readable").count(), 2);
+        sessions.insert(key, session(STATE_PINNED, 9)).expect("writable");
+        assert_eq!(sessions.all(&key).expect("readable").map(|one| one.backends[0]).collect::<Vec<_>>(), [9]);
+    }
+}
