@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// How long the daemon may take to start.
-const START: Duration = Duration::from_secs(30);
+const START: Duration = Duration::from_secs(120);
 /// How long it may take to stop.
 const STOP: Duration = Duration::from_secs(5);
 
