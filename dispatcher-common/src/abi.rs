@@ -1,6 +1,14 @@
 //! Names and default capacities of the maps, and the version of their layout.
 
 /// Version of every layout in this crate, written to `Globals::abi` by whoever makes the maps.
+///
+/// Pinned maps outlive the programs and the daemon that made them. Raise this whenever another version
+/// would misread what it finds in a map: a field that moves, changes its size or its meaning, a constant of
+/// `service.rs`, `session.rs`, `flow.rs` or `stash.rs` that gets another number, another order in which
+/// old programs and new ones may write. A new map, a new field in bytes that were unused and zero, and a new
+/// flag that was 0 are no reason if 0 means what was done before. A daemon refuses maps of another version,
+/// and maps whose type, sizes or fixed number of entries differ. Maps that programs and daemon make anew
+/// at each start (`STAGES`, `SCRATCH`, the replay maps) are free to change.
 pub const ABI_VERSION: u32 = 1;
 
 /// Name of the XDP program attached to interfaces.

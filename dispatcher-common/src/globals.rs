@@ -28,7 +28,8 @@ pub struct Globals {
     pub flags: u32,
     /// Entries of `STASH` minus one.
     pub stash_mask: u32,
-    /// [`ABI_VERSION`](crate::abi::ABI_VERSION) of whoever made the maps.
+    /// [`ABI_VERSION`](crate::abi::ABI_VERSION) of whoever made the maps; 0 while they are being made. It
+    /// stays at this offset in all versions.
     pub abi: u32,
     /// The daemon is told of one bound connection in so many; 0: of none.
     pub trace: u32,
@@ -39,6 +40,8 @@ pub struct Globals {
     /// of its frontend plus one, 0 for none. Saves a lookup that costs a tenth of a SYN.
     pub vips: [u16; VIP_HINTS],
 }
+
+const _: () = assert!(core::mem::offset_of!(Globals, abi) == 56);
 
 /// Age of the heartbeat at which the daemon counts as away.
 pub const HEARTBEAT_LIMIT_NS: u64 = 1_000_000_000;
@@ -61,6 +64,13 @@ impl Default for Globals {
 }
 
 impl Globals {
+    /// Lets packets to a VIP find its frontend without a look into `VIPS`.
+    pub fn set_hint(&mut self, vip: &crate::service::VipKey, frontend: u32) {
+        if let Some(hint) = self.vips.get_mut(vip.hint()) {
+            *hint = u16::try_from(frontend + 1).unwrap_or(0);
+        }
+    }
+
     /// Marks an address as one of ours.
     pub fn filter_add(&mut self, addr: impl Into<crate::addr::Addr>) {
         let bit = addr.into().filter_bit();

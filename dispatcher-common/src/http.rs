@@ -35,8 +35,11 @@ pub const NAME_MAX: usize = 64;
 /// True for a name that a cookie can have: a token (RFC 9110 section 5.6.2) of 1 to 64 characters.
 #[must_use]
 pub fn is_cookie_name(name: &str) -> bool {
-    let token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
-    (1..=NAME_MAX).contains(&name.len()) && name.bytes().all(token)
+    (1..=NAME_MAX).contains(&name.len()) && name.bytes().all(is_token)
+}
+
+fn is_token(b: u8) -> bool {
+    b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b)
 }
 
 /// Reads a header byte by byte.
@@ -121,6 +124,33 @@ pub fn automaton(name: &str, table: &mut [u8; TABLE]) {
     states.value();
     states.request(name.as_bytes());
     states.response(name.as_bytes());
+}
+
+/// The name that an automaton was made for, or `None` when it is none that [`automaton`] makes today: `again`
+/// is where it is made once more, to compare.
+#[must_use]
+pub fn name_of<'n>(
+    table: &[u8; TABLE],
+    again: &mut [u8; TABLE],
+    name: &'n mut [u8; NAME_MAX],
+) -> Option<&'n str> {
+    let next = |state: u8, byte: u8| table.get((state as usize) << 8 | byte as usize).copied();
+    // Where the pairs of a request begin; from there only the name's letters lead anywhere.
+    let mut state = b"GET \ncookie:".iter().try_fold(REQUEST, |state, byte| next(state, *byte))?;
+    let other = next(state, 1)?;
+    let mut len = 0;
+    for place in name.iter_mut() {
+        let Some(letter) = (b'!'..=b'~').find(|b| is_token(*b) && next(state, *b) != Some(other)) else {
+            break;
+        };
+        *place = letter;
+        state = next(state, letter)?;
+        len += 1;
+    }
+    let name = core::str::from_utf8(name.get(..len)?).ok().filter(|name| is_cookie_name(name))?;
+    again.fill(0);
+    automaton(name, again);
+    (again == table).then_some(name)
 }
 
 struct States<'t> {
@@ -472,6 +502,25 @@ mod tests {
         }
         for name in ["", "a b", "a=b", "a;", "\u{e4}", "a".repeat(NAME_MAX + 1).as_str()] {
             assert!(!is_cookie_name(name), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn an_automaton_tells_its_name() {
+        let (mut again, mut room) = (table("x"), [0; NAME_MAX]);
+        let longest: String = "~".repeat(NAME_MAX);
+        for name in ["a", "__Host-id", "aaa", "cookie", "!#$%&'*+-.^_`|~", longest.as_str()] {
+            let mut table = table(name);
+            assert_eq!(name_of(&table, &mut again, &mut room), Some(name));
+            // One cell is another.
+            for at in [0, 7 << 8 | 99, TABLE - 1] {
+                table[at] ^= 1;
+                assert_eq!(name_of(&table, &mut again, &mut room), None, "{name} {at}");
+                table[at] ^= 1;
+            }
+        }
+        for byte in [0, 1, 3, 252, 255] {
+            assert_eq!(name_of(&[byte; TABLE], &mut again, &mut room), None);
         }
     }
 

@@ -42,12 +42,18 @@ pub const FRONTEND_SOURCE_DISPATCHER: u32 = 1 << 0;
 pub const FRONTEND_PROXY_V2: u32 = 1 << 1;
 /// Misses are held for the daemon instead of going by the table.
 pub const FRONTEND_MISS_DAEMON: u32 = 1 << 2;
-/// Do not agree to SACK with clients. The data path sets this when a backend refuses it.
+/// Do not agree to SACK with clients.
 pub const FRONTEND_NO_SACK: u32 = 1 << 3;
-/// Do not agree to timestamps with clients. The data path sets this when a backend refuses them.
+/// Do not agree to timestamps with clients.
 pub const FRONTEND_NO_TS: u32 = 1 << 4;
-/// Do not agree to window scaling with clients. The data path sets this when a backend refuses it.
-pub const FRONTEND_NO_WSCALE: u32 = 1 << 5;
+/// A backend refused SACK, so it is not agreed to with clients. The data path sets this.
+pub const FRONTEND_REFUSED_SACK: u32 = 1 << 5;
+/// A backend refused timestamps. The data path sets this.
+pub const FRONTEND_REFUSED_TS: u32 = 1 << 6;
+/// A backend refused window scaling. The data path sets this.
+pub const FRONTEND_REFUSED_WSCALE: u32 = 1 << 7;
+/// What the data path sets.
+pub const FRONTEND_REFUSED: u32 = FRONTEND_REFUSED_SACK | FRONTEND_REFUSED_TS | FRONTEND_REFUSED_WSCALE;
 
 /// One VIP address/port of a service, with the service's settings.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -69,6 +75,10 @@ pub struct Frontend {
     pub table_base: u32,
     /// Entries of the table; 0: no backend is available.
     pub table_len: u32,
+    /// For the daemon: first entry of the place in `LB_TABLE` that holds this frontend's two tables.
+    pub table_region: u32,
+    /// For the daemon: entries of each of the two.
+    pub table_size: u32,
     /// First source address in `SOURCES` (`source = "dispatcher"`).
     pub source_base: u32,
     /// Number of source addresses, at least 1 with `FRONTEND_SOURCE_DISPATCHER`.
@@ -104,6 +114,13 @@ pub const BACKEND_UP: u16 = 1 << 0;
 pub const BACKEND_DRAIN: u16 = 1 << 1;
 /// Nothing answers there any more: its flows are over.
 pub const BACKEND_DEAD: u16 = 1 << 2;
+/// For the daemon: it is down because it is disabled.
+pub const BACKEND_DISABLED: u16 = 1 << 3;
+/// For the daemon: the operator's command, and not the configuration, says whether it is enabled, draining
+/// or disabled.
+pub const BACKEND_OPERATOR: u16 = 1 << 4;
+/// For the daemon: health checks took it out.
+pub const BACKEND_UNHEALTHY: u16 = 1 << 5;
 
 /// One address of a backend.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -213,5 +230,5 @@ pub fn stable_id(name: &str) -> u32 {
 }
 
 const _: () = assert!(size_of::<VipKey>() == 20);
-const _: () = assert!(size_of::<Frontend>() == 80);
+const _: () = assert!(size_of::<Frontend>() == 88);
 const _: () = assert!(size_of::<Backend>() == 64);

@@ -76,6 +76,8 @@ pub const STATE_CONFIRMED: u8 = 2;
 pub const STATE_PINNED: u8 = 3;
 /// Found by the daemon's own probes, and kept up by them.
 pub const STATE_DISCOVERED: u8 = 4;
+/// Set by the configuration: it does not expire.
+pub const STATE_CONFIGURED: u8 = 5;
 
 /// Backends of one entry: key names can be shared.
 pub const BACKENDS_MAX: usize = 4;

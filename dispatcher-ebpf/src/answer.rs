@@ -12,7 +12,7 @@ use dispatcher_common::{
     opaque::opaque,
     proxy::ROOM,
     reason::Reason,
-    service::{FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_NO_WSCALE},
+    service::{FRONTEND_REFUSED_SACK, FRONTEND_REFUSED_TS, FRONTEND_REFUSED_WSCALE},
     session::{ID_MAX, KIND_TICKET_NAME, KIND_TLS_SESSION_ID, SessionKey, TICKET_HEAD, TICKET_NAMED},
     stash::{OFFER_PSK, OFFER_TICKET, STAGE_BOUND, STAGE_REPLAYED, Slot},
     tcp::{ACK, RST, SYN, scale_window},
@@ -133,17 +133,17 @@ fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
             forward.ts_add = 0_u32.wrapping_sub(flow.ts_add);
         } else {
             flags |= FLAG_NO_TS;
-            refuses |= FRONTEND_NO_TS;
+            refuses |= FRONTEND_REFUSED_TS;
         }
     }
     if client_sack != 0 && parsed.sack == 0 {
         flags |= FLAG_NO_SACK;
-        refuses |= FRONTEND_NO_SACK;
+        refuses |= FRONTEND_REFUSED_SACK;
     }
     if client_wscale != NO_WSCALE {
         let told = frontend.wscale as i8;
         if parsed.wscale == NO_WSCALE {
-            refuses |= FRONTEND_NO_WSCALE;
+            refuses |= FRONTEND_REFUSED_WSCALE;
             forward.set_win_shift(client_wscale as i8);
             flow.set_win_shift(0_i8.wrapping_sub(told));
         } else {

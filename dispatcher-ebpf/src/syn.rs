@@ -7,7 +7,10 @@ use dispatcher_common::{
     globals::Globals,
     opaque::opaque,
     reason::Reason,
-    service::{FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_NO_WSCALE, Frontend},
+    service::{
+        FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_REFUSED, FRONTEND_REFUSED_SACK, FRONTEND_REFUSED_TS,
+        FRONTEND_REFUSED_WSCALE, Frontend,
+    },
     tcp::{ACK, Options, SYN, TIMESTAMP_WORD},
 };
 
@@ -124,18 +127,18 @@ pub fn answer(frame: &Frame, p: &Parsed, frontend: &Frontend, globals: &Globals)
         return Verdict(Reason::BadTransport);
     }
     let words = len / 4 - 5;
-    let refused = frontend.flags & (FRONTEND_NO_SACK | FRONTEND_NO_TS | FRONTEND_NO_WSCALE) != 0;
+    let refused = frontend.flags & (FRONTEND_NO_SACK | FRONTEND_NO_TS | FRONTEND_REFUSED) != 0;
     let options = &mut scratch()?.parsed;
     let usual = words == 5 && !refused && usual_options(view, l4 + TCP_MIN, options);
     if !usual {
         options::read(frame, p)?;
-        if frontend.flags & FRONTEND_NO_SACK != 0 {
+        if frontend.flags & (FRONTEND_NO_SACK | FRONTEND_REFUSED_SACK) != 0 {
             options.sack = 0;
         }
-        if frontend.flags & FRONTEND_NO_TS != 0 {
+        if frontend.flags & (FRONTEND_NO_TS | FRONTEND_REFUSED_TS) != 0 {
             options.ts = 0;
         }
-        if frontend.flags & FRONTEND_NO_WSCALE != 0 {
+        if frontend.flags & FRONTEND_REFUSED_WSCALE != 0 {
             options.wscale = NO_WSCALE;
         }
     }

@@ -24,6 +24,10 @@ pub struct Status {
     pub interfaces: Vec<Attached>,
     /// Estimate of the memory of the maps.
     pub memory_bytes: u64,
+    /// Where maps, programs and links are pinned; `null`: they end with the daemon.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub pin: Option<PathBuf>,
     /// Number of services.
     pub services: usize,
     /// Number of backends.
@@ -48,6 +52,15 @@ pub struct Status {
     pub cookie_epoch: u32,
     /// Records of the event ring so far.
     pub events: Events,
+}
+
+/// What `dispatcherctl detach --json` prints.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Detached {
+    /// The folder of the pins.
+    pub pin: PathBuf,
+    /// What was done, a line each; nothing when nothing was pinned.
+    pub done: Vec<String>,
 }
 
 /// Records of the event ring.

@@ -44,6 +44,8 @@ pub use self::{
 
 /// Where `dispatcherd` listens for `dispatcherctl`.
 pub const DEFAULT_CONTROL: &str = "/run/dispatcher/control.sock";
+/// Where a configuration's maps, programs and links are pinned.
+pub const DEFAULT_PIN: &str = "/sys/fs/bpf/dispatcher";
 
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +80,8 @@ pub struct Config {
     pub control: PathBuf,
     /// Group that may use the control socket besides root.
     pub control_group: Option<String>,
+    /// Folder in a BPF file system that keeps maps, programs and links when the daemon ends.
+    pub pin: Option<PathBuf>,
     /// Where metrics are served over TCP.
     pub metrics: Option<SocketAddr>,
     /// Interfaces to attach to.
@@ -88,11 +92,13 @@ pub struct Config {
     pub services: Vec<Service>,
 }
 
+/// Without a file nothing is served, so nothing is pinned.
 impl Default for Config {
     fn default() -> Self {
         Self {
             control: DEFAULT_CONTROL.into(),
             control_group: None,
+            pin: None,
             metrics: None,
             interfaces: Vec::new(),
             capacities: Capacities::default(),
@@ -376,6 +382,7 @@ impl Config {
         let config = Self {
             control: source.control(raw.control.as_ref())?,
             control_group: raw.control_group.as_ref().map(|group| group.get_ref().clone()),
+            pin: source.pin(raw.pin.as_ref())?,
             metrics: source.metrics(&raw)?,
             interfaces: source.interfaces(&raw, interfaces)?,
             capacities: source.capacities(raw.capacity.as_ref())?,
@@ -385,6 +392,43 @@ impl Config {
         source.check_addresses(&raw, &config)?;
         source.check_sizes(&raw, &config)?;
         Ok(config)
+    }
+}
+
+/// A capacity that is too small.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Shortage {
+    /// Which, as under `[capacity]`.
+    pub name: &'static str,
+    /// What there is.
+    pub have: u32,
+    /// What the services need.
+    pub need: u64,
+}
+
+impl Config {
+    /// The first capacity that is too small for the services.
+    #[must_use]
+    pub fn shortage(&self, capacities: &Capacities) -> Option<Shortage> {
+        let (mut frontends, mut backends, mut table, mut sources) = (0_u64, 0_u64, 0_u64, 0_u64);
+        for service in &self.services {
+            frontends += service.vips.len() as u64;
+            backends += service.backends.len() as u64;
+            table += service.vips.len() as u64 * u64::from(service.table_size) * 2;
+            if let Source::Dispatcher { addresses, .. } = &service.source {
+                sources += addresses.len() as u64;
+            }
+        }
+        let cookies: BTreeSet<&str> = self.services.iter().filter_map(Service::cookie).collect();
+        let all = [
+            ("frontends", frontends, capacities.frontends),
+            ("backends", backends, capacities.backends),
+            ("lb_table", table, capacities.lb_table),
+            ("sources", sources, capacities.sources),
+            ("cookies", cookies.len() as u64, capacities.cookies),
+        ];
+        let mut all = all.into_iter().map(|(name, need, have)| Shortage { name, have, need });
+        all.find(|one| one.need > u64::from(one.have))
     }
 }
 
@@ -454,6 +498,23 @@ impl Text<'_> {
             return Err(self.error(path.span(), "control", problem));
         }
         Ok(value.to_owned())
+    }
+
+    fn pin(&self, path: Option<&Spanned<String>>) -> Result<Option<PathBuf>, Error> {
+        let Some(path) = path else { return Ok(Some(DEFAULT_PIN.into())) };
+        let text = path.get_ref();
+        if text == "none" {
+            return Ok(None);
+        }
+        let value = Path::new(text);
+        // Neither steps upward nor a BPF file system's own rule: no dots in names.
+        if !value.is_absolute() || value.file_name().is_none() || text.contains('.') {
+            let problem = format!(
+                "\"{text}\" is no folder in a BPF file system; give an absolute path without dots, such as \"{DEFAULT_PIN}\", or \"none\""
+            );
+            return Err(self.error(path.span(), "pin", problem));
+        }
+        Ok(Some(value.to_owned()))
     }
 
     fn metrics(&self, raw: &raw::File) -> Result<Option<SocketAddr>, Error> {
@@ -1093,40 +1154,28 @@ impl Text<'_> {
 
     /// Everything must fit the maps.
     fn check_sizes(&self, raw: &raw::File, config: &Config) -> Result<(), Error> {
-        let capacities = &config.capacities;
+        let Some(Shortage { name, have, need }) = config.shortage(&config.capacities) else { return Ok(()) };
         let none = raw::Capacity::default();
-        let given = raw.capacity.as_ref().unwrap_or(&none);
-        let (mut frontends, mut backends, mut table, mut sources) = (0_u64, 0_u64, 0_u64, 0_u64);
-        for service in &config.services {
-            frontends += service.vips.len() as u64;
-            backends += service.backends.len() as u64;
-            table += service.vips.len() as u64 * u64::from(service.table_size) * 2;
-            if let Source::Dispatcher { addresses, .. } = &service.source {
-                sources += addresses.len() as u64;
-            }
-        }
-        let cookies: BTreeSet<&str> = config.services.iter().filter_map(Service::cookie).collect();
-        for (name, need, have, given) in [
-            ("frontends", frontends, capacities.frontends, &given.frontends),
-            ("backends", backends, capacities.backends, &given.backends),
-            ("lb_table", table, capacities.lb_table, &given.lb_table),
-            ("sources", sources, capacities.sources, &given.sources),
-            ("cookies", cookies.len() as u64, capacities.cookies, &given.cookies),
-        ] {
-            if need > u64::from(have) {
-                let last = raw.service.last().map_or(0..0, |service| service.name.span());
-                let span = given.as_ref().map_or(last, Spanned::span);
-                let problem = if name == "backends" && need > 16_384 {
-                    format!("{need} backends are more than the 16384 that one dispatcher keeps; split them")
-                } else {
-                    format!(
-                        "{have} is too small, the services need {need}; set it to {need} or more under [capacity]"
-                    )
-                };
-                return Err(self.error(span, &format!("capacity.{name}"), problem));
-            }
-        }
-        Ok(())
+        let raw::Capacity { frontends, backends, lb_table, sources, cookies, .. } =
+            raw.capacity.as_ref().unwrap_or(&none);
+        let given = [
+            ("frontends", frontends),
+            ("backends", backends),
+            ("lb_table", lb_table),
+            ("sources", sources),
+            ("cookies", cookies),
+        ];
+        let given = given.into_iter().find(|(one, _)| *one == name).and_then(|(_, given)| given.as_ref());
+        let last = raw.service.last().map_or(0..0, |service| service.name.span());
+        let span = given.map_or(last, Spanned::span);
+        let problem = if name == "backends" && need > 16_384 {
+            format!("{need} backends are more than the 16384 that one dispatcher keeps; split them")
+        } else {
+            format!(
+                "{have} is too small, the services need {need}; set it to {need} or more under [capacity]"
+            )
+        };
+        Err(self.error(span, &format!("capacity.{name}"), problem))
     }
 }
 

@@ -29,11 +29,14 @@ use dispatcher_common::{
         is_closed, ports_of,
     },
     reason::{Kind, Reason},
-    service::{BackendStats, BackendTimes, FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_NO_WSCALE, Histogram},
+    service::{
+        BackendStats, BackendTimes, FRONTEND_REFUSED_SACK, FRONTEND_REFUSED_TS, FRONTEND_REFUSED_WSCALE,
+        Histogram,
+    },
     session::{
         COOKIE_LEN, KIND_CLIENT, KIND_COOKIE, KIND_QUIC_CID, KIND_QUIC_SERVER, KIND_TICKET, KIND_TICKET_NAME,
-        KIND_TLS_SESSION_ID, STATE_CONFIRMED, STATE_DISCOVERED, STATE_PINNED, STATE_PROVISIONAL, Session,
-        SessionKey, TICKET_HEAD,
+        KIND_TLS_SESSION_ID, STATE_CONFIGURED, STATE_CONFIRMED, STATE_DISCOVERED, STATE_PINNED,
+        STATE_PROVISIONAL, Session, SessionKey, TICKET_HEAD,
     },
 };
 use serde::Deserialize;
@@ -387,6 +390,7 @@ fn status_of(shared: &Shared, backends: &[api::Backend]) -> api::Status {
         uptime_seconds: shared.started.elapsed().as_secs(),
         interfaces: shared.dataplane.attached(),
         memory_bytes: memory_bytes(shared.dataplane.capacities()),
+        pin: shared.dataplane.pinned().map(Path::to_owned),
         services: shared.config().services.len(),
         backends: backends.len(),
         backends_up: backends.iter().filter(|backend| backend.state == "up").count(),
@@ -420,12 +424,15 @@ fn read_services(shared: &Shared) -> Result<Vec<api::Service>, Failure> {
     for service in &config.services {
         let mut refused = 0;
         for vip in vips(service) {
-            if let Some((index, written)) = state.actual.frontend(&vip) {
-                refused |= shared.dataplane.frontends().get(index)?.flags & !written.flags;
+            if let Some((index, _)) = state.actual.frontend(&vip) {
+                refused |= shared.dataplane.frontends().get(index)?.flags;
             }
         }
-        let options =
-            [(FRONTEND_NO_SACK, "sack"), (FRONTEND_NO_TS, "timestamps"), (FRONTEND_NO_WSCALE, "wscale")];
+        let options = [
+            (FRONTEND_REFUSED_SACK, "sack"),
+            (FRONTEND_REFUSED_TS, "timestamps"),
+            (FRONTEND_REFUSED_WSCALE, "wscale"),
+        ];
         let up = |backend: &&config::Backend| reconcile::status(&desired, &state.actual, backend).0 == "up";
         services.push(api::Service {
             name: service.name.clone(),
@@ -860,11 +867,12 @@ impl Names {
 }
 
 /// States of sessions, as the API calls them.
-pub(crate) const STATES: [(u8, &str); 4] = [
+pub(crate) const STATES: [(u8, &str); 5] = [
     (STATE_PROVISIONAL, "provisional"),
     (STATE_CONFIRMED, "confirmed"),
     (STATE_PINNED, "pinned"),
     (STATE_DISCOVERED, "discovered"),
+    (STATE_CONFIGURED, "configured"),
 ];
 
 fn shown(names: &Names, key: &SessionKey, session: &Session, now: u32) -> api::Session {

@@ -23,8 +23,8 @@ use tokio::net::UnixStream;
 
 use crate::{
     api::{self, Mistake, Problem, Traced},
-    config::{self, AdminState, Config, DEFAULT_CONTROL},
-    control, counted, explain,
+    config::{self, AdminState, Config, DEFAULT_CONTROL, DEFAULT_PIN},
+    control, counted, dataplane, explain,
 };
 
 /// Ask and steer a running dispatcherd
@@ -49,8 +49,9 @@ enum Command {
     Services,
     /// Backends with their state and counters
     Backends,
-    /// Enable, drain or disable a backend, until the daemon is started again
+    /// Enable, drain or disable a backend, until the configuration is reloaded
     ///
+    /// A daemon that is started again knows it, unless nothing is pinned (pin = "none").
     /// Connections that are open go on in any state. Example: dispatcherctl backend web/a drain
     Backend {
         /// SERVICE/NAME, as `dispatcherctl backends` lists them
@@ -77,6 +78,18 @@ enum Command {
     Config {
         #[command(subcommand)]
         command: ConfigCommand,
+    },
+    /// End what goes on without a daemon: programs on interfaces, connections, sessions (root)
+    ///
+    /// Removes the links, programs and maps that dispatcherd has pinned, and says what it removes. A running
+    /// daemon must be stopped before.
+    Detach {
+        /// Configuration that says where they are pinned
+        #[arg(long, value_name = "FILE", conflicts_with = "pin")]
+        config: Option<PathBuf>,
+        /// Where they are pinned
+        #[arg(long, value_name = "FOLDER", default_value = DEFAULT_PIN)]
+        pin: PathBuf,
     },
     /// What is known of the backends' session tickets: which keys seal them, and who shares them
     Identities,
@@ -170,7 +183,7 @@ enum Sessions {
         #[arg(long)]
         service: Option<String>,
     },
-    /// Map an identifier to a backend, whatever servers say, until it is removed or the daemon ends
+    /// Map an identifier to a backend, whatever servers say, until it is removed
     ///
     /// Examples: dispatcherctl sessions pin 6f0a…31 --service web --backend a
     ///           dispatcherctl sessions pin cookie:4f1c --service shop --backend b
@@ -272,12 +285,15 @@ pub enum Error {
     /// The daemon says no.
     #[error("{0}")]
     Refused(String),
-    /// A configuration is not good.
-    #[error(transparent)]
-    Config(config::Error),
     /// A capture cannot be explained.
     #[error(transparent)]
     Explain(explain::Error),
+    /// A configuration cannot be read, or is not good.
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    /// Pins cannot be removed.
+    #[error(transparent)]
+    Detach(#[from] dataplane::Error),
     /// The answer cannot be printed.
     #[error("printing: {0}")]
     Output(#[from] io::Error),
@@ -295,9 +311,12 @@ impl Error {
     pub fn exit(&self) -> Exit {
         match self {
             Self::Unreachable { .. } => Exit::Unreachable,
-            Self::Protocol(_) | Self::Refused(_) | Self::Config(_) | Self::Explain(_) | Self::Output(_) => {
-                Exit::Refused
-            }
+            Self::Protocol(_)
+            | Self::Refused(_)
+            | Self::Explain(_)
+            | Self::Config(_)
+            | Self::Detach(_)
+            | Self::Output(_) => Exit::Refused,
         }
     }
 }
@@ -373,6 +392,16 @@ async fn answer(
         Command::Config { command: ConfigCommand::Show } => ask.print("/v1/config.toml", out).await,
         Command::Config { command: ConfigCommand::Schema } => {
             show(out, Form::Json, &config::schema(), |_| Table::new())
+        }
+        Command::Detach { config, pin } => {
+            let pin = match config {
+                Some(file) => Config::load(file, &[])?.pin.ok_or_else(|| {
+                    Error::Refused(format!("{} says pin = \"none\": nothing is pinned", file.display()))
+                })?,
+                None => pin.clone(),
+            };
+            let done = dataplane::remove_pins(&pin)?;
+            show(out, form, &api::Detached { pin, done }, detached)
         }
         Command::Identities => {
             show(out, form, ask.get::<Vec<api::Identity>>("/v1/identities").await?.as_slice(), identities)
@@ -694,6 +723,7 @@ fn status(status: &api::Status) -> Table {
         ("uptime", age(status.uptime_seconds)),
         ("interfaces", interfaces.join(", ")),
         ("memory", format!("{:.1} MiB", status.memory_bytes as f64 / f64::from(1 << 20))),
+        ("pinned", status.pin.as_ref().map_or_else(|| "no".to_owned(), |pin| pin.display().to_string())),
         ("services", status.services.to_string()),
         ("backends", format!("{} of {} up", status.backends_up, status.backends)),
         ("connections", status.connections.to_string()),
@@ -816,6 +846,17 @@ fn reloaded(done: &api::Reload) -> Table {
         (true, false) => "in force".to_owned(),
         (false, false) => "dry run: nothing was changed".to_owned(),
     });
+    one_column(lines)
+}
+
+fn detached(what: &api::Detached) -> Table {
+    if what.done.is_empty() {
+        return one_column(vec![format!("nothing is pinned in {}", what.pin.display())]);
+    }
+    one_column(what.done.clone())
+}
+
+fn one_column(lines: Vec<String>) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
     lines.into_iter().for_each(|line| {

@@ -11,6 +11,7 @@ use std::{
 
 use dispatcher_common::globals::GLOBAL_LOG;
 use tokio::{
+    runtime::Runtime,
     signal::unix::{SignalKind, signal},
     sync::watch,
     task::JoinSet,
@@ -18,12 +19,12 @@ use tokio::{
 };
 
 use crate::{
-    config::Config,
+    config::{Config, Shortage},
     control::{self, Socket},
     counted,
     dataplane::{self, Dataplane, memory_bytes, monotonic_ns},
     discovery, events, health, netlink, privileges,
-    reconcile::{self, Reach},
+    reconcile::{self, Actual, Reach},
     reload::{self, Source},
     state::Shared,
 };
@@ -55,6 +56,18 @@ pub enum Error {
     /// Capabilities.
     #[error(transparent)]
     Privileges(#[from] privileges::Error),
+    /// Maps that were taken over are too small for the configuration.
+    #[error(
+        "the pinned maps have a capacity {name} of {have}, the services need {need}; `dispatcherctl detach` before the start gives them their new size, and ends connections and sessions"
+    )]
+    Shortage {
+        /// Which, as under `[capacity]`.
+        name: &'static str,
+        /// What there is.
+        have: u32,
+        /// What the services need.
+        need: u64,
+    },
     /// The address of the metrics.
     #[error("metrics: listening on {at}: {source}; set another address with `metrics`, or stop who has it")]
     Metrics {
@@ -94,14 +107,47 @@ pub fn run(
     out: &mut (dyn Write + Send),
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
-    let capacities = config.capacities;
     let (services, interfaces) = (config.services.len(), config.interfaces.len());
     say(out, &format!("{} on {}", counted(services, "service"), counted(interfaces, "interface")));
     for interface in &config.interfaces {
         dataplane::find_interface(&interface.name)?;
     }
-    let dataplane = Dataplane::load(dataplane::object(), &capacities)?;
-    let mebibytes = memory_bytes(&capacities) as f64 / f64::from(1 << 20);
+    let dataplane = match &config.pin {
+        Some(folder) => Dataplane::load_pinned(dataplane::object(), &config.capacities, folder)?,
+        None => Dataplane::load(dataplane::object(), &config.capacities)?,
+    };
+    let prepared = match prepare(&config, &options, &dataplane, out) {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            dataplane.give_up();
+            return Err(error);
+        }
+    };
+    let Prepared { actual, mut socket, scrapes, runtime } = prepared;
+    let shared = Arc::new(Shared::new(config, options.source, dataplane, actual));
+    let result = runtime.block_on(serve(shared, &mut socket, scrapes, out, shutdown));
+    // A walk through a map may be under way; nothing is lost with it.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+/// What a daemon needs beside its data path.
+struct Prepared {
+    actual: Actual,
+    socket: Socket,
+    scrapes: Option<TcpListener>,
+    runtime: Runtime,
+}
+
+/// All that can fail before packets depend on us.
+fn prepare(
+    config: &Config,
+    options: &Options,
+    dataplane: &Dataplane,
+    out: &mut (dyn Write + Send),
+) -> Result<Prepared, Error> {
+    let capacities = dataplane.capacities();
+    let mebibytes = memory_bytes(capacities) as f64 / f64::from(1 << 20);
     say(
         out,
         &format!(
@@ -110,7 +156,20 @@ pub fn run(
             counted(capacities.sessions, "session")
         ),
     );
-    let mut socket = Socket::bind(&config.control, config.control_group.as_deref())?;
+    if let Some(folder) = dataplane.pinned() {
+        let what = if dataplane.taken_over() { "taken over from" } else { "pinned in" };
+        say(out, &format!("{what} {}", folder.display()));
+    }
+    for (name, there, wanted) in capacities.differences(&config.capacities) {
+        log::warn!(
+            "capacity {name}: the pinned map has {there} and keeps them, not {wanted}; `dispatcherctl detach` before the start gives it its new size, and ends connections and sessions"
+        );
+    }
+    if let Some(Shortage { name, have, need }) = config.shortage(capacities) {
+        return Err(Error::Shortage { name, have, need });
+    }
+    let actual = Actual::take_over(dataplane)?;
+    let socket = Socket::bind(&config.control, config.control_group.as_deref())?;
     say(out, &format!("control: {}", config.control.display()));
     let scrapes = config.metrics.map(|at| {
         let listener = TcpListener::bind(at).map_err(|source| Error::Metrics { at, source })?;
@@ -122,6 +181,9 @@ pub fn run(
         let mode = dataplane.attach(&interface.name, interface.attach)?;
         say(out, &format!("attached to {} ({mode})", interface.name));
     }
+    for interface in dataplane.settled()? {
+        say(out, &format!("detached from {interface}"));
+    }
     if !options.keep_privileges {
         privileges::drop_privileges()?;
     }
@@ -130,11 +192,7 @@ pub fn run(
         .enable_all()
         .build()
         .map_err(Error::Runtime)?;
-    let shared = Arc::new(Shared::new(config, options.source, dataplane));
-    let result = runtime.block_on(serve(shared, &mut socket, scrapes, out, shutdown));
-    // A walk through a map may be under way; nothing is lost with it.
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    result
+    Ok(Prepared { actual, socket, scrapes, runtime })
 }
 
 async fn serve(
@@ -152,11 +210,18 @@ async fn serve(
     let (mut reach, _follower) = netlink::follow(shared.addresses.subscribe(), attached).await?;
     let mut shutdown = std::pin::pin!(shutdown);
     tokio::select! {
+        // First, so that signals are waited for from now on.
+        biased;
         () = &mut shutdown => return Ok(()),
         () = wait_for_neighbours(&mut reach) => {}
     }
-    let first = reach.borrow_and_update().clone();
-    shared.reconcile(|state| state.reach = first);
+    shared.state().reach = reach.borrow_and_update().clone();
+    if shared.follows_load() {
+        // Connections may be open that a daemon before us has seen.
+        shared.count_loads();
+    } else {
+        shared.reconcile(|_| {});
+    }
 
     let mut tasks: JoinSet<(&'static str, String)> = JoinSet::new();
     if let Some(ring) = shared.dataplane.take_events() {
@@ -191,6 +256,20 @@ async fn serve(
         }),
     };
     tasks.shutdown().await;
+    if let Some(folder) = shared.dataplane.pinned() {
+        // Nothing is to be held for us any more.
+        if let Err(error) = shared.dataplane.update_globals(|globals| globals.heartbeat = 0) {
+            log::warn!("{error}");
+        }
+        say(
+            out,
+            &format!(
+                "packets go on without a daemon, by what is pinned in {}; `dispatcherctl detach` ends that",
+                folder.display()
+            ),
+        );
+        return result;
+    }
     for interface in shared.dataplane.attached() {
         match shared.dataplane.detach(&interface.name) {
             Ok(_) => say(out, &format!("detached from {}", interface.name)),

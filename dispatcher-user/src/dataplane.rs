@@ -4,9 +4,10 @@
 
 use std::{
     collections::BTreeMap,
-    ffi::CString,
+    ffi::{CStr, CString},
     fmt, io,
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, BorrowedFd},
+    path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -14,17 +15,14 @@ use std::{
 use aya::{
     Ebpf, EbpfError, EbpfLoader, Pod,
     maps::{DevMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, ProgramArray, RingBuf},
-    programs::{
-        ProgramError, Xdp, XdpMode,
-        xdp::{XdpError, XdpLinkId},
-    },
+    programs::{ProgramError, Xdp},
 };
 use dispatcher_common::{
     abi,
     addr::Addr,
     event::Release,
     flow::{Flow, FlowKey},
-    globals::{GLOBAL_NO_CLONES, Globals},
+    globals::{GLOBAL_LOG, GLOBAL_NO_CLONES, Globals},
     http,
     reason::{REASONS_MAX, Reason},
     service::{Backend, BackendStats, BackendTimes, Frontend, VipKey},
@@ -32,11 +30,17 @@ use dispatcher_common::{
 };
 
 mod capacity;
+mod pins;
 mod sessions;
+mod syscall;
 mod table;
 mod test_run;
 
+use pins::Pins;
+use syscall::Link;
+
 pub use capacity::{Capacities, memory_bytes};
+pub use pins::remove as remove_pins;
 pub use sessions::{Sessions, Swept};
 pub use table::{Cells, Table};
 pub use test_run::{LIVE_FRAMES, TestRun, test_run};
@@ -92,7 +96,7 @@ pub enum Error {
     NoInterface(String),
     /// Another XDP program is there already.
     #[error(
-        "interface {interface} has an XDP program already; remove it with `ip link set dev {interface} xdp off`"
+        "interface {interface} has an XDP program already; remove it with `ip link set dev {interface} xdp off`, or, if a dispatcherd left it, with `dispatcherctl detach`"
     )]
     Busy {
         /// The interface.
@@ -134,6 +138,59 @@ pub enum Error {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// A pin cannot be made, opened or removed.
+    #[error(
+        "pins: {path}: {action}: {source}; is the folder of `pin` in a BPF file system, and ours? Names there have no dots"
+    )]
+    Pin {
+        /// The pin, or a folder of pins.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// There is no BPF file system for pins.
+    #[error("pins in {folder}: {reason}; or set pin = \"none\", and nothing outlives the daemon")]
+    NoFileSystem {
+        /// The folder for pins.
+        folder: PathBuf,
+        /// What is wrong and what to do.
+        reason: String,
+    },
+    /// The folder is locked.
+    #[error("another dispatcherd uses the pins in {0}; stop it, or set another `pin`")]
+    PinsInUse(PathBuf),
+    /// The links there are on interfaces of another network namespace.
+    #[error(
+        "the pins in {0} are attached to interfaces of another network namespace; give each namespace its own `pin`"
+    )]
+    OtherNamespace(PathBuf),
+    /// Maps of a version with other layouts.
+    #[error(
+        "the maps pinned in {folder} have layouts of version {theirs}, this dispatcherd has version {}; {REMEDY}",
+        abi::ABI_VERSION
+    )]
+    Abi {
+        /// The folder of pins.
+        folder: PathBuf,
+        /// Their version.
+        theirs: u32,
+    },
+    /// A map of another layout.
+    #[error(
+        "map {map} pinned in {folder} is another ({theirs}) than that of this dispatcherd ({ours}); {REMEDY}"
+    )]
+    PinnedMap {
+        /// Name of the map.
+        map: &'static str,
+        /// The folder of pins.
+        folder: PathBuf,
+        /// What is there.
+        theirs: String,
+        /// What is expected.
+        ours: String,
+    },
     /// No random bytes for keys.
     #[error("reading random bytes for the cookie keys: {0}")]
     Random(getrandom::Error),
@@ -148,6 +205,9 @@ pub enum Error {
         problem: &'static str,
     },
 }
+
+/// What to do about maps that cannot be used.
+const REMEDY: &str = "start the version that made it, or let go of its connections and sessions with `dispatcherctl detach` and start again";
 
 /// How a program is attached to an interface.
 #[derive(
@@ -184,10 +244,12 @@ pub fn object() -> &'static [u8] {
     &OBJECT.0
 }
 
-/// The loaded programs and their maps. Dropping it detaches and unloads everything.
+/// The loaded programs and their maps. Dropping it detaches and unloads everything that is not pinned.
 pub struct Dataplane {
     ebpf: Mutex<Ebpf>,
-    links: Mutex<BTreeMap<u32, Link>>,
+    links: Mutex<BTreeMap<u32, Attachment>>,
+    pins: Option<Pins>,
+    taken_over: bool,
     capacities: Capacities,
     copy: Mutex<Globals>,
     flows: Table<FlowKey, Flow>,
@@ -208,17 +270,20 @@ pub struct Dataplane {
     replay: Vec<Mutex<DevMap<MapData>>>,
     single: Vec<Mutex<DevMap<MapData>>>,
     events: Mutex<Option<RingBuf<MapData>>>,
-    /// The kernel empties a program array when its last descriptor is closed.
+    /// The kernel empties a program array when its last descriptor is closed and its last pin is gone.
     _stages: ProgramArray<MapData>,
 }
 
 /// Counters, one set a CPU.
 type Counters<V> = Mutex<PerCpuArray<MapData, V>>;
 
-struct Link {
+struct Attachment {
     interface: String,
     mode: AttachMode,
-    id: XdpLinkId,
+    link: Link,
+    pin: Option<PathBuf>,
+    /// Attached by a daemon before us.
+    taken_over: bool,
 }
 
 /// An interface that the dispatcher is attached to.
@@ -233,19 +298,60 @@ pub struct Attached {
 }
 
 impl Dataplane {
-    /// Makes the maps, loads the programs and writes new cookie keys. Nothing is attached yet.
+    /// Makes the maps, loads the programs and writes new cookie keys. Nothing is attached yet, and nothing
+    /// outlives this process.
     pub fn load(object: &[u8], capacities: &Capacities) -> Result<Self, Error> {
+        Self::load_with(object, capacities, None)
+    }
+
+    /// As [`load`](Self::load), with everything pinned in a folder: it outlives this process. Maps that are
+    /// pinned there already are taken over with all that they hold, whatever their capacities.
+    pub fn load_pinned(object: &[u8], capacities: &Capacities, folder: &Path) -> Result<Self, Error> {
+        Self::load_with(object, capacities, Some(folder))
+    }
+
+    fn load_with(object: &[u8], capacities: &Capacities, folder: Option<&Path>) -> Result<Self, Error> {
         if object.is_empty() {
             return Err(Error::NoObject);
         }
         capacities.check()?;
-        let mut ebpf = load_maps(object, capacities)?;
-        for program in
-            [abi::PROGRAM, abi::PROGRAM_EMIT, abi::PROGRAM_RELEASE].into_iter().chain(abi::STAGE_PROGRAMS)
-        {
+        let pins = folder.map(Pins::open).transpose()?;
+        let there = match &pins {
+            Some(pins) => pins.check(capacities)?,
+            None => None,
+        };
+        let loaded =
+            Self::load_programs(object, &there.unwrap_or(*capacities), pins.as_ref(), there.is_some());
+        match loaded {
+            Ok(dataplane) => Ok(Self { pins, ..dataplane }),
+            Err(error) => {
+                if let Some(pins) = pins {
+                    pins.give_up(there.is_none());
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn load_programs(
+        object: &[u8],
+        capacities: &Capacities,
+        pins: Option<&Pins>,
+        taken_over: bool,
+    ) -> Result<Self, Error> {
+        let mut ebpf = load_maps(object, capacities, pins)?;
+        for program in programs() {
             load_program(&mut ebpf, program)?;
         }
         let e = &mut ebpf;
+        if let Some(pins) = pins {
+            if let Some(Map::ProgramArray(stages)) = e.map(abi::MAP_STAGES) {
+                pins.keep(abi::MAP_STAGES, stages.fd().as_fd())?;
+            }
+            for program in programs() {
+                pins.keep(program, xdp(e, program)?.fd().map_err(layout(program))?.as_fd())?;
+            }
+        }
         let mut stages: ProgramArray<MapData> = take_map(e, abi::MAP_STAGES)?;
         for (index, program) in (0..).zip(abi::STAGE_PROGRAMS) {
             let fd = xdp(e, program)?.fd().map_err(layout(program))?;
@@ -272,45 +378,123 @@ impl Dataplane {
             _stages: stages,
             events: Mutex::new(Some(take_map(e, abi::MAP_EVENTS)?)),
             links: Mutex::default(),
+            pins: None,
+            taken_over,
             copy: Mutex::new(Globals::default()),
             capacities: *capacities,
             ebpf: Mutex::new(ebpf),
         };
-        let keys = [random_key()?, random_key()?];
-        dataplane.update_globals(|globals| {
-            globals.abi = abi::ABI_VERSION;
-            globals.stash_mask = capacities.stash_slots - 1;
-            globals.cookie_keys = keys;
-            globals.heartbeat = monotonic_ns();
-        })?;
+        if taken_over {
+            dataplane.take_over_globals()?;
+        } else {
+            let keys = [random_key()?, random_key()?];
+            dataplane.update_globals(|globals| {
+                globals.abi = abi::ABI_VERSION;
+                globals.stash_mask = capacities.stash_slots - 1;
+                globals.cookie_keys = keys;
+                globals.heartbeat = monotonic_ns();
+            })?;
+        }
         Ok(dataplane)
+    }
+
+    /// Begins with what the daemon before us wrote: its cookie keys are in sequence numbers that clients have.
+    /// What it may have left half done is made good.
+    fn take_over_globals(&self) -> Result<(), Error> {
+        *lock(&self.copy) = self.globals.get(0)?;
+        self.sessions.recall();
+        let vips: Vec<(VipKey, u32)> = self.vips.iter().collect();
+        self.update_globals(|globals| {
+            globals.stash_mask = self.stash.capacity() - 1;
+            globals.flags &= !GLOBAL_LOG;
+            globals.generation = globals.generation.wrapping_add(1);
+            globals.vips.fill(0);
+            for (vip, index) in &vips {
+                globals.set_hint(vip, *index);
+            }
+        })
+    }
+
+    /// True when maps were there that a daemon before us had pinned.
+    #[must_use]
+    pub fn taken_over(&self) -> bool {
+        self.taken_over
+    }
+
+    /// Where everything is pinned.
+    #[must_use]
+    pub fn pinned(&self) -> Option<&Path> {
+        self.pins.as_ref().map(Pins::folder)
     }
 
     /// Attaches the dispatcher to an interface and says in which mode.
     pub fn attach(&self, interface: &str, mode: AttachMode) -> Result<AttachMode, Error> {
         let ifindex = find_interface(interface)?;
-        let (id, mode) = {
-            let mut ebpf = lock(&self.ebpf);
-            let program = xdp(&mut ebpf, abi::PROGRAM)?;
-            match mode {
-                AttachMode::Native | AttachMode::Generic => {
-                    (attach(program, interface, ifindex, mode)?, mode)
-                }
-                AttachMode::Auto => match attach(program, interface, ifindex, AttachMode::Native) {
-                    Ok(id) => (id, AttachMode::Native),
+        let program = self.program_fd(abi::PROGRAM)?;
+        let before = match &self.pins {
+            Some(pins) => pins.take_over(program.as_fd(), ifindex, mode)?,
+            None => None,
+        };
+        let attachment = if let Some((link, mode, pin)) = before {
+            Attachment { interface: interface.to_owned(), mode, link, pin: Some(pin), taken_over: true }
+        } else {
+            let new = |mode| attach(program.as_fd(), interface, ifindex, mode);
+            let (link, mode) = match mode {
+                AttachMode::Native | AttachMode::Generic => (new(mode)?, mode),
+                AttachMode::Auto => match new(AttachMode::Native) {
+                    Ok(link) => (link, AttachMode::Native),
                     Err(Error::NativeUnsupported { source, .. }) => {
                         log::warn!(
                             "{interface}: no native XDP here ({source}); attaching in generic mode, which is slower"
                         );
-                        (attach(program, interface, ifindex, AttachMode::Generic)?, AttachMode::Generic)
+                        (new(AttachMode::Generic)?, AttachMode::Generic)
                     }
                     Err(error) => return Err(error),
                 },
-            }
+            };
+            let pin = match &self.pins {
+                Some(pins) => Some(pins.keep_link(&link, ifindex, mode)?),
+                None => None,
+            };
+            Attachment { interface: interface.to_owned(), mode, link, pin, taken_over: false }
         };
-        lock(&self.links).insert(ifindex, Link { interface: interface.to_owned(), mode, id });
-        self.update_clones()?;
+        let mode = attachment.mode;
+        lock(&self.links).insert(ifindex, attachment);
+        if mode == AttachMode::Generic {
+            // Only `settled` and `detach` take it back: at a start some interfaces are yet to come.
+            self.update_globals(|globals| globals.flags |= GLOBAL_NO_CLONES)?;
+        }
         Ok(mode)
+    }
+
+    /// After the last interface at a start: lets go of interfaces that a daemon before us was attached to and
+    /// we are not, and of its programs. Returns these interfaces.
+    pub fn settled(&self) -> Result<Vec<String>, Error> {
+        let used: Vec<PathBuf> = lock(&self.links).values().filter_map(|one| one.pin.clone()).collect();
+        let gone = match &self.pins {
+            Some(pins) => pins.settle(&used)?,
+            None => Vec::new(),
+        };
+        self.update_clones()?;
+        Ok(gone)
+    }
+
+    /// When a start fails: detaches what it attached. What daemons before us left goes on.
+    pub fn give_up(self) {
+        let links = std::mem::take(&mut *lock(&self.links));
+        let mut programs_go_on = false;
+        for link in links.into_values() {
+            if link.taken_over {
+                programs_go_on = true;
+            } else if let Err(error) = self.let_go(link) {
+                log::warn!("{error}");
+            }
+        }
+        if let Some(pins) = self.pins
+            && !programs_go_on
+        {
+            pins.give_up(!self.taken_over);
+        }
     }
 
     /// Detaches from an interface; false when the dispatcher was not attached to it.
@@ -321,15 +505,17 @@ impl Dataplane {
             ifindex.and_then(|ifindex| links.remove(&ifindex))
         };
         let Some(link) = link else { return Ok(false) };
-        let mut ebpf = lock(&self.ebpf);
-        let program = xdp(&mut ebpf, abi::PROGRAM)?;
-        program.detach(link.id).map_err(|error| Error::Attach {
-            interface: interface.to_owned(),
-            reason: crate::one_line(&error),
-        })?;
-        drop(ebpf);
+        self.let_go(link)?;
         self.update_clones()?;
         Ok(true)
+    }
+
+    fn let_go(&self, attachment: Attachment) -> Result<(), Error> {
+        let Attachment { interface, link, pin, .. } = attachment;
+        match pin {
+            Some(pin) => pins::remove_link(&pin).map(drop),
+            None => link.detach().map_err(|error| Error::Attach { interface, reason: error.to_string() }),
+        }
     }
 
     /// Detaches from an interface that is gone.
@@ -443,12 +629,7 @@ impl Dataplane {
     /// Packets to a VIP begin to find its frontend.
     pub fn publish(&self, vip: VipKey, index: u32) -> Result<(), Error> {
         self.vips.insert(vip, index)?;
-        let number = u16::try_from(index + 1).unwrap_or(0);
-        self.update_globals(|globals| {
-            if let Some(hint) = globals.vips.get_mut(vip.hint()) {
-                *hint = number;
-            }
-        })
+        self.update_globals(|globals| globals.set_hint(&vip, index))
     }
 
     /// Packets to a VIP find its frontend no more.
@@ -633,10 +814,30 @@ fn replay_maps(ebpf: &mut Ebpf, prefix: &str) -> Result<Vec<Mutex<DevMap<MapData
     (0..abi::REPLAY_MAPS).map(|n| take_map(ebpf, &format!("{prefix}{n}")).map(Mutex::new)).collect()
 }
 
-fn load_maps(object: &[u8], capacities: &Capacities) -> Result<Ebpf, Error> {
+/// The name of an interface, or words for it.
+fn interface_name(index: u32) -> String {
+    let mut name: [libc::c_char; libc::IF_NAMESIZE] = [0; libc::IF_NAMESIZE];
+    // SAFETY: `name` has room for the longest name of an interface and its end.
+    let found = unsafe { libc::if_indextoname(index, name.as_mut_ptr()) };
+    if found.is_null() {
+        return format!("interface {index}");
+    }
+    // SAFETY: the call has written a string that ends with a zero byte.
+    unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned()
+}
+
+/// The names of all programs.
+fn programs() -> impl Iterator<Item = &'static str> {
+    [abi::PROGRAM, abi::PROGRAM_EMIT, abi::PROGRAM_RELEASE].into_iter().chain(abi::STAGE_PROGRAMS)
+}
+
+fn load_maps(object: &[u8], capacities: &Capacities, pins: Option<&Pins>) -> Result<Ebpf, Error> {
     let mut loader = EbpfLoader::new();
-    for (map, entries) in capacities.maps() {
-        loader.map_max_entries(map, entries);
+    for map in capacities.maps() {
+        loader.map_max_entries(map.name, map.entries);
+        if let Some(pins) = pins {
+            loader.map_pin_path(map.name, pins.map(map.name));
+        }
     }
     loader.load(object).map_err(|error| {
         if let EbpfError::MapError(MapError::CreateError { name, io_error }) = &error {
@@ -692,29 +893,15 @@ fn take_map<M: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &str) -> R
     M::try_from(map).map_err(layout(name))
 }
 
-fn attach(program: &mut Xdp, interface: &str, ifindex: u32, mode: AttachMode) -> Result<XdpLinkId, Error> {
-    let flags = match mode {
-        AttachMode::Native | AttachMode::Auto => XdpMode::Driver,
-        AttachMode::Generic => XdpMode::Skb,
-    };
-    program.attach_to_if_index(ifindex, flags).map_err(|error| {
-        let code = if let ProgramError::SyscallError(error) = &error {
-            error.io_error.raw_os_error()
-        } else if let ProgramError::XdpError(XdpError::NetlinkError(error)) = &error {
-            error.raw_os_error()
-        } else {
-            None
-        };
-        match code {
-            Some(libc::EPERM) => Error::NotPermitted { action: format!("attaching to {interface}") },
-            Some(libc::EBUSY | libc::EEXIST) => Error::Busy { interface: interface.to_owned() },
-            Some(libc::ENODEV) => Error::NoInterface(interface.to_owned()),
-            Some(code) if mode != AttachMode::Generic => Error::NativeUnsupported {
-                interface: interface.to_owned(),
-                source: io::Error::from_raw_os_error(code),
-            },
-            _ => Error::Attach { interface: interface.to_owned(), reason: crate::one_line(&error) },
+fn attach(program: BorrowedFd<'_>, interface: &str, ifindex: u32, mode: AttachMode) -> Result<Link, Error> {
+    Link::attach(program, ifindex, mode).map_err(|source| match source.raw_os_error() {
+        Some(libc::EPERM) => Error::NotPermitted { action: format!("attaching to {interface}") },
+        Some(libc::EBUSY | libc::EEXIST) => Error::Busy { interface: interface.to_owned() },
+        Some(libc::ENODEV) => Error::NoInterface(interface.to_owned()),
+        _ if mode != AttachMode::Generic => {
+            Error::NativeUnsupported { interface: interface.to_owned(), source }
         }
+        _ => Error::Attach { interface: interface.to_owned(), reason: source.to_string() },
     })
 }
 

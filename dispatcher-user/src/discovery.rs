@@ -14,7 +14,7 @@ use std::{
 
 use dispatcher_common::session::{
     BACKENDS_MAX, KIND_TICKET_NAME, STATE_DISCOVERED, STATE_PINNED, Session, SessionKey, TICKET_FORMATS,
-    TICKET_NAMED, TICKET_OPAQUE,
+    TICKET_NAMED, TICKET_OPAQUE, TICKET_UNKNOWN,
 };
 use rustls::{
     SupportedProtocolVersion,
@@ -405,7 +405,11 @@ fn publish(shared: &Shared) {
             }
         }
     }
-    shared.reconcile(|state| state.tickets = formats);
+    shared.reconcile(|state| {
+        state.tickets.retain(|id, _| formats.contains_key(id));
+        // Of a backend that was not looked at yet, a daemon before us may have known.
+        state.tickets.extend(formats.into_iter().filter(|(_, ticket)| *ticket != TICKET_UNKNOWN));
+    });
 }
 
 fn write(

@@ -209,7 +209,15 @@ fn look_round(
                 let mut record = match records.remove(&who) {
                     Some(record) if record.target.is(address, proxy, health) => record,
                     Some(record) => record.follow(target()),
-                    None => Record::new(target()),
+                    None => match state.health.get(&who) {
+                        // By a daemon before us: good checks bring it back.
+                        Some(known) => Record {
+                            standing: Standing::Down { good: 0 },
+                            problem: known.clone(),
+                            ..Record::new(target())
+                        },
+                        None => Record::new(target()),
+                    },
                 };
                 if !record.standing.is_down() && state.health.contains_key(&who) {
                     news.insert(who, None);

@@ -16,11 +16,14 @@ use dispatcher_common::{
     flow::Link,
     http,
     service::{
-        BACKEND_DEAD, BACKEND_DRAIN, BACKEND_UP, Backend as Endpoint, FRONTEND_MISS_DAEMON, FRONTEND_NO_SACK,
-        FRONTEND_NO_TS, FRONTEND_NO_WSCALE, FRONTEND_PROXY_V2, FRONTEND_SOURCE_DISPATCHER, Frontend, MODE_L4,
-        MODE_PASSTHROUGH, VipKey, endpoint_index,
+        BACKEND_DEAD, BACKEND_DISABLED, BACKEND_DRAIN, BACKEND_OPERATOR, BACKEND_UNHEALTHY, BACKEND_UP,
+        Backend as Endpoint, FRONTEND_MISS_DAEMON, FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_PROXY_V2,
+        FRONTEND_REFUSED, FRONTEND_SOURCE_DISPATCHER, Frontend, MODE_L4, MODE_PASSTHROUGH, VipKey,
+        endpoint_index,
     },
-    session::{KIND_QUIC_SERVER, STATE_PINNED, Session, SessionKey, TICKET_NAMED, TICKET_UNKNOWN},
+    session::{
+        KIND_QUIC_SERVER, STATE_CONFIGURED, STATE_PINNED, Session, SessionKey, TICKET_NAMED, TICKET_UNKNOWN,
+    },
 };
 
 use crate::{
@@ -29,8 +32,7 @@ use crate::{
     dataplane::{Dataplane, Error, monotonic_seconds},
 };
 
-/// Set by the data path when a backend refuses an option; kept when a frontend is written.
-const LEARNED: u32 = FRONTEND_NO_SACK | FRONTEND_NO_TS | FRONTEND_NO_WSCALE;
+mod takeover;
 
 /// How frames reach an address.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -174,10 +176,6 @@ struct BackendSlot {
 #[derive(Clone, Debug, PartialEq)]
 struct FrontendSlot {
     index: u32,
-    /// Where its two tables begin in `LB_TABLE`.
-    region: u32,
-    /// Entries of one of its tables.
-    size: u32,
     frontend: Frontend,
     published: bool,
 }
@@ -258,10 +256,6 @@ pub enum Change {
         vip: Vip,
         /// Index into `FRONTENDS`.
         index: u32,
-        /// First entry of its region of `LB_TABLE`.
-        region: u32,
-        /// Half the size of the region.
-        size: u32,
         /// What is written, without the bits that the data path sets.
         frontend: Frontend,
     },
@@ -426,11 +420,16 @@ impl<'c> Plan<'_, 'c> {
                 endpoint.flags |= BACKEND_UP;
             }
         }
-        if admin == AdminState::Drain {
-            endpoint.flags |= BACKEND_DRAIN;
+        endpoint.flags |= match admin {
+            AdminState::Enabled => 0,
+            AdminState::Drain => BACKEND_DRAIN,
+            AdminState::Disabled => BACKEND_DISABLED,
+        };
+        if self.desired.admin.contains_key(&backend.id) {
+            endpoint.flags |= BACKEND_OPERATOR;
         }
-        if self.desired.health.get(&(backend.id, v4)).is_some_and(|found| found.dead) {
-            endpoint.flags |= BACKEND_DEAD;
+        if let Some(found) = self.desired.health.get(&(backend.id, v4)) {
+            endpoint.flags |= if found.dead { BACKEND_UNHEALTHY | BACKEND_DEAD } else { BACKEND_UNHEALTHY };
         }
         endpoint
     }
@@ -511,16 +510,18 @@ impl<'c> Plan<'_, 'c> {
     }
 
     fn frontend(&mut self, service: &Service, vip: Vip, table: Vec<u32>, pool: (u32, u32)) {
-        let old = self.next.frontends.get(&vip).filter(|slot| slot.size == service.table_size).cloned();
+        let size = service.table_size;
+        let old = self.next.frontends.get(&vip).filter(|slot| slot.frontend.table_size == size).cloned();
         let (index, region) = match (&old, self.next.frontends.get(&vip)) {
-            (Some(slot), _) => (slot.index, slot.region),
-            (None, Some(resized)) => (resized.index, self.next.free_region(service.table_size)),
-            (None, None) => (self.next.free_frontend(), self.next.free_region(service.table_size)),
+            (Some(slot), _) => (slot.index, slot.frontend.table_region),
+            (None, Some(resized)) => (resized.index, self.next.free_region(size)),
+            (None, None) => (self.next.free_frontend(), self.next.free_region(size)),
         };
         let mut frontend = rendered(service, vip, pool);
         frontend.ticket_formats = self.desired.ticket_formats(service);
         frontend.cookie =
             service.cookie().and_then(|name| self.next.cookie(name)).map_or(0, |index| index + 1);
+        (frontend.table_region, frontend.table_size) = (region, size);
         frontend.table_base = region;
         if let Some(old) = &old {
             frontend.table_base = old.frontend.table_base;
@@ -530,7 +531,7 @@ impl<'c> Plan<'_, 'c> {
             if !table.is_empty() {
                 // Beside the one in use, if one is.
                 let second = old.is_some() && frontend.table_len > 0 && frontend.table_base == region;
-                frontend.table_base = if second { region + service.table_size } else { region };
+                frontend.table_base = if second { region + size } else { region };
             }
             frontend.table_len = table.len() as u32;
             if !table.is_empty() {
@@ -538,7 +539,7 @@ impl<'c> Plan<'_, 'c> {
             }
         }
         if old.as_ref().is_none_or(|old| old.frontend != frontend) {
-            self.push(Change::Frontend { vip, index, region, size: service.table_size, frontend });
+            self.push(Change::Frontend { vip, index, frontend });
         }
         if !self.next.frontends.get(&vip).is_some_and(|slot| slot.published) {
             self.push(Change::Publish { vip, index });
@@ -784,18 +785,18 @@ impl Actual {
                 let mut frontend = *frontend;
                 if self.frontends.get(vip).is_some_and(|slot| slot.index == *index) {
                     let old = dataplane.frontends().get(*index)?;
-                    frontend.flags |= old.flags & LEARNED;
+                    frontend.flags |= old.flags & FRONTEND_REFUSED;
                     frontend.cid_lengths = old.cid_lengths;
                 }
                 dataplane.frontends().set(*index, frontend)
             }
             Change::ServerId { id, backend } => {
                 let Some((key, session)) = server_id_entry(id, *backend) else { return Ok(()) };
-                dataplane.sessions().insert(key, session)
+                if is_pinned(dataplane, &key)? { Ok(()) } else { dataplane.sessions().insert(key, session) }
             }
             Change::RemoveServerId { id } => {
                 let Some((key, _)) = server_id_entry(id, 0) else { return Ok(()) };
-                dataplane.sessions().remove(&key).map(|_| ())
+                if is_pinned(dataplane, &key)? { Ok(()) } else { dataplane.sessions().remove(&key).map(drop) }
             }
             Change::Publish { vip, index } => dataplane.publish(vip_key(vip), *index),
             Change::RemoveVip { vip } => {
@@ -865,10 +866,9 @@ impl Actual {
             Change::Table { base, entries, .. } => {
                 self.tables.insert(*base, entries.clone());
             }
-            Change::Frontend { vip, index, region, size, frontend } => {
+            Change::Frontend { vip, index, frontend } => {
                 let published = self.frontends.get(vip).is_some_and(|slot| slot.published);
-                let (index, region, size, frontend) = (*index, *region, *size, *frontend);
-                self.frontends.insert(*vip, FrontendSlot { index, region, size, frontend, published });
+                self.frontends.insert(*vip, FrontendSlot { index: *index, frontend: *frontend, published });
             }
             Change::Publish { vip, .. } => {
                 if let Some(slot) = self.frontends.get_mut(vip) {
@@ -916,8 +916,8 @@ impl Actual {
 
     /// The first gap of `LB_TABLE` that holds two tables.
     fn free_region(&self, size: u32) -> u32 {
-        let mut taken: Vec<(u32, u32)> =
-            self.frontends.values().map(|slot| (slot.region, slot.region + 2 * slot.size)).collect();
+        let region = |one: &Frontend| (one.table_region, one.table_region + 2 * one.table_size);
+        let mut taken: Vec<(u32, u32)> = self.frontends.values().map(|slot| region(&slot.frontend)).collect();
         taken.sort_unstable();
         let mut start = 0;
         for (from, to) in taken {
@@ -933,8 +933,13 @@ impl Actual {
 /// What `SESSIONS` says of a server ID.
 fn server_id_entry((service, id): &ServerId, backend: u32) -> Option<(SessionKey, Session)> {
     let now = monotonic_seconds();
-    let session = Session { state: STATE_PINNED, created: now, used: now, ..Session::of(backend) };
+    let session = Session { state: STATE_CONFIGURED, created: now, used: now, ..Session::of(backend) };
     Some((SessionKey::new(*service, KIND_QUIC_SERVER, id)?, session))
+}
+
+/// True when the operator has said where an identifier leads: his word stays.
+fn is_pinned(dataplane: &Dataplane, key: &SessionKey) -> Result<bool, Error> {
+    Ok(dataplane.sessions().get(key)?.is_some_and(|session| session.state == STATE_PINNED))
 }
 
 /// The key under which the data path finds a VIP.

@@ -11,7 +11,7 @@ use std::{
 
 use crate::{
     api,
-    config::{self, Backend, Config, Interface, changes},
+    config::{self, Backend, Config, Interface, Shortage, changes},
     dataplane,
     reconcile::Reach,
     state::Shared,
@@ -51,6 +51,11 @@ pub(crate) enum Error {
     Config(#[from] config::Error),
     #[error("these need a restart, so nothing was changed: {}", .0.join("; "))]
     Restart(Vec<String>),
+    #[error(
+        "the maps have a capacity {name} of {have}, the services need {need}; nothing was changed. Maps that were taken over keep their sizes: `dispatcherctl detach` and a start give them new ones, and end connections and sessions",
+        name = .0.name, have = .0.have, need = .0.need
+    )]
+    Shortage(Shortage),
     #[error("{0}; nothing was changed")]
     Interface(dataplane::Error),
     #[error(
@@ -68,6 +73,9 @@ pub(crate) async fn reload(shared: &Arc<Shared>, dry_run: bool) -> Result<api::R
     let found = changes(&old, &new);
     if !found.restart.is_empty() {
         return Err(Error::Restart(found.restart));
+    }
+    if let Some(shortage) = new.shortage(shared.dataplane.capacities()) {
+        return Err(Error::Shortage(shortage));
     }
     let mut lines = found.lines;
     lines.extend(overridden(shared, &new));

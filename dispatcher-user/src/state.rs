@@ -77,7 +77,14 @@ impl State {
 }
 
 impl Shared {
-    pub(crate) fn new(config: Config, source: Option<Source>, dataplane: Dataplane) -> Self {
+    pub(crate) fn new(config: Config, source: Option<Source>, dataplane: Dataplane, actual: Actual) -> Self {
+        let state = State {
+            admin: actual.admin(),
+            tickets: actual.tickets(),
+            health: actual.health(),
+            actual,
+            ..State::default()
+        };
         Self {
             dataplane,
             source,
@@ -89,7 +96,7 @@ impl Shared {
             trace: Trace::default(),
             discovery: Discovery::default(),
             suspects: Suspects::default(),
-            state: Mutex::default(),
+            state: Mutex::new(state),
             pools: Mutex::default(),
         }
     }

@@ -18,7 +18,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use dispatcher_user::api;
+use dispatcher_user::{api, dataplane::remove_pins};
 use serde::de::DeserializeOwned;
 
 use crate::{
@@ -109,18 +109,67 @@ impl Service {
     }
 }
 
-/// A configuration for a topology, as text.
+/// A configuration for a topology, as text. Nothing is pinned.
 #[must_use]
 pub fn config(topology: &Topology, attach: &str, services: &[Service]) -> String {
     let interfaces: Vec<String> = topology.interfaces().iter().map(|name| format!("\"{name}\"")).collect();
     let mut text = format!(
-        "interfaces = [{}]\nattach = \"{attach}\"\n\n[capacity]\nflows = 65536\nsessions = 65536\nstash_slots = 1024\n",
+        "{UNPINNED}\ninterfaces = [{}]\nattach = \"{attach}\"\n\n[capacity]\nflows = 65536\nsessions = 65536\nstash_slots = 1024\n",
         interfaces.join(", ")
     );
     for service in services {
         text += &service.toml(&topology.backends);
     }
     text
+}
+
+/// The line of a configuration by which nothing outlives the daemon.
+pub const UNPINNED: &str = "pin = \"none\"";
+
+/// A place for the pins of one test's daemons, removed with all that is pinned there when dropped.
+#[derive(Debug)]
+pub struct Pins(PathBuf);
+
+impl Pins {
+    /// A place that nobody else has.
+    #[must_use]
+    pub fn new() -> Self {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        static SWEEP: Once = Once::new();
+        let all = Path::new("/sys/fs/bpf");
+        SWEEP.call_once(|| {
+            for name in leftovers(all) {
+                let _ = remove_pins(&all.join(name));
+            }
+        });
+        Self(all.join(format!("{PREFIX}-{}-{}", id(), COUNTER.fetch_add(1, Ordering::Relaxed))))
+    }
+
+    /// Its path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// A configuration with pins here instead of none.
+    #[must_use]
+    pub fn within(&self, config: &str) -> String {
+        config.replace(UNPINNED, &format!("pin = \"{}\"", self.0.display()))
+    }
+}
+
+impl Default for Pins {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        if let Err(error) = remove_pins(&self.0) {
+            eprintln!("{error}");
+        }
+    }
 }
 
 /// A folder for the files of one test or demo, removed when dropped.
@@ -263,6 +312,9 @@ impl Drop for Process {
 /// Name of the configuration's file.
 const FILE: &str = "dispatcher.toml";
 
+/// Name of the control socket.
+const SOCKET: &str = "control.sock";
+
 /// A running `dispatcherd`.
 #[derive(Debug)]
 pub struct Daemon {
@@ -280,10 +332,22 @@ impl Daemon {
     /// Starts it from the text of a configuration.
     pub fn start_with(netns: &Netns, config: &str) -> Result<Self> {
         let folder = Folder::new()?;
-        let socket = folder.path().join("control.sock");
+        let socket = folder.path().join(SOCKET);
+        let process = Self::launch(netns, &folder, config)?;
+        Ok(Self { process, socket, folder })
+    }
+
+    /// Starts it again after its end, with a configuration.
+    pub fn again(&mut self, netns: &Netns, config: &str) -> Result<()> {
+        ensure!(self.process.ended().is_some(), "it still runs");
+        self.process = Self::launch(netns, &self.folder, config)?;
+        Ok(())
+    }
+
+    fn launch(netns: &Netns, folder: &Folder, config: &str) -> Result<Process> {
         let file = folder.write(FILE, config)?;
         let mut command = netns.command(program("dispatcherd")?);
-        command.arg("--config").arg(&file).arg("--control").arg(&socket);
+        command.arg("--config").arg(&file).arg("--control").arg(folder.path().join(SOCKET));
         let (sender, lines) = mpsc::channel();
         let mut process = Process::start(command, Some(sender))?;
         let deadline = Instant::now() + START;
@@ -303,7 +367,7 @@ impl Daemon {
                 }
             }
         }
-        Ok(Self { process, socket, folder })
+        Ok(process)
     }
 
     /// Writes another configuration into its file; nothing happens until it is told to reload.
@@ -365,6 +429,14 @@ impl Daemon {
         let counters: api::Counters = self.ask(&["counters"])?;
         let drops = counters.reasons.into_iter().filter(|c| c.kind == "drop" && c.packets > 0);
         Ok(drops.map(|counter| (counter.name, counter.packets)).collect())
+    }
+
+    /// Tells it to end, and waits for that.
+    pub fn stop(&mut self) -> Result<()> {
+        self.process.signal(libc::SIGTERM);
+        let status = self.process.wait(STOP)?;
+        ensure!(status.success(), "{status}; it said:\n{}", self.process.log());
+        Ok(())
     }
 
     /// Kills it, as a crash would.

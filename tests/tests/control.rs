@@ -11,7 +11,7 @@ use std::{
 };
 
 use dispatcher_tests::{
-    daemon::{Daemon, Folder, Process, config, program},
+    daemon::{Daemon, Folder, Process, UNPINNED, config, program},
     netns::{Netns, execute},
     sockets,
     stage::{PORT, Stage, web},
@@ -379,7 +379,7 @@ fn an_address_for_metrics_that_is_taken_is_told() {
     let netns = Netns::new("control").expect("a namespace");
     netns.ip("link set lo up").expect("lo");
     let _taken = netns.run(|| std::net::TcpListener::bind(METRICS)).expect("listens");
-    let text = format!("metrics = \"{METRICS}\"\ninterfaces = [\"lo\"]\nattach = \"generic\"\n");
+    let text = format!("{UNPINNED}\nmetrics = \"{METRICS}\"\ninterfaces = [\"lo\"]\nattach = \"generic\"\n");
     let error = Daemon::start_with(&netns, &text).expect_err("is taken");
     let said = format!("{error:#}");
     assert!(

@@ -7,7 +7,7 @@ use std::{
 };
 
 use dispatcher_tests::{
-    daemon::{Daemon, Folder, Process, config, program},
+    daemon::{Daemon, Folder, Process, UNPINNED, config, program},
     netns::{Netns, execute},
     stage::web,
     topology::{Plan, Topology},
@@ -28,7 +28,7 @@ fn refused(netns: &Netns, text: &str) -> String {
 
 fn service(lines: &str) -> String {
     format!(
-        "interfaces = [\"lo\"]\n\n[[service]]\nname = \"web\"\nvip = \"192.0.2.1:443\"\n{lines}\n\n\
+        "{UNPINNED}\ninterfaces = [\"lo\"]\n\n[[service]]\nname = \"web\"\nvip = \"192.0.2.1:443\"\n{lines}\n\n\
          [[service.backend]]\nname = \"a\"\naddress = \"10.0.0.1:443\"\n"
     )
 }
@@ -50,7 +50,11 @@ fn bad_configurations_name_line_key_and_remedy() {
             "proxy_protocol",
         ),
         ("a pool without addresses", service("source = \"dispatcher\""), "source_addresses"),
-        ("two services of one name", service("") + &service("").replace("interfaces = [\"lo\"]", ""), "web"),
+        (
+            "two services of one name",
+            service("") + &service("").replace(&format!("{UNPINNED}\ninterfaces = [\"lo\"]"), ""),
+            "web",
+        ),
     ];
     for (what, text, expected) in rows {
         let said = refused(&netns, &text);

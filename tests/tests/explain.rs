@@ -24,6 +24,7 @@ use serde_json::{Value, json};
 
 const VIP: &str = "192.0.2.10:443";
 const CONFIG: &str = r#"
+pin = "none"
 interfaces = ["eth0"]
 [[service]]
 name = "web"

@@ -161,7 +161,12 @@ mod tests {
         let found = of(&text);
         assert_eq!((found.lines.len(), found.restart.len()), (0, 1));
         assert_eq!(found.restart, ["~ capacity.flows: 262144 -> 1024"]);
-        for line in ["control = \"/run/x\"", "control_group = \"adm\"", "metrics = \"127.0.0.1:9100\""] {
+        for line in [
+            "control = \"/run/x\"",
+            "control_group = \"adm\"",
+            "pin = \"none\"",
+            "metrics = \"127.0.0.1:9100\"",
+        ] {
             let found = of(&format!("{line}\n{TEXT}"));
             assert_eq!((found.lines.len(), found.restart.len()), (0, 1), "{line}");
         }

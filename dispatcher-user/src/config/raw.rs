@@ -83,6 +83,10 @@ pub(crate) struct File {
     /// Group that may use this socket besides root.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) control_group: Text,
+    /// Folder beneath a bpffs in which maps, programs and links are pinned, so that they outlive the daemon, or
+    /// "none".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) pin: Text,
     /// Address and port on which GET /metrics is served over TCP, such as "127.0.0.1:9100".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) metrics: Text,

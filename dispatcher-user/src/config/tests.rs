@@ -29,6 +29,7 @@ fn invalid(text: &str) -> (usize, String, String) {
 fn defaults_are_filled_in() {
     let config = Config::parse(GOOD, &[]).expect("good");
     assert_eq!(config.control, Path::new(DEFAULT_CONTROL));
+    assert_eq!(config.pin.as_deref(), Some(Path::new(DEFAULT_PIN)));
     assert_eq!(config.interfaces.len(), 2);
     let [service] = config.services.as_slice() else { panic!("one service") };
     assert_eq!(service.id, stable_id("web"));
@@ -41,6 +42,15 @@ fn defaults_are_filled_in() {
     assert_eq!(service.backends[0].id, stable_id("web/a"));
     assert_eq!(service.backends[0].v6, Some("[fd00::1]:443".parse().expect("address")));
     assert_eq!((service.backends[1].weight, service.backends[1].state), (3, AdminState::Drain));
+}
+
+#[test]
+fn pins_have_a_folder_or_there_are_none() {
+    for (text, expected) in [("/sys/fs/bpf/other", Some("/sys/fs/bpf/other")), ("none", None)] {
+        let config = Config::parse(&format!("pin = \"{text}\"\n{GOOD}"), &[]).expect("good");
+        assert_eq!(config.pin.as_deref(), expected.map(Path::new));
+    }
+    assert_eq!(Config::default().pin, None, "without a file nothing is pinned");
 }
 
 #[test]
@@ -79,6 +89,9 @@ fn mistakes_name_line_key_and_remedy() {
             "\"auto\" or \"native\" or \"generic\"",
         ),
         ("[[service]]", "control = \"run/x\"\n[[service]]", 4, "control", "absolute path"),
+        ("[[service]]", "pin = \"run/x\"\n[[service]]", 4, "pin", "absolute path without dots"),
+        ("[[service]]", "pin = \"/sys/fs/bpf/a.b\"\n[[service]]", 4, "pin", "or \"none\""),
+        ("[[service]]", "pin = false\n[[service]]", 4, "pin", "in quotes"),
         ("[[service]]", "metrics = 9100\n[[service]]", 4, "metrics", "write it in quotes"),
         ("[[service]]", "metrics = \"9100\"\n[[service]]", 4, "metrics", "such as \"127.0.0.1:9100\""),
         ("[[service]]", "metrics = \"127.0.0.1:0\"\n[[service]]", 4, "metrics", "give a port"),

@@ -14,6 +14,9 @@ fn command_lines() {
         "dispatcherctl sessions list --service web --limit 3",
         "dispatcherctl sessions pin 00ff --service web --backend a",
         "dispatcherctl identities --json",
+        "dispatcherctl detach",
+        "dispatcherctl detach --json --config dispatcher.toml",
+        "dispatcherctl detach --pin /sys/fs/bpf/other",
         "dispatcherctl counters --watch",
         "dispatcherctl counters --watch 5 --all",
         "dispatcherctl trace --client 2001:db8::1 --service web --limit 3 --json",
@@ -38,6 +41,7 @@ fn command_lines() {
         "dispatcherctl config",
         "dispatcherctl config check",
         "dispatcherctl explain",
+        "dispatcherctl detach --pin /x --config dispatcher.toml",
         "dispatcherctl explain file.pcap --live",
     ] {
         assert_eq!(parse(line).expect_err(line).exit_code(), i32::from(Exit::Usage as u8), "{line}");
@@ -50,6 +54,19 @@ fn nobody_to_ask_is_a_code_of_its_own() {
     let error = run(&args, &mut Vec::new(), &mut Vec::new(), None).expect_err("nobody is there");
     assert_eq!(error.exit(), Exit::Unreachable);
     assert!(error.to_string().contains("is dispatcherd running"), "{error}");
+}
+
+#[test]
+fn detach_says_where_nothing_is() {
+    let args = parse("dispatcherctl detach --pin /no/such/folder").expect("parses");
+    let mut out = Vec::new();
+    run(&args, &mut out, &mut Vec::new(), None).expect("nothing to do");
+    assert_eq!(String::from_utf8_lossy(&out).trim(), "nothing is pinned in /no/such/folder");
+    let args = parse("dispatcherctl detach --config /no/such/file").expect("parses");
+    assert_eq!(
+        run(&args, &mut Vec::new(), &mut Vec::new(), None).expect_err("no file").exit(),
+        Exit::Refused
+    );
 }
 
 #[test]

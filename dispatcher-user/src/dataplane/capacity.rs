@@ -1,5 +1,8 @@
 //! How large the maps are, and what they cost.
 
+use std::fmt;
+
+use aya::maps::MapType;
 use dispatcher_common::{
     abi,
     addr::Addr,
@@ -58,18 +61,7 @@ impl Capacities {
     /// Says what is wrong, if anything is.
     pub fn check(&self) -> Result<(), Error> {
         let wrong = |name, value, problem| Err(Error::Capacity { name, value, problem });
-        let all = [
-            ("flows", self.flows),
-            ("sessions", self.sessions),
-            ("provisional", self.provisional),
-            ("frontends", self.frontends),
-            ("backends", self.backends),
-            ("lb_table", self.lb_table),
-            ("sources", self.sources),
-            ("cookies", self.cookies),
-            ("stash_slots", self.stash_slots),
-        ];
-        for (name, value) in all {
+        for (name, value) in self.all() {
             if value == 0 {
                 return wrong(name, value, "is nothing; give at least 1, or leave it out for the default");
             }
@@ -93,26 +85,113 @@ impl Capacities {
         Ok(())
     }
 
-    /// The maps whose size is ours to say.
-    pub(super) fn maps(&self) -> [(&'static str, u32); 16] {
+    /// The maps whose content is of use beyond one generation of programs, and their sizes.
+    pub(super) fn maps(&self) -> [Definition; 17] {
+        use MapType::{Array, Hash, LruHash, PerCpuArray, RingBuf};
         [
-            (abi::MAP_FLOWS, self.flows),
-            (abi::MAP_SESSIONS, self.sessions),
-            (abi::MAP_PROVISIONAL, self.provisional),
-            (abi::MAP_VIPS, self.frontends),
-            (abi::MAP_FRONTENDS, self.frontends),
-            (abi::MAP_BACKENDS, self.backends * 2),
-            (abi::MAP_BACKEND_INDEX, self.backends),
-            (abi::MAP_LB_TABLE, self.lb_table),
-            (abi::MAP_SOURCES, self.sources),
-            (abi::MAP_COOKIES, self.cookies),
-            (abi::MAP_STASH, self.stash_slots),
-            (abi::MAP_BACKEND_STATS, self.backends),
-            (abi::MAP_BACKEND_TIMES, self.backends),
-            (abi::MAP_REASONS, REASONS_MAX),
-            (abi::MAP_EVENTS, abi::EVENTS_BYTES),
-            (abi::MAP_RELEASES, abi::RELEASES_MAX),
+            Definition::of::<FlowKey, Flow>(abi::MAP_FLOWS, LruHash, self.flows),
+            Definition::of::<SessionKey, Session>(abi::MAP_SESSIONS, LruHash, self.sessions),
+            Definition::of::<SessionKey, Session>(abi::MAP_PROVISIONAL, LruHash, self.provisional),
+            Definition::of::<VipKey, u32>(abi::MAP_VIPS, Hash, self.frontends),
+            Definition::of::<u32, Frontend>(abi::MAP_FRONTENDS, Array, self.frontends),
+            Definition::of::<u32, Backend>(abi::MAP_BACKENDS, Array, self.backends * 2),
+            Definition::of::<u32, u32>(abi::MAP_BACKEND_INDEX, Hash, self.backends),
+            Definition::of::<u32, u32>(abi::MAP_LB_TABLE, Array, self.lb_table),
+            Definition::of::<u32, Addr>(abi::MAP_SOURCES, Array, self.sources),
+            Definition::of::<u32, [u8; http::TABLE]>(abi::MAP_COOKIES, Array, self.cookies),
+            Definition::of::<u32, Slot>(abi::MAP_STASH, Array, self.stash_slots),
+            Definition::of::<u32, Globals>(abi::MAP_GLOBALS, Array, 1),
+            Definition::of::<u32, BackendStats>(abi::MAP_BACKEND_STATS, PerCpuArray, self.backends),
+            Definition::of::<u32, BackendTimes>(abi::MAP_BACKEND_TIMES, PerCpuArray, self.backends),
+            Definition::of::<u32, u64>(abi::MAP_REASONS, PerCpuArray, REASONS_MAX),
+            Definition::of::<u32, Release>(abi::MAP_RELEASES, Array, abi::RELEASES_MAX),
+            Definition::of::<(), ()>(abi::MAP_EVENTS, RingBuf, abi::EVENTS_BYTES),
         ]
+    }
+
+    /// Takes the sizes of maps that are there already.
+    pub(super) fn take_over(&mut self, there: impl Fn(&str) -> Option<u32>) {
+        for (map, entries) in [
+            (abi::MAP_FLOWS, &mut self.flows),
+            (abi::MAP_SESSIONS, &mut self.sessions),
+            (abi::MAP_PROVISIONAL, &mut self.provisional),
+            (abi::MAP_FRONTENDS, &mut self.frontends),
+            (abi::MAP_BACKEND_INDEX, &mut self.backends),
+            (abi::MAP_LB_TABLE, &mut self.lb_table),
+            (abi::MAP_SOURCES, &mut self.sources),
+            (abi::MAP_COOKIES, &mut self.cookies),
+            (abi::MAP_STASH, &mut self.stash_slots),
+        ] {
+            *entries = there(map).unwrap_or(*entries);
+        }
+    }
+
+    /// Name, entries here and entries there of those that differ.
+    #[must_use]
+    pub fn differences(&self, other: &Self) -> Vec<(&'static str, u32, u32)> {
+        let both = self.all().into_iter().zip(other.all());
+        both.filter(|(here, there)| here != there)
+            .map(|((name, here), (_, there))| (name, here, there))
+            .collect()
+    }
+
+    /// Every capacity by its name in the configuration.
+    fn all(&self) -> [(&'static str, u32); 9] {
+        [
+            ("flows", self.flows),
+            ("sessions", self.sessions),
+            ("provisional", self.provisional),
+            ("frontends", self.frontends),
+            ("backends", self.backends),
+            ("lb_table", self.lb_table),
+            ("sources", self.sources),
+            ("cookies", self.cookies),
+            ("stash_slots", self.stash_slots),
+        ]
+    }
+}
+
+/// What a map is.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(super) struct Definition {
+    /// Name.
+    pub(super) name: &'static str,
+    /// Type.
+    pub(super) kind: MapType,
+    /// Bytes of a key.
+    pub(super) key: u32,
+    /// Bytes of a value.
+    pub(super) value: u32,
+    /// Entries; of a ring, bytes.
+    pub(super) entries: u32,
+}
+
+impl Definition {
+    const fn of<K, V>(name: &'static str, kind: MapType, entries: u32) -> Self {
+        Self { name, kind, key: size_of::<K>() as u32, value: size_of::<V>() as u32, entries }
+    }
+
+    /// Estimate of the kernel memory.
+    fn bytes(&self, cpus: u64) -> u64 {
+        let (key, value) =
+            (u64::from(self.key).next_multiple_of(8), u64::from(self.value).next_multiple_of(8));
+        let entries = u64::from(self.entries);
+        if matches!(self.kind, MapType::Hash | MapType::LruHash) {
+            entries * (HASH_ELEMENT + key + value) + entries.next_power_of_two() * HASH_BUCKET
+        } else if self.kind == MapType::PerCpuArray {
+            cpus * entries * value
+        } else if self.kind == MapType::RingBuf {
+            entries
+        } else {
+            entries * value
+        }
+    }
+}
+
+impl fmt::Display for Definition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name: _, kind, key, value, entries } = self;
+        write!(f, "{kind:?}, keys of {key} bytes, values of {value}, {entries} entries")
     }
 }
 
@@ -130,38 +209,7 @@ const HASH_BUCKET: u64 = 16;
 #[must_use]
 pub fn memory_bytes(capacities: &Capacities) -> u64 {
     let cpus = aya::util::nr_cpus().map_or(1, |cpus| cpus as u64);
-    let c = capacities;
-    hash::<FlowKey, Flow>(c.flows)
-        + hash::<SessionKey, Session>(c.sessions)
-        + hash::<SessionKey, Session>(c.provisional)
-        + hash::<VipKey, u32>(c.frontends)
-        + hash::<u32, u32>(c.backends)
-        + array::<Frontend>(c.frontends)
-        + array::<Backend>(c.backends * 2)
-        + array::<u32>(c.lb_table)
-        + array::<Addr>(c.sources)
-        + array::<[u8; http::TABLE]>(c.cookies)
-        + array::<Slot>(c.stash_slots)
-        + array::<Globals>(1)
-        + array::<Release>(abi::RELEASES_MAX)
-        + cpus
-            * (array::<u64>(REASONS_MAX)
-                + array::<BackendStats>(c.backends)
-                + array::<BackendTimes>(c.backends))
-        + u64::from(abi::EVENTS_BYTES)
-}
-
-fn hash<K, V>(entries: u32) -> u64 {
-    let element = HASH_ELEMENT + padded::<K>() + padded::<V>();
-    u64::from(entries) * element + u64::from(entries.next_power_of_two()) * HASH_BUCKET
-}
-
-fn array<V>(entries: u32) -> u64 {
-    u64::from(entries) * padded::<V>()
-}
-
-fn padded<T>() -> u64 {
-    (size_of::<T>() as u64).next_multiple_of(8)
+    capacities.maps().iter().map(|map| map.bytes(cpus)).sum()
 }
 
 #[cfg(test)]

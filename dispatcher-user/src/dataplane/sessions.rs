@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Mutex};
 use aya::Ebpf;
 use dispatcher_common::{
     abi,
-    session::{STATE_DISCOVERED, STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey},
+    session::{STATE_CONFIGURED, STATE_DISCOVERED, STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey},
 };
 
 use super::{Error, Table, lock};
@@ -40,6 +40,11 @@ impl Sessions {
         })
     }
 
+    /// Remembers what a daemon before us wrote.
+    pub(super) fn recall(&self) {
+        lock(&self.ours).extend(self.mapping.iter().filter(|(_, session)| is_ours(session)));
+    }
+
     fn map_of(&self, session: &Session) -> &Table<SessionKey, Session> {
         if session.state == STATE_PROVISIONAL { &self.provisional } else { &self.mapping }
     }
@@ -54,10 +59,10 @@ impl Sessions {
         Ok(self.all(key)?.next())
     }
 
-    /// Inserts or replaces. What is not provisional takes the place of what is. Pinned and discovered entries
-    /// are written again by [`sweep`](Self::sweep) if the table loses them.
+    /// Inserts or replaces. What is not provisional takes the place of what is. Pinned, configured and
+    /// discovered entries are written again by [`sweep`](Self::sweep) if the table loses them.
     pub fn insert(&self, key: SessionKey, session: Session) -> Result<(), Error> {
-        if matches!(session.state, STATE_PINNED | STATE_DISCOVERED) {
+        if is_ours(&session) {
             lock(&self.ours).insert(key, session);
         }
         self.map_of(&session).insert(key, session)?;
@@ -121,6 +126,11 @@ impl Sessions {
     pub fn keys(&self) -> impl Iterator<Item = SessionKey> + '_ {
         self.mapping.keys().chain(self.provisional.keys())
     }
+}
+
+/// True for what the daemon writes and keeps up.
+fn is_ours(session: &Session) -> bool {
+    matches!(session.state, STATE_PINNED | STATE_CONFIGURED | STATE_DISCOVERED)
 }
 
 #[cfg(test)]

@@ -5,6 +5,8 @@ use std::{
     os::fd::{AsRawFd as _, BorrowedFd},
 };
 
+use super::syscall::{Attributes, bpf};
+
 /// Frames that the program redirects are sent (`BPF_F_TEST_XDP_LIVE_FRAMES`, Linux 5.18).
 pub const LIVE_FRAMES: u32 = 1 << 1;
 
@@ -27,7 +29,7 @@ pub struct TestRun {
 /// `struct { ... } test` of `union bpf_attr`.
 #[repr(C)]
 #[derive(Default)]
-struct Attributes {
+struct Run {
     prog_fd: u32,
     retval: u32,
     data_size_in: u32,
@@ -45,6 +47,8 @@ struct Attributes {
     batch_size: u32,
     pad: u32,
 }
+// SAFETY: as the doc comment says, with `pad` for its tail.
+unsafe impl Attributes for Run {}
 
 /// `struct xdp_md`.
 #[repr(C)]
@@ -73,7 +77,7 @@ pub fn test_run(
         size(data_in.len()).map(|data_end| Context { data_end, ingress_ifindex, ..Context::default() })
     });
     let context = context.transpose()?;
-    let mut attributes = Attributes {
+    let mut attributes = Run {
         prog_fd: program.as_raw_fd().unsigned_abs(),
         data_size_in: size(data_in.len())?,
         data_size_out: size(data_out.len())?,
@@ -81,20 +85,15 @@ pub fn test_run(
         data_out: if data_out.is_empty() { 0 } else { data_out.as_mut_ptr().expose_provenance() as u64 },
         repeat,
         flags,
-        ..Attributes::default()
+        ..Run::default()
     };
     if let Some(context) = &context {
         attributes.ctx_in = std::ptr::from_ref(context).expose_provenance() as u64;
         attributes.ctx_size_in = size(size_of::<Context>())?;
     }
-    // SAFETY: `attributes` has the layout of `union bpf_attr` for this command, as far as the size that is
-    // passed says. The addresses in it are those of `data_in` and `context` (read) and `data_out`
+    // SAFETY: the addresses in `attributes` are those of `data_in` and `context` (read) and `data_out`
     // (written), with their lengths, and all of them outlive the call.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, COMMAND, &raw mut attributes, size_of::<Attributes>()) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    unsafe { bpf(COMMAND, &mut attributes) }?;
     data_out.truncate(attributes.data_size_out as usize);
     Ok(TestRun { retval: attributes.retval, data_out, duration_ns: attributes.duration })
 }

@@ -153,7 +153,7 @@ fn a_backend_in_slow_start_has_a_part_of_its_share() {
 }
 
 /// The world outside the maps, as a test sets it.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct World {
     config: Config,
     admin: BTreeMap<u32, AdminState>,
@@ -306,15 +306,16 @@ fn drain_and_disable() {
     let b = world.config.services[0].backends[1].clone();
     world.admin.insert(b.id, AdminState::Drain);
     world.settle(&mut actual);
-    assert_eq!(actual.endpoint(b.id, true).flags, BACKEND_UP | BACKEND_DRAIN);
+    assert_eq!(actual.endpoint(b.id, true).flags, BACKEND_UP | BACKEND_DRAIN | BACKEND_OPERATOR);
     assert_eq!(table(&actual, "192.0.2.10:443"), BTreeSet::from([0]));
     let pool = &pools(&world.desired(), &actual)[&0];
     assert_eq!((pool.candidates.len(), pool.known.len()), (1, 2), "known sessions still go there");
     assert_eq!(status(&world.desired(), &actual, &b).0, "drain");
     world.admin.insert(b.id, AdminState::Disabled);
     world.settle(&mut actual);
-    assert_eq!(actual.endpoint(b.id, true).flags, 0);
+    assert_eq!(actual.endpoint(b.id, true).flags, BACKEND_DISABLED | BACKEND_OPERATOR);
     assert_eq!(status(&world.desired(), &actual, &b).0, "disabled");
+    assert_eq!(actual.admin(), world.admin);
 }
 
 #[test]
@@ -347,10 +348,11 @@ fn a_table_of_another_size_gets_another_region() {
     World::new(TEXT).settle(&mut actual);
     let changes = World::new(&TEXT.replace("251", "509")).settle(&mut actual);
     assert_eq!(kinds(&changes), ["table", "frontend", "table", "frontend"]);
-    let regions: Vec<(u32, u32)> = actual.frontends.values().map(|slot| (slot.region, slot.size)).collect();
+    let region = |slot: &FrontendSlot| (slot.frontend.table_region, slot.frontend.table_size);
+    let regions: Vec<(u32, u32)> = actual.frontends.values().map(region).collect();
     assert_eq!(regions, [(1004, 509), (2022, 509)]);
     for slot in actual.frontends.values() {
-        assert_eq!(slot.frontend.table_base, slot.region);
+        assert_eq!(slot.frontend.table_base, slot.frontend.table_region);
     }
 }
 
@@ -426,5 +428,242 @@ fn a_cookie_gets_a_place_that_no_frontend_points_to() {
 fn the_lowest_free_number() {
     for (taken, free) in [(&[][..], 0), (&[0, 1, 2], 3), (&[1, 2], 0), (&[0, 2], 1)] {
         assert_eq!(lowest_free(&taken.iter().copied().collect()), free);
+    }
+}
+
+/// Numbers that are the same in every run.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % sides
+    }
+
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.roll(from.len() as u64) as usize]
+    }
+}
+
+/// A world in which anything may be: services, addresses, sizes, sources, cookies, server IDs; addresses that
+/// are reached through one of some interfaces or not; what the operator said.
+fn any_world(dice: &mut Dice, interfaces: &[u32]) -> World {
+    let mut text = "interfaces = [\"lo\"]\n".to_owned();
+    for service in 0..dice.roll(5) {
+        let quic = service == 3;
+        let families = dice.pick(&[&[4][..], &[6], &[4, 6]]);
+        let addresses = |host: u64, port: u64| {
+            let one = |family: &u64| match family {
+                4 => format!("\"10.0.{service}.{host}:{port}\""),
+                _ => format!("\"[fd00::{service}:{host}]:{port}\""),
+            };
+            families.iter().map(one).collect::<Vec<_>>().join(", ")
+        };
+        text += &format!(
+            "[[service]]\nname = \"s{service}\"\nvip = [{}]\ntable_size = {}\nsack = {}\nbalance = \"{}\"\n",
+            addresses(200, 443 + dice.roll(2)),
+            dice.pick(&[11, 13, 251]),
+            dice.pick(&[true, false]),
+            dice.pick(&["maglev", "weighted-round-robin"]),
+        );
+        if quic {
+            text += "protocol = \"udp\"\nmode = \"l4\"\naffinity = \"quic-cid\"\n[[service.quic_lb]]\nconfig_id = 1\nserver_id_length = 2\n";
+        } else {
+            if dice.roll(2) == 0 {
+                text += &format!("affinity = \"http-cookie:{}\"\n", dice.pick(&["a", "JSESSIONID", "b"]));
+            }
+            if dice.roll(2) == 0 {
+                let pool: Vec<String> = (0..=dice.roll(3))
+                    .map(|n| format!("\"10.9.{service}.{n}\", \"fd09::{service}:{n}\""))
+                    .collect();
+                text += &format!("source = \"dispatcher\"\nsource_addresses = [{}]\n", pool.join(", "));
+            }
+        }
+        for number in 0..=dice.roll(3) {
+            let backend = number + dice.roll(2) * 4;
+            // Somebody must take connections.
+            let least = u64::from(number == 0);
+            if text.contains(&addresses(backend, 443)) {
+                continue;
+            }
+            text += &format!(
+                "[[service.backend]]\nname = \"b{backend}\"\naddress = [{}]\nweight = {}\nstate = \"{}\"\n",
+                addresses(backend, 443),
+                least + dice.roll(2),
+                dice.pick(&["enabled", "enabled", "drain", "disabled"]),
+            );
+            if quic {
+                text += &format!("quic_server_id = \"{backend:02x}{:02x}\"\n", dice.roll(2));
+            }
+        }
+    }
+    let config = Config::parse(&text, &[]).unwrap_or_else(|error| panic!("{error}\n{text}"));
+    let mut world = World { config, ..World::default() };
+    let backends: Vec<Backend> =
+        world.config.services.iter().flat_map(|service| service.backends.clone()).collect();
+    for backend in backends {
+        for address in backend.addresses() {
+            match dice.roll(4) {
+                0 => world.down(&address.ip().to_string()),
+                _ => world.up(&address.ip().to_string(), dice.pick(interfaces), 0x11 + dice.roll(2) as u32),
+            }
+        }
+        for address in backend.addresses() {
+            if dice.roll(6) == 0 {
+                let found = Unhealthy { reason: "?".into(), dead: dice.roll(2) == 0 };
+                world.health.insert((backend.id, address.is_ipv4()), found);
+            }
+        }
+        if dice.roll(3) == 0 {
+            let states = [AdminState::Enabled, AdminState::Drain, AdminState::Disabled];
+            world.admin.insert(backend.id, dice.pick(&states));
+        }
+        if dice.roll(2) == 0 {
+            world.tickets.insert(backend.id, dice.pick(&[1, TICKET_NAMED, TICKET_NAMED + 1]));
+        }
+    }
+    world
+}
+
+/// What packets meet, without the places where it stands.
+#[derive(Debug, PartialEq)]
+struct Meaning {
+    frontends: BTreeMap<Vip, (Frontend, Vec<u32>, Option<String>, Vec<IpAddr>)>,
+    endpoints: BTreeMap<u32, [(Endpoint, u32); 2]>,
+    filter: BTreeSet<IpAddr>,
+    server_ids: BTreeMap<ServerId, u32>,
+}
+
+fn meaning(actual: &Actual) -> Meaning {
+    let frontend = |slot: &FrontendSlot| {
+        assert!(slot.published);
+        let mut frontend = slot.frontend;
+        let table = actual.table(&frontend).iter().map(|index| actual.backend_id(*index).expect("known"));
+        let table = table.collect();
+        let cookie = frontend.cookie.checked_sub(1).map(|at| actual.cookies[at as usize].clone());
+        let pool = frontend.source_base as usize..(frontend.source_base + frontend.source_len) as usize;
+        (frontend.table_base, frontend.table_region, frontend.source_base) = (0, 0, 0);
+        frontend.cookie = 0;
+        (frontend, table, cookie, actual.sources[pool].to_vec())
+    };
+    let endpoint = |mut one: Endpoint| {
+        let up = one.flags & BACKEND_UP != 0;
+        let ifindex = if up { actual.replay[usize::from(one.replay)] } else { 0 };
+        one.replay = 0;
+        if !up {
+            (one.link, one.mtu) = (Link::default(), 0);
+        }
+        (one, ifindex)
+    };
+    Meaning {
+        frontends: actual.frontends.iter().map(|(vip, slot)| (*vip, frontend(slot))).collect(),
+        endpoints: actual.backends.iter().map(|(id, slot)| (*id, slot.endpoints.map(endpoint))).collect(),
+        filter: actual.filter.clone(),
+        server_ids: actual.server_ids.clone(),
+    }
+}
+
+/// In a build with the object, as root: daemons that end anywhere, each of which has another configuration,
+/// leave maps from which the next one makes what it should.
+#[test]
+fn a_daemon_goes_on_where_another_one_ended() {
+    // SAFETY: takes nothing, touches nothing.
+    if crate::dataplane::object().is_empty() || unsafe { libc::geteuid() } != 0 {
+        return;
+    }
+    let capacities = crate::dataplane::Capacities {
+        flows: 64,
+        sessions: 1024,
+        provisional: 64,
+        frontends: 16,
+        backends: 32,
+        lb_table: 8192,
+        sources: 64,
+        cookies: 8,
+        stash_slots: 16,
+    };
+    let dataplane = Dataplane::load(crate::dataplane::object(), &capacities).expect("loads");
+    let lo = crate::dataplane::interface_index("lo").expect("lo");
+    let second = (lo + 1..lo + 100).find(|index| {
+        let replay = dataplane.set_replay(7, *index);
+        replay.is_ok()
+    });
+    let interfaces: Vec<u32> = std::iter::once(lo).chain(second).collect();
+    let mut dice = Dice(1);
+    let mut cut_short = 0;
+    for round in 0..300 {
+        let world = any_world(&mut dice, &interfaces);
+        let mut actual = Actual::take_over(&dataplane).expect("reads");
+        let changes = diff(&world.desired(), &actual);
+        let all = changes.len() as u64;
+        let done = if dice.roll(2) == 0 { dice.roll(all + 1) } else { all };
+        for change in changes.iter().take(done as usize) {
+            actual.apply(change, &dataplane).expect("writes");
+        }
+        // The daemon ends here. The next one has another configuration or the same.
+        let mut actual = Actual::take_over(&dataplane).expect("reads");
+        let world = match done == all || dice.roll(2) == 0 {
+            true => world,
+            false => any_world(&mut dice, &interfaces),
+        };
+        let left = diff(&world.desired(), &actual);
+        if done == all {
+            assert_eq!(left, [], "round {round}: nothing is left to do");
+            assert_eq!(actual.admin(), world.admin, "round {round}");
+            assert_eq!(actual.tickets(), world.tickets, "round {round}");
+            let dead = |health: &BTreeMap<(u32, bool), Unhealthy>| -> Vec<_> {
+                health.iter().map(|(who, found)| (*who, found.dead)).collect()
+            };
+            assert_eq!(dead(&actual.health()), dead(&world.health), "round {round}");
+        } else {
+            cut_short += 1;
+        }
+        for change in &left {
+            actual.apply(change, &dataplane).expect("writes");
+        }
+        let read = Actual::take_over(&dataplane).expect("reads");
+        let mut fresh = Actual::default();
+        world.settle(&mut fresh);
+        assert_eq!(meaning(&read), meaning(&fresh), "round {round}: the maps say what was wanted");
+        assert_eq!(meaning(&actual), meaning(&fresh), "round {round}: and the daemon knows it");
+    }
+    assert!(cut_short > 50, "{cut_short} daemons ended in the middle");
+}
+
+#[test]
+fn an_operators_server_id_stays() {
+    // SAFETY: takes nothing, touches nothing.
+    if crate::dataplane::object().is_empty() || unsafe { libc::geteuid() } != 0 {
+        return;
+    }
+    let capacities =
+        crate::dataplane::Capacities { flows: 64, sessions: 64, stash_slots: 16, ..Default::default() };
+    let dataplane = Dataplane::load(crate::dataplane::object(), &capacities).expect("loads");
+    let mut world = World::new(QUIC);
+    let lo = crate::dataplane::interface_index("lo").expect("lo");
+    ["10.0.0.1", "10.0.0.2"].iter().for_each(|ip| world.up(ip, lo, 0x11));
+    let service = world.config.services[0].id;
+    let pinned = |id: &[u8]| {
+        let key = SessionKey::new(service, KIND_QUIC_SERVER, id).expect("a key");
+        (key, Session { state: STATE_PINNED, ..Session::of(77) })
+    };
+    let all = [pinned(&[1, 0x0a, 1]), pinned(&[1, 9, 9])];
+    for (key, session) in all {
+        dataplane.sessions().insert(key, session).expect("inserts");
+    }
+    let backend = |id: &[u8]| {
+        let (key, _) = pinned(id);
+        dataplane.sessions().get(&key).expect("reads").map(|session| session.backends[0])
+    };
+    for keep in [true, false] {
+        if !keep {
+            world.config.services.clear();
+        }
+        let mut actual = Actual::take_over(&dataplane).expect("reads");
+        for change in diff(&world.desired(), &actual) {
+            actual.apply(&change, &dataplane).expect("writes");
+        }
+        assert_eq!((backend(&[1, 0x0a, 1]), backend(&[1, 9, 9])), (Some(77), Some(77)));
+        assert_eq!(backend(&[1, 0x0b, 2]).is_some(), keep);
     }
 }

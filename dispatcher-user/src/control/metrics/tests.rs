@@ -112,6 +112,7 @@ fn backend(name: &str, state: &str) -> api::Backend {
 fn snapshot(backends: Vec<api::Backend>) -> Snapshot {
     let events = api::Events { miss: 1, held: 2, released: 3, refused: 4, learned: 5, rejected: 6, swept: 7 };
     let status = api::Status {
+        pin: None,
         version: "1.2.3".into(),
         abi: 9,
         uptime_seconds: 60,
