@@ -809,7 +809,7 @@ async fn remove(
         let mut removed = Vec::new();
         for key in keys(shared, &id, query.service.as_deref(), &all_kinds())? {
             let session = shared.dataplane.sessions().get(&key)?;
-            if session.is_some() && key.kind == KIND_QUIC_SERVER {
+            if session.is_some_and(|session| session.state == STATE_CONFIGURED) {
                 return Err(bad(format!(
                     "{id} is a server ID that the configuration gives; take it out of quic_server_id there, and reload"
                 )));

@@ -383,7 +383,11 @@ async fn answer(
         Command::Reload { dry_run } => {
             let path = format!("/v1/reload?dry_run={dry_run}");
             let answer: api::Reload = ask.post(&path).await?;
-            show(out, form, &answer, reloaded)
+            if json {
+                return show(out, form, &answer, |_| Table::new());
+            }
+            out.write_all(reloaded(&answer).as_bytes())?;
+            Ok(out.flush()?)
         }
         Command::Config { command: ConfigCommand::Check { file } } => check(out, form, file),
         Command::Config { command: ConfigCommand::Show } if json => {
@@ -523,12 +527,11 @@ impl Identifier {
 
     /// An answer in the operator's own words.
     fn named<T>(&self, answer: Result<T, Error>) -> Result<T, Error> {
-        answer.map_err(|error| match error {
-            Error::Refused(text) if self.kind.is_some() => {
-                Error::Refused(text.replace(&self.hex, &self.given))
-            }
-            error => error,
-        })
+        let own = |text: String| match self.kind {
+            Some(_) => text.replace(&self.hex, &self.given),
+            None => text,
+        };
+        if let Err(Error::Refused(text)) = answer { Err(Error::Refused(own(text))) } else { answer }
     }
 }
 
@@ -839,29 +842,25 @@ fn sessions(sessions: &[api::Session]) -> Table {
     table(&header, 5, sessions.iter().map(row))
 }
 
-fn reloaded(done: &api::Reload) -> Table {
-    let mut lines = done.changes.clone();
-    lines.push(match (done.applied, done.changes.is_empty()) {
-        (_, true) => "nothing changes".to_owned(),
-        (true, false) => "in force".to_owned(),
-        (false, false) => "dry run: nothing was changed".to_owned(),
-    });
-    one_column(lines)
+/// What a reload changes, a line each.
+fn reloaded(done: &api::Reload) -> String {
+    let number = counted(done.changes.len(), "change");
+    let end = match (done.applied, done.changes.is_empty()) {
+        (true, true) => "nothing changes".to_owned(),
+        (true, false) => format!("in force: {number}"),
+        (false, true) => "dry run: nothing would change".to_owned(),
+        (false, false) => format!("dry run: {number}, none made"),
+    };
+    done.changes.iter().chain([&end]).map(|line| format!("{line}\n")).collect()
 }
 
 fn detached(what: &api::Detached) -> Table {
-    if what.done.is_empty() {
-        return one_column(vec![format!("nothing is pinned in {}", what.pin.display())]);
-    }
-    one_column(what.done.clone())
-}
-
-fn one_column(lines: Vec<String>) -> Table {
+    let nothing = || vec![format!("nothing is pinned in {}", what.pin.display())];
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
-    lines.into_iter().for_each(|line| {
+    for line in if what.done.is_empty() { nothing() } else { what.done.clone() } {
         table.add_row([line]);
-    });
+    }
     table
 }
 

@@ -257,8 +257,9 @@ async fn serve(
     };
     tasks.shutdown().await;
     if let Some(folder) = shared.dataplane.pinned() {
-        // Nothing is to be held for us any more.
-        if let Err(error) = shared.dataplane.update_globals(|globals| globals.heartbeat = 0) {
+        // Nothing is to be held for us any more, and nothing told that only we ask for.
+        let farewell = shared.dataplane.update_globals(|globals| (globals.heartbeat, globals.trace) = (0, 0));
+        if let Err(error) = farewell {
             log::warn!("{error}");
         }
         say(

@@ -407,6 +407,7 @@ impl Dataplane {
         self.update_globals(|globals| {
             globals.stash_mask = self.stash.capacity() - 1;
             globals.flags &= !GLOBAL_LOG;
+            globals.trace = 0;
             globals.generation = globals.generation.wrapping_add(1);
             globals.vips.fill(0);
             for (vip, index) in &vips {

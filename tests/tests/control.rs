@@ -300,7 +300,7 @@ fn bridge(netns: &Netns, port: u16, socket: &Path) {
 fn the_api_is_as_described_whatever_is_asked() {
     let stage = stage();
     let user = stage.user(Version::Tls12);
-    let _ = stage.visit(&user, Family::V4, 0);
+    assert_eq!(stage.visit(&user, Family::V4, 0).reused, ".");
     let folder = Folder::new().expect("a folder");
     let document =
         folder.write("openapi.json", &stage.daemon.told(&["openapi"]).expect("told")).expect("a file");
@@ -346,10 +346,9 @@ fn the_configuration_in_force_is_shown_and_loads_again() {
     let changed = shown.replacen("weight = 1", "weight = 7", 1);
     stage.daemon.rewrite(&changed).expect("written");
     let said = stage.daemon.told(&["reload"]).expect("reloaded");
-    assert_eq!(
-        said.lines().map(str::trim_end).collect::<Vec<_>>(),
-        ["~ backend web/b1: weight: 1 -> 7", "in force"]
-    );
+    assert_eq!(said, "~ backend web/b1: weight: 1 -> 7\nin force: 1 change\n");
+    let said = stage.daemon.told(&["reload", "--dry-run"]).expect("told");
+    assert_eq!(said, "dry run: nothing would change\n");
     let now = stage.daemon.told(&["config", "show"]).expect("shown");
     assert_eq!(now, changed);
 }

@@ -65,11 +65,10 @@ fn add_defaults(schema: &mut Value) {
         let required = |key: &str| required.as_array().is_some_and(|all| all.contains(&json!(key)));
         let Some(properties) = of["properties"].as_object_mut() else { continue };
         for (key, property) in properties {
-            match &values[key] {
-                Value::Null | Value::Object(_) => {}
-                Value::Array(list) if list.iter().any(Value::is_object) => {}
-                value if !required(key) => property["default"] = value.clone(),
-                _ => {}
+            let value = &values[key];
+            let tables = value.as_array().is_some_and(|list| list.iter().any(Value::is_object));
+            if !(value.is_null() || value.is_object() || tables || required(key)) {
+                property["default"] = value.clone();
             }
         }
     }

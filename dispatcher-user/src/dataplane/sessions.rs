@@ -161,20 +161,21 @@ mod tests {
             (4, STATE_CONFIRMED, 100),
             (5, STATE_PROVISIONAL, 100),
             (6, STATE_PINNED, 0),
+            (7, STATE_CONFIGURED, 0),
         ] {
             sessions.insert(key(n), session(state, expires)).expect("writable");
         }
         assert!(sessions.remove(&key(6)).expect("writable"), "by the operator");
         // A full table forgets.
-        for n in [1, 2, 3, 4] {
+        for n in [1, 2, 3, 4, 7] {
             assert!(sessions.mapping.remove(&key(n)).expect("writable"));
         }
         let swept = sessions.sweep(50).expect("sweeps");
         assert_eq!((swept.removed, swept.known.0, swept.provisional.0), (0, 0, 1));
         let there = |n| sessions.get(&key(n)).expect("readable").is_some();
-        assert_eq!([1, 2, 3, 4, 5, 6].map(there), [true, true, false, false, true, false]);
+        assert_eq!([1, 2, 3, 4, 5, 6, 7].map(there), [true, true, false, false, true, false, true]);
         let swept = sessions.sweep(200).expect("sweeps");
-        assert_eq!((swept.removed, swept.known, swept.provisional.0), (2, (1, 64), 0));
+        assert_eq!((swept.removed, swept.known, swept.provisional.0), (2, (2, 64), 0));
     }
 
     /// As above.

@@ -525,10 +525,13 @@ fn any_world(dice: &mut Dice, interfaces: &[u32]) -> World {
     world
 }
 
+/// A frontend, its table, its cookie, its sources.
+type Seen = (Frontend, Vec<u32>, Option<String>, Vec<IpAddr>);
+
 /// What packets meet, without the places where it stands.
 #[derive(Debug, PartialEq)]
 struct Meaning {
-    frontends: BTreeMap<Vip, (Frontend, Vec<u32>, Option<String>, Vec<IpAddr>)>,
+    frontends: BTreeMap<Vip, Seen>,
     endpoints: BTreeMap<u32, [(Endpoint, u32); 2]>,
     filter: BTreeSet<IpAddr>,
     server_ids: BTreeMap<ServerId, u32>,
