@@ -101,7 +101,7 @@ pub fn bind(frame: &Frame, slot: &mut Slot, index: u32, pick: u32) -> Verdict {
 #[inline(always)]
 fn trace(slot: &Slot, verdict: Verdict) -> Result<(), Reason> {
     let one_in = globals()?.trace;
-    if one_in != 0 && slot.cookie % one_in == 0 {
+    if one_in != 0 && slot.cookie.is_multiple_of(one_in) {
         tell(EVENT_BOUND, slot.backend, verdict.0 as u32, slot);
     }
     Ok(())

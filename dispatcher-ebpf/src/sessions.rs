@@ -81,7 +81,8 @@ pub fn add(
     session.state = STATE_PROVISIONAL;
     let life = if lasts(key.kind) { frontend.session_ttl } else { frontend.provisional_ttl };
     session.expires = now.wrapping_add(life);
-    if PROVISIONAL.insert(key, &*session, NOEXIST).is_ok() {
+    let session: &Session = session;
+    if PROVISIONAL.insert(key, session, NOEXIST).is_ok() {
         return None;
     }
     let winner = provisional(key, now);
@@ -142,7 +143,8 @@ pub fn confirm(key: &SessionKey, session: &mut Session, backend: u32, frontend: 
     session.used = now;
     session.expires = expires;
     let _ = PROVISIONAL.remove(key);
-    SESSIONS.insert(key, &*session, 0).is_ok()
+    let session: &Session = session;
+    SESSIONS.insert(key, session, 0).is_ok()
 }
 
 /// Forgets a provisional entry whose identifier turned out to mean nothing.
