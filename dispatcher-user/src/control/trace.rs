@@ -140,6 +140,9 @@ pub(super) async fn trace(
     }
     let left = query.limit.map_or(usize::MAX, |limit| limit as usize);
     let one_in = query.one_in.unwrap_or(1);
+    if one_in != 0 {
+        shared.trace.want(&shared.dataplane, |wanted| wanted.push(one_in));
+    }
     let listener = Listener { events: shared.trace.events.subscribe(), shared, query, left, one_in };
     let lines = stream::unfold(listener, |mut listener| async {
         let lines = listener.next().await?;
