@@ -371,7 +371,7 @@ fn unexpected_flags_on_a_living_flow_do_not_stop_it() {
 #[test]
 fn times_of_backends_are_counted_once_a_connection() {
     let machine = machine();
-    for (id, family) in [0x44, 0x45].into_iter().zip(Family::BOTH) {
+    for (id, family) in [0x44, 0x46].into_iter().zip(Family::BOTH) {
         let mut talk = Talk::new(Service::Plain, family, 7400);
         let hello = client_hello(&[id; 32], 0);
         let syn = talk.bind(&machine, &hello, Reason::BoundMiss);
