@@ -160,16 +160,12 @@ pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
         }
     }
 
-    let mut isn = segment.seq.wrapping_sub(1);
+    // Our SYN-ACK's timestamp was the client's ISN: each segment tells its own place. Without
+    // timestamps only the first can be told.
+    let told = parsed.ts != 0 && (segment.seq.wrapping_sub(parsed.tsecr) as usize) < PAYLOAD_MAX;
+    let isn = if told { parsed.tsecr } else { segment.seq.wrapping_sub(1) };
     let mut options = cookie::Options { mss: 0, wscale: 0, sack: false };
-    let mut worth = syn::check(globals, &p.key, isn, our_isn, &mut options);
-    if worth == syn::ADDRESS && parsed.ts != 0 {
-        // Our SYN-ACK's timestamp was the client's ISN: a later segment tells it.
-        isn = parsed.tsecr;
-        if (segment.seq.wrapping_sub(isn) as usize) < PAYLOAD_MAX {
-            worth = syn::check(globals, &p.key, isn, our_isn, &mut options);
-        }
-    }
+    let worth = syn::check(globals, &p.key, isn, our_isn, &mut options);
     if worth == syn::INVALID {
         reply::reset(frame, p)?;
         return Verdict(Reason::ResetClient);

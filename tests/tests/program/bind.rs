@@ -357,6 +357,25 @@ fn without_timestamps_a_later_segment_waits_for_the_first() {
 }
 
 #[test]
+fn a_later_segment_is_never_taken_for_the_first() {
+    let machine = machine();
+    let hello = client_hello(&[3; 32], 1500);
+    for port in 40_000..40_600 {
+        let bare = port % 2 == 0;
+        let mut talk = Talk::new(Service::Plain, Family::V4, port);
+        if bare {
+            talk = talk.with_options(vec![TcpOption::Mss(1460)]);
+        }
+        talk.shake(&machine);
+        let second = talk.data(1000, &hello[1000..]);
+        let reason = machine.run(&second.frame()).expect("a verdict").reason;
+        let fine: &[_] =
+            if bare { &[Reason::BeforeFirst] } else { &[Reason::Stashed, Reason::StashFull] };
+        assert!(fine.contains(&reason), "port {port}: {reason:?}");
+    }
+}
+
+#[test]
 fn a_hello_may_be_spread_over_records() {
     let machine = machine();
     for (port, cuts) in (5300..).zip([&[1][..], &[4], &[38], &[39, 50], &[1, 2, 3, 4, 5], &[60, 90]]) {
