@@ -116,11 +116,8 @@ pub const BACKEND_DRAIN: u16 = 1 << 1;
 pub const BACKEND_DEAD: u16 = 1 << 2;
 /// For the daemon: it is down because it is disabled.
 pub const BACKEND_DISABLED: u16 = 1 << 3;
-/// For the daemon: the operator's command, and not the configuration, says whether it is enabled, draining
-/// or disabled.
-pub const BACKEND_OPERATOR: u16 = 1 << 4;
 /// For the daemon: health checks took it out.
-pub const BACKEND_UNHEALTHY: u16 = 1 << 5;
+pub const BACKEND_UNHEALTHY: u16 = 1 << 4;
 
 /// One address of a backend.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]

@@ -129,14 +129,20 @@ pub struct Backend {
     /// Addresses.
     #[schema(value_type = Vec<String>)]
     pub addresses: Vec<SocketAddr>,
-    /// `up`, `down`, `drain` or `disabled`.
+    /// `up`, `down`, `drain`, `disabled` or `offline`.
     pub state: String,
+    /// Seconds until a drain is over and it goes offline.
+    #[serde(default)]
+    pub deadline_seconds: Option<u64>,
     /// Why an address is not reached or not healthy.
     pub reason: Option<String>,
     /// Weight.
     pub weight: u32,
     /// Share of the load-balancing tables, 0 to 1.
     pub share: f64,
+    /// Connections that are open; only where one backend is asked for.
+    #[serde(default)]
+    pub open: Option<u64>,
     /// Connections bound.
     pub connections: u64,
     /// Of these, by a session known before.
@@ -159,12 +165,39 @@ pub struct Backend {
     pub response_ms: Option<f64>,
 }
 
-/// Body of `PUT /v1/backends/{service}/{name}/state`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+/// Body of `PATCH /v1/backends/{service}/{name}`: what is left out stays.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub struct SetState {
-    /// What the operator wants.
-    pub state: AdminState,
+pub struct BackendChange {
+    /// What it takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<AdminState>,
+    /// With `drain`: after so many seconds it goes offline.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(format = "uint32", maximum = 4294967295_u32)]
+    pub deadline_seconds: Option<u32>,
+    /// Weight.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(format = "uint32", maximum = 65535)]
+    pub weight: Option<u32>,
+}
+
+/// Body of `PUT /v1/backends/{service}/{name}`.
+#[derive(Clone, Default, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewBackend {
+    /// Address and port, at most one of each family.
+    pub addresses: Vec<String>,
+    /// Weight; 1 when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(format = "uint32", maximum = 65535)]
+    pub weight: Option<u32>,
+    /// What it takes; `enabled` when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<AdminState>,
+    /// Its server IDs in QUIC connection IDs, hexadecimal.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub quic_server_ids: Vec<String>,
 }
 
 /// An element of `GET /v1/sessions`.

@@ -28,6 +28,7 @@ use crate::{
     dataplane::{AttachMode, Capacities},
 };
 
+mod amended;
 mod changes;
 mod health;
 mod raw;
@@ -37,6 +38,7 @@ mod written;
 use self::raw::Spanned;
 pub(crate) use self::written::written;
 pub use self::{
+    amended::Amendments,
     changes::{Changes, changes},
     health::{Health, HttpCheck},
     schema::schema,
@@ -67,6 +69,14 @@ pub enum Error {
         /// Line, from 1.
         line: usize,
         /// The key.
+        key: String,
+        /// What is wrong and what to do.
+        problem: String,
+    },
+    /// What the operator said does not go with the file.
+    #[error("{key}: {problem}")]
+    Amended {
+        /// The key, or the backend.
         key: String,
         /// What is wrong and what to do.
         problem: String,
@@ -339,8 +349,18 @@ pub enum AdminState {
     Enabled,
     /// Keeps its sessions, takes no new ones.
     Drain,
-    /// Takes nothing.
+    /// Takes nothing; connections that it has go on.
     Disabled,
+    /// Takes nothing, and connections that it has end.
+    Offline,
+}
+
+impl AdminState {
+    /// True where connections may go there, those of known sessions at least.
+    #[must_use]
+    pub const fn takes(self) -> bool {
+        matches!(self, Self::Enabled | Self::Drain)
+    }
 }
 
 impl fmt::Display for AdminState {
@@ -349,6 +369,7 @@ impl fmt::Display for AdminState {
             Self::Enabled => "enabled",
             Self::Drain => "drain",
             Self::Disabled => "disabled",
+            Self::Offline => "offline",
         })
     }
 }
@@ -362,7 +383,7 @@ impl Config {
             Error::Invalid { line, key, problem, .. } => {
                 Error::Invalid { path: Some(path.to_owned()), line, key, problem }
             }
-            Error::Read { .. } => error,
+            Error::Read { .. } | Error::Amended { .. } => error,
         })
     }
 
@@ -1204,8 +1225,12 @@ const KEY_NAMES: [(&str, Option<u32>); 4] = [
 const TICKETS_INTERVAL: u32 = 600;
 const SOURCES: [(&str, bool); 2] = [("client", false), ("dispatcher", true)];
 const PROXY: [(&str, bool); 2] = [("off", false), ("v2", true)];
-const STATES: [(&str, AdminState); 3] =
-    [("enabled", AdminState::Enabled), ("drain", AdminState::Drain), ("disabled", AdminState::Disabled)];
+const STATES: [(&str, AdminState); 4] = [
+    ("enabled", AdminState::Enabled),
+    ("drain", AdminState::Drain),
+    ("disabled", AdminState::Disabled),
+    ("offline", AdminState::Offline),
+];
 
 /// An element of `affinity`, or what is wrong with it.
 fn affinity(text: &str) -> Result<Affinity, String> {
@@ -1250,7 +1275,7 @@ fn port_range(text: &str) -> Option<RangeInclusive<u16>> {
 }
 
 /// Seconds of "1h30m", "10s" and the like.
-fn seconds(text: &str) -> Option<u32> {
+pub(crate) fn seconds(text: &str) -> Option<u32> {
     let mut total = 0_u32;
     let mut rest = text.trim();
     if rest.is_empty() {

@@ -51,7 +51,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     api::{self, Problem},
-    config::{self, Config, Protocol},
+    config::{self, AdminState, Config, Protocol},
     counted,
     dataplane::{self, memory_bytes, monotonic_ns, monotonic_seconds},
     reconcile::{self, Vip},
@@ -227,7 +227,7 @@ fn resources() -> OpenApiRouter<Arc<Shared>> {
         .routes(routes!(status))
         .routes(routes!(services))
         .routes(routes!(backends))
-        .routes(routes!(set_state))
+        .routes(routes!(backend, change_backend, add_backend, remove_backend))
         .routes(routes!(identities))
         .routes(routes!(sessions))
         .routes(routes!(session, pin, remove))
@@ -279,6 +279,21 @@ impl utoipa::IntoResponses for Failure {
 impl From<dataplane::Error> for Failure {
     fn from(error: dataplane::Error) -> Self {
         Self(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
+    }
+}
+
+impl From<reload::Error> for Failure {
+    fn from(error: reload::Error) -> Self {
+        let status = match error {
+            reload::Error::NoFile
+            | reload::Error::Config(_)
+            | reload::Error::Restart(_)
+            | reload::Error::Shortage(_)
+            | reload::Error::Interface(_) => StatusCode::CONFLICT,
+            reload::Error::Store(_) => StatusCode::INSUFFICIENT_STORAGE,
+            reload::Error::Maps(_) | reload::Error::Panic => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Self(status, error.to_string())
     }
 }
 
@@ -368,7 +383,7 @@ async fn reload_now(
     State(shared): State<Arc<Shared>>,
     Query(query): Query<ReloadQuery>,
 ) -> Answer<api::Reload> {
-    reload::reload(&shared, query.dry_run).await.map(Json).map_err(|error| bad(error.to_string()))
+    Ok(Json(reload::reload(&shared, query.dry_run).await?))
 }
 
 /// Version, interfaces, sums
@@ -478,6 +493,7 @@ async fn backends(State(shared): State<Arc<Shared>>) -> Answer<Vec<api::Backend>
 fn read_backends(shared: &Shared) -> Result<Vec<api::Backend>, Failure> {
     let mut found = Vec::new();
     let config = shared.config();
+    let now = reload::unix_seconds();
     {
         let state = shared.state();
         let desired = state.desired(&config);
@@ -486,13 +502,15 @@ fn read_backends(shared: &Shared) -> Result<Vec<api::Backend>, Failure> {
             for backend in &service.backends {
                 let Some(index) = state.actual.backend_index(backend.id) else { continue };
                 let (condition, reason) = reconcile::status(&desired, &state.actual, backend);
-                found.push((service, backend, index, condition, reason, state.actual.share(&vips, index)));
+                let deadline = state.deadlines.get(&backend.id).map(|at| at.saturating_sub(now));
+                let share = state.actual.share(&vips, index);
+                found.push((service, backend, index, condition, reason, share, deadline));
             }
         }
     }
     found
         .into_iter()
-        .map(|(service, backend, index, condition, reason, share)| {
+        .map(|(service, backend, index, condition, reason, share, deadline_seconds)| {
             let BackendStats { connections, hits, misses, fresh, nonsecure, established, refused, learned } =
                 shared.dataplane.backend_stats(index)?;
             let BackendTimes { connect, response } = shared.dataplane.backend_times(index)?;
@@ -503,9 +521,11 @@ fn read_backends(shared: &Shared) -> Result<Vec<api::Backend>, Failure> {
                 index,
                 addresses: backend.addresses().collect(),
                 state: condition.to_owned(),
+                deadline_seconds,
                 reason,
                 weight: backend.weight,
                 share,
+                open: None,
                 connections,
                 hits,
                 misses,
@@ -527,32 +547,115 @@ fn average_ms(histogram: &Histogram) -> Option<f64> {
     (count != 0).then(|| histogram.sum as f64 / count as f64 / 1e6)
 }
 
-/// Enables, drains or disables a backend
+/// A backend, with the number of its open connections
 #[utoipa::path(
-    put,
-    path = "/v1/backends/{service}/{name}/state",
+    get,
+    path = "/v1/backends/{service}/{name}",
     params(("service" = String, Path, description = "Service"), ("name" = String, Path, description = "Backend")),
-    request_body = api::SetState,
     responses((status = 200, description = "The backend", body = Vec<api::Backend>), Failure)
 )]
-async fn set_state(
+async fn backend(
     State(shared): State<Arc<Shared>>,
     Segment((service, name)): Segment<(String, String)>,
-    Body(wanted): Body<api::SetState>,
 ) -> Answer<Vec<api::Backend>> {
-    reading(shared, move |shared| {
-        let config = shared.config();
-        let (_, backend) = find_backend(&config, &service, &name)?;
-        let id = backend.id;
-        shared.reconcile(|state| {
-            state.admin.insert(id, wanted.state);
-        });
-        log::info!("{service}/{name}: set to {} by the operator", wanted.state);
-        let mut backends = read_backends(shared)?;
-        backends.retain(|backend| backend.id == id);
-        Ok(backends)
+    reading(shared, move |shared| read_backend(shared, &service, &name)).await
+}
+
+fn read_backend(shared: &Shared, service: &str, name: &str) -> Result<Vec<api::Backend>, Failure> {
+    let config = shared.config();
+    let (_, backend) = find_backend(&config, service, name)?;
+    let mut found = read_backends(shared)?;
+    found.retain(|one| one.id == backend.id);
+    for one in &mut found {
+        one.open = Some(shared.open(one.index));
+    }
+    Ok(found)
+}
+
+/// Changes a backend, until the file is read again
+#[utoipa::path(
+    patch,
+    path = "/v1/backends/{service}/{name}",
+    params(("service" = String, Path, description = "Service"), ("name" = String, Path, description = "Backend")),
+    request_body = api::BackendChange,
+    responses((status = 200, description = "The backend", body = Vec<api::Backend>), Failure)
+)]
+async fn change_backend(
+    State(shared): State<Arc<Shared>>,
+    Segment((service, name)): Segment<(String, String)>,
+    Body(change): Body<api::BackendChange>,
+) -> Answer<Vec<api::Backend>> {
+    if change.deadline_seconds.is_some() && change.state != Some(AdminState::Drain) {
+        return Err(bad("deadline_seconds goes with the state drain only; leave it out"));
+    }
+    find_backend(&shared.config(), &service, &name)?;
+    reload::amend(&shared, |said, _| {
+        said.change(&service, &name, &change, reload::unix_seconds());
+        true
     })
-    .await
+    .await?;
+    let mut told = Vec::new();
+    told.extend(change.state.map(|state| state.to_string()));
+    told.extend(change.deadline_seconds.map(|seconds| format!("for {seconds} s")));
+    told.extend(change.weight.map(|weight| format!("weight {weight}")));
+    log::info!("{service}/{name}: set to {} by the operator", told.join(", "));
+    reading(shared, move |shared| read_backend(shared, &service, &name)).await
+}
+
+/// Adds a backend to a service, until the file is read again
+#[utoipa::path(
+    put,
+    path = "/v1/backends/{service}/{name}",
+    params(("service" = String, Path, description = "Service"), ("name" = String, Path, description = "Backend")),
+    request_body = api::NewBackend,
+    responses((status = 200, description = "The backend", body = Vec<api::Backend>), Failure)
+)]
+async fn add_backend(
+    State(shared): State<Arc<Shared>>,
+    Segment((service, name)): Segment<(String, String)>,
+    Body(new): Body<api::NewBackend>,
+) -> Answer<Vec<api::Backend>> {
+    find_service(&shared.config(), &service)?;
+    let mut there = false;
+    reload::amend(&shared, |said, _| {
+        // Nobody else changes the configuration meanwhile.
+        there = find_backend(&shared.config(), &service, &name).is_ok();
+        if !there {
+            said.add(&service, &name, new);
+        }
+        !there
+    })
+    .await?;
+    if there {
+        return Err(conflict(format!(
+            "service {service} has a backend {name} already; change its weight or state, or remove it first"
+        )));
+    }
+    log::info!("{service}/{name}: added by the operator");
+    reading(shared, move |shared| read_backend(shared, &service, &name)).await
+}
+
+/// Removes a backend and ends its connections, until the file is read again
+#[utoipa::path(
+    delete,
+    path = "/v1/backends/{service}/{name}",
+    params(("service" = String, Path, description = "Service"), ("name" = String, Path, description = "Backend")),
+    responses((status = 200, description = "What was removed", body = Vec<api::Backend>), Failure)
+)]
+async fn remove_backend(
+    State(shared): State<Arc<Shared>>,
+    Segment((service, name)): Segment<(String, String)>,
+) -> Answer<Vec<api::Backend>> {
+    let what = (service.clone(), name.clone());
+    let found =
+        blocking(Arc::clone(&shared), move |shared| read_backend(shared, &what.0, &what.1)).await?;
+    reload::amend(&shared, |said, base| {
+        said.remove(&service, &name, &base.file);
+        true
+    })
+    .await?;
+    log::info!("{service}/{name}: removed by the operator");
+    Ok(Json(found))
 }
 
 fn find_service<'c>(config: &'c Config, name: &str) -> Result<&'c config::Service, Failure> {
@@ -1009,7 +1112,7 @@ mod tests {
             assert!(document.pointer(pointer).is_some(), "{reference} leads nowhere");
         }
         let paths = document["paths"].as_object().expect("paths");
-        assert!(paths.contains_key("/v1/backends/{service}/{name}/state"), "{paths:?}");
+        assert!(paths.contains_key("/v1/backends/{service}/{name}"), "{paths:?}");
         for (path, methods) in paths {
             for (method, operation) in methods.as_object().expect("methods") {
                 let what = format!("{method} {path}");
@@ -1018,7 +1121,8 @@ mod tests {
                 let parameters = operation["parameters"].as_array().cloned().unwrap_or_default();
                 let in_path = parameters.iter().filter(|one| one["in"] == "path").count();
                 assert_eq!(in_path, path.matches('{').count(), "{what}");
-                assert_eq!(method == "put", operation["requestBody"].is_object(), "{what}");
+                let body = ["put", "patch"].contains(&method.as_str());
+                assert_eq!(body, operation["requestBody"].is_object(), "{what}");
             }
         }
     }

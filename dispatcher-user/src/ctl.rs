@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use dispatcher_common::{addr::Addr, http};
 use http_body_util::{BodyExt as _, Full};
@@ -49,16 +49,20 @@ enum Command {
     Services,
     /// Backends with their state and counters
     Backends,
-    /// Enable, drain or disable a backend, until the configuration is reloaded
+    /// A backend: show, enable, drain, disable, weigh, add or remove it
     ///
-    /// A daemon that is started again knows it, unless nothing is pinned (pin = "none").
-    /// Connections that are open go on in any state. Example: dispatcherctl backend web/a drain
+    /// What is said holds until the configuration is read again (`reload`), over restarts too if there is a
+    /// state file. Sessions and connections that it does not concern stay as they are.
+    ///
+    /// Examples: dispatcherctl backend web/a drain --deadline 5m --wait
+    ///           dispatcherctl backend web/d add 10.0.0.4:443 --weight 2
+    #[command(verbatim_doc_comment)]
     Backend {
         /// SERVICE/NAME, as `dispatcherctl backends` lists them
         #[arg(value_parser = backend_name)]
         backend: (String, String),
-        /// What it is given
-        state: Wanted,
+        #[command(subcommand)]
+        command: Option<BackendCommand>,
     },
     /// The mapping table: session identifier -> backend
     Sessions {
@@ -212,24 +216,51 @@ enum Sessions {
     },
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Wanted {
-    /// Known sessions and new ones
-    Enabled,
-    /// Known sessions, but no new ones
-    Drain,
-    /// Nothing: its sessions go to other backends
-    Disabled,
+#[derive(Debug, Subcommand)]
+enum BackendCommand {
+    /// Show it, with the connections that are open
+    Show,
+    /// It takes known sessions and new ones
+    #[command(alias = "enabled")]
+    Enable,
+    /// It takes known sessions, but no new ones
+    Drain {
+        /// After this time it goes offline: known sessions go elsewhere, and connections that are left end
+        #[arg(long, value_name = "TIME", value_parser = duration)]
+        deadline: Option<u32>,
+        /// Wait until its last connection has ended, and say meanwhile how many are left
+        #[arg(long)]
+        wait: bool,
+    },
+    /// It takes nothing, its sessions go elsewhere; connections that are open go on
+    #[command(alias = "disabled")]
+    Disable,
+    /// It takes nothing, its sessions go elsewhere, and connections that are open end
+    Offline,
+    /// Its part of new connections, beside those of the others
+    Weight {
+        /// 0 to 65535; 0: none
+        #[arg(value_parser = clap::value_parser!(u32).range(..=65535))]
+        weight: u32,
+    },
+    /// Add it to the service
+    Add {
+        /// Address and port, at most one of each family
+        #[arg(required = true, num_args = 1..=2, value_name = "ADDRESS")]
+        addresses: Vec<String>,
+        /// Its part of new connections
+        #[arg(long, value_parser = clap::value_parser!(u32).range(..=65535))]
+        weight: Option<u32>,
+        /// Its server ID in QUIC connection IDs, hexadecimal
+        #[arg(long = "quic-server-id", value_name = "HEX")]
+        quic_server_ids: Vec<String>,
+    },
+    /// Remove it: its sessions go elsewhere, and connections that are open end
+    Remove,
 }
 
-impl From<Wanted> for AdminState {
-    fn from(wanted: Wanted) -> Self {
-        match wanted {
-            Wanted::Enabled => Self::Enabled,
-            Wanted::Drain => Self::Drain,
-            Wanted::Disabled => Self::Disabled,
-        }
-    }
+fn duration(text: &str) -> Result<u32, String> {
+    config::seconds(text).ok_or_else(|| "write a time such as 90s, 5m or 1h30m".to_owned())
 }
 
 fn backend_name(text: &str) -> Result<(String, String), String> {
@@ -350,9 +381,38 @@ async fn answer(
         Command::Backends => {
             show(out, form, ask.get::<Vec<api::Backend>>("/v1/backends").await?.as_slice(), backends)
         }
-        Command::Backend { backend: (service, name), state } => {
-            let path = format!("/v1/backends/{}/{}/state", escaped(service), escaped(name));
-            let answer: Vec<api::Backend> = ask.put(&path, &api::SetState { state: (*state).into() }).await?;
+        Command::Backend { backend: (service, name), command } => {
+            let path = format!("/v1/backends/{}/{}", escaped(service), escaped(name));
+            let state = |state| api::BackendChange { state: Some(state), ..api::BackendChange::default() };
+            let change = match command {
+                None | Some(BackendCommand::Show) => None,
+                Some(BackendCommand::Enable) => Some(state(AdminState::Enabled)),
+                Some(BackendCommand::Drain { deadline, .. }) => {
+                    Some(api::BackendChange { deadline_seconds: *deadline, ..state(AdminState::Drain) })
+                }
+                Some(BackendCommand::Disable) => Some(state(AdminState::Disabled)),
+                Some(BackendCommand::Offline) => Some(state(AdminState::Offline)),
+                Some(BackendCommand::Weight { weight }) => {
+                    Some(api::BackendChange { weight: Some(*weight), ..api::BackendChange::default() })
+                }
+                Some(BackendCommand::Add { addresses, weight, quic_server_ids }) => {
+                    let (addresses, quic_server_ids) = (addresses.clone(), quic_server_ids.clone());
+                    let new = api::NewBackend { addresses, weight: *weight, state: None, quic_server_ids };
+                    let answer: Vec<api::Backend> = ask.put(&path, &new).await?;
+                    return show(out, form, answer.as_slice(), backends);
+                }
+                Some(BackendCommand::Remove) => {
+                    let answer: Vec<api::Backend> = ask.delete(&path).await?;
+                    return show(out, form, answer.as_slice(), backends);
+                }
+            };
+            let mut answer: Vec<api::Backend> = match change {
+                Some(change) => ask.patch(&path, &change).await?,
+                None => ask.get(&path).await?,
+            };
+            if let Some(BackendCommand::Drain { wait: true, .. }) = command {
+                answer = drained(&ask, &path, answer, hints).await?;
+            }
             show(out, form, answer.as_slice(), backends)
         }
         Command::Sessions { command } => {
@@ -456,6 +516,26 @@ async fn answer(
     }
 }
 
+/// Waits for the last connection of a backend that drains.
+async fn drained(
+    ask: &Client<'_>,
+    path: &str,
+    mut answer: Vec<api::Backend>,
+    hints: &mut dyn Write,
+) -> Result<Vec<api::Backend>, Error> {
+    while let Some(one) = answer.first() {
+        let Some(open) = one.open.filter(|open| *open > 0) else { break };
+        let left = one.deadline_seconds.map(|left| format!(", {left} s left")).unwrap_or_default();
+        writeln!(hints, "{}/{}: {}{left}", one.service, one.name, counted(open as usize, "connection"))?;
+        if one.state == "up" {
+            return Err(Error::Refused(format!("{}/{} was enabled again", one.service, one.name)));
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        answer = ask.get(path).await?;
+    }
+    Ok(answer)
+}
+
 /// Says whether a file is good. One that is not is an error, which with JSON is told there too.
 fn check(out: &mut dyn Write, form: Form, file: &Path) -> Result<(), Error> {
     let loaded = Config::load(file, &[]);
@@ -463,6 +543,9 @@ fn check(out: &mut dyn Write, form: Form, file: &Path) -> Result<(), Error> {
         config::Error::Read { .. } => Mistake { line: None, key: None, problem: error.to_string() },
         config::Error::Invalid { line, key, problem, .. } => {
             Mistake { line: Some(*line), key: Some(key.clone()), problem: problem.clone() }
+        }
+        config::Error::Amended { key, problem } => {
+            Mistake { line: None, key: Some(key.clone()), problem: problem.clone() }
         }
     };
     let count = |of: fn(&Config) -> usize| loaded.as_ref().map_or(0, of);
@@ -572,8 +655,21 @@ impl Client<'_> {
     }
 
     async fn put<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Error> {
+        self.send(Method::PUT, path, body).await
+    }
+
+    async fn patch<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Error> {
+        self.send(Method::PATCH, path, body).await
+    }
+
+    async fn send<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, Error> {
         let body = serde_json::to_vec(body).map_err(|error| Error::Protocol(error.to_string()))?;
-        self.request(Method::PUT, path, body.into()).await
+        self.request(method, path, body.into()).await
     }
 
     async fn request<T: DeserializeOwned>(
@@ -785,6 +881,7 @@ fn backends(backends: &[api::Backend]) -> Table {
         "reason",
         "weight",
         "share",
+        "open",
         "conns",
         "hits",
         "misses",
@@ -797,15 +894,20 @@ fn backends(backends: &[api::Backend]) -> Table {
         "response",
     ];
     let ms = |time: Option<f64>| time.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.2} ms"));
+    let state = |one: &api::Backend| match one.deadline_seconds {
+        Some(left) => format!("{}, {left} s left", one.state),
+        None => one.state.clone(),
+    };
     let row = |one: &api::Backend| {
         vec![
             one.service.clone(),
             one.name.clone(),
             list(&one.addresses),
-            one.state.clone(),
+            state(one),
             one.reason.clone().unwrap_or_else(|| "-".to_owned()),
             one.weight.to_string(),
             format!("{:.1}%", one.share * 100.0),
+            one.open.map_or_else(|| "-".to_owned(), |open| open.to_string()),
             one.connections.to_string(),
             one.hits.to_string(),
             one.misses.to_string(),

@@ -235,6 +235,7 @@ async fn serve(
     tasks.spawn(discovery::serve(Arc::clone(&shared)));
     tasks.spawn(count(Arc::clone(&shared)));
     tasks.spawn(hang_ups(Arc::clone(&shared)));
+    tasks.spawn(reload::deadlines(Arc::clone(&shared)));
     tasks.spawn(health::serve(Arc::clone(&shared)));
     if let Some(listener) = scrapes {
         let serve = control::metrics::serve(Arc::clone(&shared), listener);

@@ -19,7 +19,7 @@ use tokio::{
 
 use self::probe::Target;
 use crate::{
-    config::{AdminState, Config, Health},
+    config::{Config, Health},
     reconcile::{Reach, Unhealthy},
     state::{Shared, State},
 };
@@ -199,7 +199,7 @@ fn look_round(
     for service in &config.services {
         let Some(health) = &service.health else { continue };
         for backend in &service.backends {
-            if state.admin.get(&backend.id).copied().unwrap_or(backend.state) == AdminState::Disabled {
+            if !backend.state.takes() {
                 continue;
             }
             for address in backend.addresses() {

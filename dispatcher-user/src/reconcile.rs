@@ -16,7 +16,7 @@ use dispatcher_common::{
     flow::Link,
     http,
     service::{
-        BACKEND_DEAD, BACKEND_DISABLED, BACKEND_DRAIN, BACKEND_OPERATOR, BACKEND_UNHEALTHY, BACKEND_UP,
+        BACKEND_DEAD, BACKEND_DISABLED, BACKEND_DRAIN, BACKEND_UNHEALTHY, BACKEND_UP,
         Backend as Endpoint, FRONTEND_MISS_DAEMON, FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_PROXY_V2,
         FRONTEND_REFUSED, FRONTEND_SOURCE_DISPATCHER, Frontend, MODE_L4, MODE_PASSTHROUGH, VipKey,
         endpoint_index,
@@ -69,8 +69,6 @@ pub type Vip = (SocketAddr, u8);
 pub struct Desired<'d> {
     /// The configuration.
     pub config: &'d Config,
-    /// What the operator said since, by backend id.
-    pub admin: &'d BTreeMap<u32, AdminState>,
     /// Which addresses can be reached.
     pub reach: &'d BTreeMap<IpAddr, Reach>,
     /// Connections by backend id.
@@ -100,12 +98,6 @@ impl Desired<'_> {
         service.ticket.or_else(|| self.tickets.get(&backend.id).copied()).unwrap_or(TICKET_UNKNOWN)
     }
 
-    /// What the operator wants of a backend.
-    #[must_use]
-    pub fn admin(&self, backend: &Backend) -> AdminState {
-        self.admin.get(&backend.id).copied().unwrap_or(backend.state)
-    }
-
     fn path(&self, address: SocketAddr) -> Option<&Path> {
         match self.reach.get(&address.ip())? {
             Reach::Up(path) => Some(path),
@@ -115,7 +107,7 @@ impl Desired<'_> {
 
     /// True when the operator and the health checks let an address take new connections.
     fn takes(&self, backend: &Backend, v4: bool) -> bool {
-        self.admin(backend) == AdminState::Enabled
+        backend.state == AdminState::Enabled
             && backend.weight > 0
             && !self.health.contains_key(&(backend.id, v4))
     }
@@ -409,25 +401,22 @@ impl<'c> Plan<'_, 'c> {
             ..Endpoint::default()
         };
         endpoint.ticket = self.desired.ticket(service, backend);
-        let admin = self.desired.admin(backend);
         if let Some(path) = self.desired.path(address)
             && let Some(replay) = self.next.replay.iter().position(|one| *one == path.link.ifindex)
         {
             endpoint.link = path.link;
             endpoint.mtu = path.mtu;
             endpoint.replay = replay as u16;
-            if admin != AdminState::Disabled && !self.desired.health.contains_key(&(backend.id, v4)) {
+            if backend.state.takes() && !self.desired.health.contains_key(&(backend.id, v4)) {
                 endpoint.flags |= BACKEND_UP;
             }
         }
-        endpoint.flags |= match admin {
+        endpoint.flags |= match backend.state {
             AdminState::Enabled => 0,
             AdminState::Drain => BACKEND_DRAIN,
             AdminState::Disabled => BACKEND_DISABLED,
+            AdminState::Offline => BACKEND_DISABLED | BACKEND_DEAD,
         };
-        if self.desired.admin.contains_key(&backend.id) {
-            endpoint.flags |= BACKEND_OPERATOR;
-        }
         if let Some(found) = self.desired.health.get(&(backend.id, v4)) {
             endpoint.flags |= if found.dead { BACKEND_UNHEALTHY | BACKEND_DEAD } else { BACKEND_UNHEALTHY };
         }
@@ -694,8 +683,9 @@ pub fn status(desired: &Desired<'_>, actual: &Actual, backend: &Backend) -> (&'s
         .into_iter()
         .map(|(address, reason)| if several { format!("{}: {reason}", address.ip()) } else { reason })
         .collect();
-    let state = match desired.admin(backend) {
+    let state = match backend.state {
         AdminState::Disabled => "disabled",
+        AdminState::Offline => "offline",
         AdminState::Enabled | AdminState::Drain if up == 0 => "down",
         AdminState::Drain => "drain",
         AdminState::Enabled => "up",

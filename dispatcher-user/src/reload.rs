@@ -1,20 +1,21 @@
-//! A new configuration for a running daemon: read, checked and compared as a whole, then put in force.
-//! What it does not change is not touched: flows and sessions stay.
+//! A new configuration for a running daemon, from its file or by the operator's word: checked as a whole,
+//! then put in force. What it does not change is not touched: flows and sessions stay.
 
 use std::{
     collections::BTreeSet,
     net::IpAddr,
     path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use crate::{
     api,
-    config::{self, Backend, Config, Interface, Shortage, changes},
+    config::{self, Amendments, Backend, Config, Interface, Shortage, changes},
     dataplane,
     reconcile::Reach,
-    state::Shared,
+    state::{Base, Shared},
+    store,
 };
 
 /// How long new backends may take to be reached before the configuration is put in force without them.
@@ -58,15 +59,19 @@ pub(crate) enum Error {
     Shortage(Shortage),
     #[error("{0}; nothing was changed")]
     Interface(dataplane::Error),
+    #[error("{0}; nothing was changed")]
+    Store(store::Error),
     #[error(
         "{0}; the configuration is in force, but the maps are behind it: this is tried again with the next change"
     )]
     Maps(dataplane::Error),
+    #[error("a task of dispatcherd panicked; its log says why")]
+    Panic,
 }
 
 /// Puts the file in force, or only says what that would change.
 pub(crate) async fn reload(shared: &Arc<Shared>, dry_run: bool) -> Result<api::Reload, Error> {
-    let _turn = shared.reloading.lock().await;
+    let mut base = shared.base.lock().await;
     let source = shared.source.clone().ok_or(Error::NoFile)?;
     let old = shared.config();
     let new = source.load()?;
@@ -77,20 +82,95 @@ pub(crate) async fn reload(shared: &Arc<Shared>, dry_run: bool) -> Result<api::R
     if let Some(shortage) = new.shortage(shared.dataplane.capacities()) {
         return Err(Error::Shortage(shortage));
     }
-    let mut lines = found.lines;
-    lines.extend(overridden(shared, &new));
+    let lines = found.lines;
     if dry_run {
         return Ok(api::Reload { applied: false, changes: lines });
     }
-    let known = |name: &str, config: &Config| config.interfaces.iter().any(|one| one.name == name);
-    for interface in new.interfaces.iter().filter(|one| !known(&one.name, &old)) {
+    let known = |name: &str| old.interfaces.iter().any(|one| one.name == name);
+    for interface in new.interfaces.iter().filter(|one| !known(&one.name)) {
         shared.dataplane.attach(&interface.name, interface.attach).map_err(Error::Interface)?;
         log::info!("attached to {}", interface.name);
     }
-    reach(shared, &old, &new).await;
+    keep(shared, &Amendments::default()).await?;
+    *base = Base { file: new.clone(), amendments: Amendments::default() };
+    install(shared, &old, new, &base.amendments).await?;
+    log::info!("reloaded {}: {} changes", source.path.display(), lines.len());
+    Ok(api::Reload { applied: true, changes: lines })
+}
+
+/// Puts something in force that the operator says, on top of the file; it is kept until the file is read
+/// again. False where there was nothing to do.
+pub(crate) async fn amend(
+    shared: &Arc<Shared>,
+    edit: impl FnOnce(&mut Amendments, &Base) -> bool,
+) -> Result<bool, Error> {
+    let mut base = shared.base.lock().await;
+    let mut amendments = base.amendments.clone();
+    if !edit(&mut amendments, &base) {
+        return Ok(false);
+    }
+    let old = shared.config();
+    let new = base.file.amended(&amendments)?;
+    if let Some(shortage) = new.shortage(shared.dataplane.capacities()) {
+        return Err(Error::Shortage(shortage));
+    }
+    keep(shared, &amendments).await?;
+    base.amendments = amendments;
+    install(shared, &old, new, &base.amendments).await?;
+    Ok(true)
+}
+
+/// Takes backends offline whose drain is over.
+pub(crate) async fn deadlines(shared: Arc<Shared>) -> (&'static str, String) {
+    let mut tick = tokio::time::interval(Duration::from_secs(1));
+    loop {
+        tick.tick().await;
+        let now = unix_seconds();
+        if shared.state().deadlines.values().all(|deadline| *deadline > now) {
+            continue;
+        }
+        let mut over = Vec::new();
+        let done = amend(&shared, |amendments, _| {
+            over = amendments.expire(now);
+            !over.is_empty()
+        });
+        match done.await {
+            Ok(_) => over.iter().for_each(|name| log::info!("{name}: the drain is over, it is offline")),
+            Err(error) => log::error!("{}: the drain is over: {error}", over.join(", ")),
+        }
+    }
+}
+
+/// Unix time.
+pub(crate) fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// What the operator said, under this name in the state file.
+pub(crate) const AMENDMENTS: &str = "amendments";
+
+/// Writes down what the operator said.
+async fn keep(shared: &Arc<Shared>, amendments: &Amendments) -> Result<(), Error> {
+    let (shared, amendments) = (Arc::clone(shared), amendments.clone());
+    let kept = tokio::task::spawn_blocking(move || match &shared.store {
+        Some(store) => store.keep(AMENDMENTS, &amendments),
+        None => Ok(()),
+    });
+    kept.await.map_err(|_| Error::Panic)?.map_err(Error::Store)
+}
+
+/// Puts a checked configuration in force.
+async fn install(
+    shared: &Arc<Shared>,
+    old: &Config,
+    new: Config,
+    amendments: &Amendments,
+) -> Result<(), Error> {
+    let known = |name: &str, config: &Config| config.interfaces.iter().any(|one| one.name == name);
     let gone: Vec<Interface> = old.interfaces.iter().filter(|one| !known(&one.name, &new)).cloned().collect();
-    let (own, wanted) = (Arc::clone(shared), addresses(&new));
-    let written = tokio::task::spawn_blocking(move || own.replace(new)).await;
+    reach(shared, old, &new).await;
+    let (own, wanted, amendments) = (Arc::clone(shared), addresses(&new), amendments.clone());
+    let written = tokio::task::spawn_blocking(move || own.replace(new, &amendments)).await;
     shared.addresses.send_replace(wanted);
     for interface in gone {
         match shared.dataplane.detach(&interface.name) {
@@ -98,30 +178,11 @@ pub(crate) async fn reload(shared: &Arc<Shared>, dry_run: bool) -> Result<api::R
             Err(error) => log::warn!("{error}"),
         }
     }
-    log::info!("reloaded {}: {} changes", source.path.display(), lines.len());
     match written {
-        Ok(None) => Ok(api::Reload { applied: true, changes: lines }),
+        Ok(None) => Ok(()),
         Ok(Some(error)) => Err(Error::Maps(error)),
-        // The task panicked: the panic is in the log.
-        Err(_) => Ok(api::Reload { applied: false, changes: lines }),
+        Err(_) => Err(Error::Panic),
     }
-}
-
-/// What the operator has set since the start, which the file now decides.
-fn overridden(shared: &Shared, new: &Config) -> Vec<String> {
-    let state = shared.state();
-    let mut lines = Vec::new();
-    for service in &new.services {
-        for backend in &service.backends {
-            if let Some(set) = state.admin.get(&backend.id).filter(|set| **set != backend.state) {
-                lines.push(format!(
-                    "~ backend {}/{}: state: {set} (set by dispatcherctl) -> {}",
-                    service.name, backend.name, backend.state
-                ));
-            }
-        }
-    }
-    lines
 }
 
 /// Addresses of all backends.

@@ -7,11 +7,14 @@ use std::{
     time::Instant,
 };
 
-use dispatcher_common::flow::{FLAG_TO_BACKEND, is_closed};
+use dispatcher_common::{
+    flow::{FLAG_TO_BACKEND, is_closed},
+    service::stable_id,
+};
 use tokio::sync::watch;
 
 use crate::{
-    config::{AdminState, Config},
+    config::{Amendments, Config},
     control::trace::Trace,
     dataplane::{self, Dataplane},
     discovery::Discovery,
@@ -32,8 +35,8 @@ pub(crate) struct Shared {
     config: Mutex<Arc<Config>>,
     /// Where it comes from.
     pub(crate) source: Option<Source>,
-    /// Taken by who reloads it.
-    pub(crate) reloading: tokio::sync::Mutex<()>,
+    /// What it is made of; whoever changes it holds this.
+    pub(crate) base: tokio::sync::Mutex<Base>,
     /// Addresses whose routes and neighbours are followed.
     pub(crate) addresses: watch::Sender<BTreeSet<IpAddr>>,
     pub(crate) started: Instant,
@@ -45,10 +48,17 @@ pub(crate) struct Shared {
     pools: Mutex<Pools>,
 }
 
+/// The configuration in force is the file with what the operator said since it was read.
+pub(crate) struct Base {
+    pub(crate) file: Config,
+    pub(crate) amendments: Amendments,
+}
+
 /// What changes while the daemon runs.
 #[derive(Default)]
 pub(crate) struct State {
-    pub(crate) admin: BTreeMap<u32, AdminState>,
+    /// When a drain ends, in Unix time in seconds, by backend id.
+    pub(crate) deadlines: BTreeMap<u32, u64>,
     pub(crate) reach: BTreeMap<IpAddr, Reach>,
     loads: BTreeMap<u32, u64>,
     responses: ResponseTimes,
@@ -65,7 +75,6 @@ impl State {
     pub(crate) fn desired<'s>(&'s self, config: &'s Config) -> Desired<'s> {
         Desired {
             config,
-            admin: &self.admin,
             reach: &self.reach,
             loads: &self.loads,
             responses: self.responses.sums(),
@@ -76,10 +85,21 @@ impl State {
     }
 }
 
+fn deadlines(amendments: &Amendments) -> BTreeMap<u32, u64> {
+    amendments.deadlines().map(|(name, deadline)| (stable_id(name), deadline)).collect()
+}
+
 impl Shared {
-    pub(crate) fn new(config: Config, source: Option<Source>, dataplane: Dataplane, actual: Actual) -> Self {
+    /// `config` is what `base` makes.
+    pub(crate) fn new(
+        config: Config,
+        base: Base,
+        source: Option<Source>,
+        dataplane: Dataplane,
+        actual: Actual,
+    ) -> Self {
         let state = State {
-            admin: actual.admin(),
+            deadlines: deadlines(&base.amendments),
             tickets: actual.tickets(),
             health: actual.health(),
             actual,
@@ -88,7 +108,7 @@ impl Shared {
         Self {
             dataplane,
             source,
-            reloading: tokio::sync::Mutex::default(),
+            base: tokio::sync::Mutex::new(base),
             addresses: watch::Sender::new(reload::addresses(&config)),
             config: Mutex::new(Arc::new(config)),
             started: Instant::now(),
@@ -123,12 +143,12 @@ impl Shared {
         }
     }
 
-    /// Puts another configuration in force. What the operator said since the last one is forgotten.
-    pub(crate) fn replace(&self, config: Config) -> Option<dataplane::Error> {
+    /// Puts another configuration in force.
+    pub(crate) fn replace(&self, config: Config, amendments: &Amendments) -> Option<dataplane::Error> {
         let mut state = self.state();
         let config = Arc::new(config);
         *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&config);
-        state.admin.clear();
+        state.deadlines = deadlines(amendments);
         self.settle(&mut state, &config)
     }
 
@@ -148,13 +168,23 @@ impl Shared {
         self.config().services.iter().any(|service| service.balance.follows_load())
     }
 
+    /// Connections that are open at a backend.
+    pub(crate) fn open(&self, index: u32) -> u64 {
+        self.open_flows().filter(|backend| *backend == index).count() as u64
+    }
+
+    /// The backend of each connection that is open.
+    fn open_flows(&self) -> impl Iterator<Item = u32> {
+        self.dataplane.flows().iter().filter_map(|(_, flow)| {
+            (flow.flags & FLAG_TO_BACKEND != 0 && !is_closed(flow.flags)).then_some(flow.backend)
+        })
+    }
+
     /// Counts the connections of each backend and lets tables follow.
     pub(crate) fn count_loads(&self) {
         let mut by_index: BTreeMap<u32, u64> = BTreeMap::new();
-        for (_, flow) in self.dataplane.flows().iter() {
-            if flow.flags & FLAG_TO_BACKEND != 0 && !is_closed(flow.flags) {
-                *by_index.entry(flow.backend).or_insert(0) += 1;
-            }
+        for backend in self.open_flows() {
+            *by_index.entry(backend).or_insert(0) += 1;
         }
         self.reconcile(|state| {
             let actual = &state.actual;

@@ -20,3 +20,4 @@ pub mod system;
 pub mod tagger;
 pub mod tls;
 pub mod topology;
+pub mod town;

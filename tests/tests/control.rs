@@ -219,8 +219,9 @@ fn answers_are_as_the_api_is_described() {
     assert_eq!(served["paths"], document["paths"], "the daemon and the command line say the same");
     let id = stage.daemon.sessions().expect("sessions")[0].id.clone();
     let bodies = [
-        ("/v1/backends/{service}/{name}/state", json!({ "state": "drain" })),
-        ("/v1/sessions/{id}", json!({ "service": "web", "backend": "b1" })),
+        ("patch", "/v1/backends/{service}/{name}", json!({ "state": "drain", "deadline_seconds": 60, "weight": 2 })),
+        ("put", "/v1/backends/{service}/{name}", json!({ "addresses": ["10.99.0.9:443"], "weight": 1 })),
+        ("put", "/v1/sessions/{id}", json!({ "service": "web", "backend": "b2" })),
     ];
     let paths = document["paths"].as_object().expect("paths");
     let mut asked = 0;
@@ -228,7 +229,7 @@ fn answers_are_as_the_api_is_described() {
         let methods = methods.as_object().expect("methods");
         // DELETE last: what it removes must be there for the others.
         for method in
-            ["get", "put", "post", "delete"].into_iter().filter(|method| methods.contains_key(*method))
+            ["get", "patch", "put", "post", "delete"].into_iter().filter(|method| methods.contains_key(*method))
         {
             let place = format!("/paths/{}/{method}", path.replace('/', "~1"));
             let content = document.pointer(&format!("{place}/responses/200/content")).expect("content");
@@ -240,12 +241,15 @@ fn answers_are_as_the_api_is_described() {
                 );
                 continue;
             }
-            let body = bodies.iter().find(|(of, _)| method == "put" && of == path).map(|(_, body)| body);
+            let body = bodies.iter().find(|(how, of, _)| *how == method && of == path).map(|(_, _, body)| body);
             if let Some(body) = body {
                 check(&document, &format!("{place}/requestBody/content/application~1json/schema"), body);
             }
             let body = body.map(Value::to_string).unwrap_or_default();
-            let real = path.replace("{id}", &id).replace("{service}", "web").replace("{name}", "b1");
+            let real = path.replace("{id}", &id).replace("{service}", "web");
+            // What is added is removed again.
+            let name = if ["put", "delete"].contains(&method) { "b9" } else { "b1" };
+            let real = real.replace("{name}", name);
             let (status, text) = ask(&stage.daemon, &method.to_ascii_uppercase(), &real, &body);
             assert_eq!(status, 200, "{method} {real}: {text}");
             let value = serde_json::from_str(&text).expect("json");
@@ -261,7 +265,7 @@ fn answers_are_as_the_api_is_described() {
             asked += 1;
         }
         assert!(
-            methods.keys().all(|method| ["get", "put", "post", "delete"].contains(&method.as_str())),
+            methods.keys().all(|method| ["get", "patch", "put", "post", "delete"].contains(&method.as_str())),
             "{path}"
         );
     }

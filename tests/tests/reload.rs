@@ -158,7 +158,7 @@ fn what_the_operator_set_gives_way_to_the_file() {
     let state = |scene: &Scene| scene.daemon.backends().expect("backends")[0].state.clone();
     assert_eq!(state(&scene), "disabled");
     let dry: api::Reload = scene.daemon.ask(&["reload", "--dry-run"]).expect("told");
-    assert_eq!(dry.changes, ["~ backend web/b1: state: disabled (set by dispatcherctl) -> enabled"]);
+    assert_eq!(dry.changes, ["~ backend web/b1: state: disabled -> enabled"]);
     scene.daemon.process().signal(libc::SIGHUP);
     let deadline = Instant::now() + Duration::from_secs(5);
     while state(&scene) != "up" {

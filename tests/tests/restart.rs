@@ -1,22 +1,15 @@
 //! Daemons that end, crash and start again, while clients come and stay.
 
-use std::{
-    net::SocketAddr,
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-    time::{Duration, Instant},
-};
+use std::{net::SocketAddr, time::Duration};
 
 use aya::maps::{Array, Map, MapData};
 use dispatcher_common::{abi, globals::Globals, reason::Reason};
 use dispatcher_tests::{
     daemon::{Daemon, Folder, Pins, Process, Service, UNPINNED, config, program},
-    http,
     netns::Netns,
-    tls::{Authority, Identity, Manners, Server, User, Version, visit_in_clear},
+    tls::{Authority, Manners, Server, User, Version, visit_in_clear},
     topology::{Family, Plan, Topology},
+    town::{Crowd, Town, until},
 };
 use dispatcher_user::api;
 
@@ -24,25 +17,6 @@ const PORT: u16 = 443;
 const OTHER: u16 = 444;
 /// Nothing takes as long as this.
 const LIMIT: Duration = Duration::from_secs(60);
-
-/// Clients and servers.
-struct Town {
-    authority: Authority,
-    servers: Vec<Server>,
-    topology: Topology,
-}
-
-impl Town {
-    fn user(&self, version: Version) -> User {
-        User::new(&self.authority, version).expect("a user")
-    }
-
-    fn visit(&self, user: &User, turn: usize) -> Result<Identity, String> {
-        let family = Family::BOTH[turn % 2];
-        let (from, to) = (self.topology.client(family, turn / 2), SocketAddr::new(family.vip(), PORT));
-        user.visit(&self.topology.clients, from, to).map_err(|error| error.to_string())
-    }
-}
 
 /// Dropped in the order of its fields.
 struct Scene {
@@ -141,108 +115,10 @@ fn names(pins: &Pins, folder: &str) -> Vec<String> {
     names
 }
 
-fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + LIMIT;
-    while !done() {
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// Clients that come and go until they are told to stop.
-#[derive(Default)]
-struct Crowd {
-    stop: AtomicBool,
-    visits: AtomicU64,
-    megabytes: AtomicU64,
-    problems: Mutex<Vec<String>>,
-}
-
-impl Crowd {
-    fn problem(&self, problem: String) {
-        self.problems.lock().unwrap_or_else(PoisonError::into_inner).push(problem);
-    }
-
-    /// One user comes back, by turns of families, and must always land at home; others are new each time.
-    fn come_and_go(&self, town: &Town, number: usize) {
-        let version = Version::BOTH[number % 2];
-        let user = town.user(version);
-        let home = match town.visit(&user, number) {
-            Ok(identity) => identity.backend,
-            Err(problem) => return self.problem(problem),
-        };
-        let mut turn = number;
-        while !self.stop.load(Ordering::Relaxed) {
-            turn += 1;
-            match town.visit(&user, turn) {
-                Ok(identity) if identity.backend == home && identity.reused == "r" => {}
-                Ok(identity) => self.problem(format!("of {home}: {identity:?}")),
-                Err(problem) => self.problem(problem),
-            }
-            if let Err(problem) = town.visit(&town.user(version), turn) {
-                self.problem(format!("newcomer: {problem}"));
-            }
-            self.visits.fetch_add(2, Ordering::Relaxed);
-        }
-    }
-
-    /// One connection on which bytes never end.
-    fn stay(&self, town: &Town, family: Family) {
-        let (from, to) = (town.topology.client(family, 3), SocketAddr::new(family.vip(), PORT));
-        let mut line = match town.user(Version::Tls13).connect(&town.topology.clients, from, to) {
-            Ok(line) => line,
-            Err(error) => return self.problem(error.to_string()),
-        };
-        while !self.stop.load(Ordering::Relaxed) {
-            if let Err(error) = http::download(&mut line, 1_000_000) {
-                return self.problem(format!("download: {error:#}"));
-            }
-            self.megabytes.fetch_add(1, Ordering::Relaxed);
-            // Others need the machine too.
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-
-    /// Waits until so much more has happened.
-    fn go_on(&self) {
-        let (visits, megabytes) = (&self.visits, &self.megabytes);
-        let before = [visits, megabytes].map(|count| count.load(Ordering::Relaxed));
-        until("clients hang", || {
-            assert_eq!(*self.problems.lock().unwrap_or_else(PoisonError::into_inner), [""; 0]);
-            visits.load(Ordering::Relaxed) >= before[0] + 24
-                && megabytes.load(Ordering::Relaxed) >= before[1] + 8
-        });
-    }
-}
-
-/// Ends a crowd, also when a test fails.
-struct End<'c>(&'c Crowd);
-
-impl Drop for End<'_> {
-    fn drop(&mut self) {
-        self.0.stop.store(true, Ordering::Relaxed);
-    }
-}
-
 /// Lets clients come and go while something is done to the daemon; all must be served, and come home.
 fn under_load(scene: &mut Scene, work: impl FnOnce(&mut Daemon, &str, &Town, &Crowd)) {
-    let crowd = Crowd::default();
     let Scene { daemon, text, town, .. } = scene;
-    let town: &Town = town;
-    std::thread::scope(|scope| {
-        let crowd = &crowd;
-        let _end = End(crowd);
-        for number in 0..4 {
-            scope.spawn(move || crowd.come_and_go(town, number));
-        }
-        for family in Family::BOTH {
-            scope.spawn(move || crowd.stay(town, family));
-        }
-        crowd.go_on();
-        work(daemon, text, town, crowd);
-        crowd.go_on();
-    });
-    assert_eq!(crowd.problems.into_inner().unwrap_or_else(PoisonError::into_inner), [""; 0]);
+    Crowd::around(town, 4, |crowd| work(daemon, text, town, crowd));
 }
 
 fn web() -> Service {

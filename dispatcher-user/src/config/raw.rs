@@ -336,7 +336,8 @@ pub(crate) struct Backend {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = within(WEIGHT))]
     pub(super) weight: Number,
-    /// "drain": keeps its sessions, gets no new ones. "disabled": gets nothing.
+    /// "drain": keeps its sessions, gets no new ones. "disabled": gets nothing, and its connections go on.
+    /// "offline": gets nothing, and its connections end.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = one_of(&STATES))]
     pub(super) state: Text,

@@ -37,7 +37,7 @@ fn number(value: impl Into<i64>) -> raw::Number {
 }
 
 /// The name of a value.
-fn chosen<T: PartialEq>(choices: &[(&str, T)], value: &T) -> raw::Text {
+pub(super) fn chosen<T: PartialEq>(choices: &[(&str, T)], value: &T) -> raw::Text {
     choices.iter().find(|(_, one)| one == value).and_then(|(name, _)| text(name))
 }
 

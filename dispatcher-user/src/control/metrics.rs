@@ -21,7 +21,7 @@ use prometheus_client::{
 use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
 
 use super::{Failure, blocking, read_backends, read_counters, status_of};
-use crate::{api, config::AdminState, state::Shared};
+use crate::{api, state::Shared};
 
 /// What is sent.
 const TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -31,7 +31,7 @@ const SCRAPERS: usize = 8;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Conditions of a backend, each a series.
-const STATES: [&str; 4] = ["up", "down", "drain", "disabled"];
+const STATES: [&str; 5] = ["up", "down", "drain", "disabled", "offline"];
 
 /// What health checks say of an address.
 #[derive(Debug)]
@@ -200,14 +200,13 @@ impl Snapshot {
     }
 }
 
-/// Addresses that are checked, those of disabled backends aside.
+/// Addresses that are checked, those of backends that take nothing aside.
 fn checked(shared: &Shared) -> Vec<Checked> {
     let (state, config) = (shared.state(), shared.config());
-    let desired = state.desired(&config);
     let mut found = Vec::new();
     for service in config.services.iter().filter(|service| service.health.is_some()) {
         for backend in &service.backends {
-            if desired.admin(backend) == AdminState::Disabled {
+            if !backend.state.takes() {
                 continue;
             }
             found.extend(backend.addresses().map(|address| Checked {

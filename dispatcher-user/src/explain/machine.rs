@@ -96,11 +96,10 @@ impl Machine {
         let addresses = services.iter().flat_map(|one| &one.backends).flat_map(Backend::addresses);
         let reach: BTreeMap<IpAddr, Reach> =
             addresses.map(|address| (address.ip(), Reach::Up(path.clone()))).collect();
-        let (admin, loads, health, percent, responses) =
-            (BTreeMap::new(), BTreeMap::new(), BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let (loads, health, percent, responses) =
+            (BTreeMap::new(), BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let desired = Desired {
             config: &config,
-            admin: &admin,
             reach: &reach,
             loads: &loads,
             responses: &responses,

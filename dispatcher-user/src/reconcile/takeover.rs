@@ -15,7 +15,7 @@ use dispatcher_common::{
     globals::Globals,
     http,
     service::{
-        BACKEND_DEAD, BACKEND_DISABLED, BACKEND_DRAIN, BACKEND_OPERATOR, BACKEND_UNHEALTHY, BACKEND_UP,
+        BACKEND_DEAD, BACKEND_UNHEALTHY, BACKEND_UP,
         Backend as Endpoint, FRONTEND_REFUSED, endpoint_index,
     },
     session::{KIND_QUIC_SERVER, STATE_CONFIGURED, TICKET_UNKNOWN},
@@ -23,7 +23,6 @@ use dispatcher_common::{
 
 use super::{Actual, BackendSlot, FrontendSlot, Unhealthy, vip_key};
 use crate::{
-    config::AdminState,
     dataplane::{Dataplane, Error},
 };
 
@@ -40,19 +39,6 @@ impl Actual {
         actual.read_filter(dataplane);
         actual.write_replays(dataplane);
         Ok(actual)
-    }
-
-    /// What the operator said, by backend id.
-    pub(crate) fn admin(&self) -> BTreeMap<u32, AdminState> {
-        let said = |slot: &BackendSlot| {
-            let flags = slot.endpoints.iter().fold(0, |flags, endpoint| flags | endpoint.flags);
-            (flags & BACKEND_OPERATOR != 0).then_some(match flags {
-                flags if flags & BACKEND_DISABLED != 0 => AdminState::Disabled,
-                flags if flags & BACKEND_DRAIN != 0 => AdminState::Drain,
-                _ => AdminState::Enabled,
-            })
-        };
-        self.backends.iter().filter_map(|(id, slot)| Some((*id, said(slot)?))).collect()
     }
 
     /// What is known of tickets (`session::TICKET_*`), by backend id.

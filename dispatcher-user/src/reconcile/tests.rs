@@ -156,7 +156,6 @@ fn a_backend_in_slow_start_has_a_part_of_its_share() {
 #[derive(Clone, Default)]
 struct World {
     config: Config,
-    admin: BTreeMap<u32, AdminState>,
     reach: BTreeMap<IpAddr, Reach>,
     loads: BTreeMap<u32, u64>,
     responses: BTreeMap<u32, u64>,
@@ -188,7 +187,6 @@ impl World {
     fn desired(&self) -> Desired<'_> {
         Desired {
             config: &self.config,
-            admin: &self.admin,
             reach: &self.reach,
             loads: &self.loads,
             responses: &self.responses,
@@ -196,6 +194,20 @@ impl World {
             health: &self.health,
             percent: &self.percent,
         }
+    }
+
+    fn backend(&mut self, id: u32) -> &mut Backend {
+        let mut all = self.config.services.iter_mut().flat_map(|service| &mut service.backends);
+        all.find(|one| one.id == id).expect("is there")
+    }
+
+    fn set(&mut self, id: u32, state: AdminState) {
+        self.backend(id).state = state;
+    }
+
+    fn status(&mut self, actual: &Actual, id: u32) -> &'static str {
+        let backend = self.backend(id).clone();
+        status(&self.desired(), actual, &backend).0
     }
 
     /// Brings `actual` up to date and returns what was changed.
@@ -304,18 +316,21 @@ fn drain_and_disable() {
     let mut actual = Actual::default();
     world.settle(&mut actual);
     let b = world.config.services[0].backends[1].clone();
-    world.admin.insert(b.id, AdminState::Drain);
+    world.set(b.id, AdminState::Drain);
     world.settle(&mut actual);
-    assert_eq!(actual.endpoint(b.id, true).flags, BACKEND_UP | BACKEND_DRAIN | BACKEND_OPERATOR);
+    assert_eq!(actual.endpoint(b.id, true).flags, BACKEND_UP | BACKEND_DRAIN);
     assert_eq!(table(&actual, "192.0.2.10:443"), BTreeSet::from([0]));
     let pool = &pools(&world.desired(), &actual)[&0];
     assert_eq!((pool.candidates.len(), pool.known.len()), (1, 2), "known sessions still go there");
-    assert_eq!(status(&world.desired(), &actual, &b).0, "drain");
-    world.admin.insert(b.id, AdminState::Disabled);
-    world.settle(&mut actual);
-    assert_eq!(actual.endpoint(b.id, true).flags, BACKEND_DISABLED | BACKEND_OPERATOR);
-    assert_eq!(status(&world.desired(), &actual, &b).0, "disabled");
-    assert_eq!(actual.admin(), world.admin);
+    assert_eq!(world.status(&actual, b.id), "drain");
+    world.set(b.id, AdminState::Disabled);
+    assert_eq!(kinds(&world.settle(&mut actual)), ["down"], "connections that it has go on");
+    assert_eq!(actual.endpoint(b.id, true).flags, BACKEND_DISABLED);
+    assert_eq!(world.status(&actual, b.id), "disabled");
+    world.set(b.id, AdminState::Offline);
+    assert_eq!(kinds(&world.settle(&mut actual)), ["down", "generation"], "they end");
+    assert_eq!(actual.endpoint(b.id, true).flags, BACKEND_DISABLED | BACKEND_DEAD);
+    assert_eq!(world.status(&actual, b.id), "offline");
 }
 
 #[test]
@@ -515,8 +530,8 @@ fn any_world(dice: &mut Dice, interfaces: &[u32]) -> World {
             }
         }
         if dice.roll(3) == 0 {
-            let states = [AdminState::Enabled, AdminState::Drain, AdminState::Disabled];
-            world.admin.insert(backend.id, dice.pick(&states));
+            let states = [AdminState::Enabled, AdminState::Drain, AdminState::Disabled, AdminState::Offline];
+            world.set(backend.id, dice.pick(&states));
         }
         if dice.roll(2) == 0 {
             world.tickets.insert(backend.id, dice.pick(&[1, TICKET_NAMED, TICKET_NAMED + 1]));
@@ -612,7 +627,6 @@ fn a_daemon_goes_on_where_another_one_ended() {
         let left = diff(&world.desired(), &actual);
         if done == all {
             assert_eq!(left, [], "round {round}: nothing is left to do");
-            assert_eq!(actual.admin(), world.admin, "round {round}");
             assert_eq!(actual.tickets(), world.tickets, "round {round}");
             let dead = |health: &BTreeMap<(u32, bool), Unhealthy>| -> Vec<_> {
                 health.iter().map(|(who, found)| (*who, found.dead)).collect()

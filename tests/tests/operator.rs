@@ -1,0 +1,190 @@
+//! What the operator does with backends while clients come and stay.
+
+use std::{
+    collections::BTreeSet,
+    io::{ErrorKind, Read as _, Write as _},
+    net::TcpStream,
+    time::{Duration, Instant},
+};
+
+use dispatcher_tests::{
+    stage::{PORT, Stage},
+    tls::{User, Version},
+    topology::Family,
+};
+use dispatcher_user::api;
+
+fn backend(stage: &Stage, arguments: &[&str]) -> api::Backend {
+    let answer: Vec<api::Backend> =
+        stage.daemon.ask(&[&["backend"], arguments].concat()).unwrap_or_else(|error| panic!("{error:#}"));
+    let [one] = answer.try_into().expect("one backend");
+    one
+}
+
+fn refused(stage: &Stage, arguments: &[&str]) -> String {
+    let answer = stage.daemon.ask::<Vec<api::Backend>>(&[&["backend"], arguments].concat());
+    format!("{:#}", answer.expect_err("it was to be refused"))
+}
+
+/// Users and where their sessions are, each server with some of them.
+fn users(stage: &Stage) -> Vec<(User, String)> {
+    let known = |turn: usize| {
+        let user = stage.user(Version::Tls12);
+        let home = stage.visit(&user, Family::BOTH[turn % 2], turn).backend;
+        (user, home)
+    };
+    let users: Vec<_> = (0..24).map(known).collect();
+    let homes: BTreeSet<&String> = users.iter().map(|(_, home)| home).collect();
+    assert_eq!(homes.len(), 3, "each server has some");
+    users
+}
+
+/// Where somebody without a session goes, many times.
+fn newcomers(stage: &Stage) -> BTreeSet<String> {
+    (0..30).map(|turn| stage.visit_in_clear(Family::BOTH[turn % 2], turn).backend).collect()
+}
+
+/// A connection in clear that stays open at a backend.
+fn stay(stage: &Stage, at: &str) -> TcpStream {
+    for turn in 0..60 {
+        let mut stream = stage.connect(Family::BOTH[turn % 2], turn).expect("connects");
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").expect("sent");
+        let mut answer = [0; 4096];
+        let read = stream.read(&mut answer).expect("an answer");
+        if String::from_utf8_lossy(&answer[..read]).contains(at) {
+            return stream;
+        }
+    }
+    panic!("nobody was sent to {at}");
+}
+
+/// How reading from it ends.
+fn end(stream: &mut TcpStream) -> Result<usize, ErrorKind> {
+    stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a socket");
+    let asked = stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").and_then(|()| stream.flush());
+    asked.map_err(|error| error.kind())?;
+    stream.read(&mut [0; 4096]).map_err(|error| error.kind())
+}
+
+fn until(what: &str, mut good: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !good() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_drain_keeps_sessions_until_its_deadline() {
+    let stage = Stage::usual();
+    let users = users(&stage);
+    let mut open = stay(&stage, "b1");
+    let told = backend(&stage, &["web/b1", "drain", "--deadline", "1h"]);
+    assert_eq!((told.state.as_str(), told.share), ("drain", 0.0));
+    assert!(told.deadline_seconds.is_some_and(|left| (3500..=3600).contains(&left)), "{told:?}");
+    assert!(told.open.is_some_and(|open| open >= 1), "{told:?}");
+    for (turn, (user, home)) in users.iter().enumerate() {
+        let identity = stage.visit(user, Family::BOTH[turn % 2], turn + 7);
+        assert_eq!((&identity.backend, identity.reused.as_str()), (home, "r"), "known sessions stay");
+    }
+    assert_eq!(newcomers(&stage), BTreeSet::from(["b2", "b3"].map(str::to_owned)));
+    assert!(end(&mut open).is_ok_and(|read| read > 0), "open connections stay");
+    let table = stage.daemon.told(&["backends"]).expect("a table");
+    assert!(table.contains("s left"), "{table}");
+
+    let told = backend(&stage, &["web/b1", "drain", "--deadline", "1s"]);
+    assert!(told.deadline_seconds.is_some_and(|left| left <= 1), "{told:?}");
+    until("the deadline does nothing", || backend(&stage, &["web/b1"]).state == "offline");
+    assert_eq!(end(&mut open), Err(ErrorKind::ConnectionReset), "what is left ends");
+    for (turn, (user, _)) in users.iter().enumerate() {
+        assert_ne!(stage.visit(user, Family::BOTH[turn % 2], turn + 7).backend, "b1");
+    }
+    assert_eq!(backend(&stage, &["web/b1"]).open, Some(0));
+    assert_eq!(backend(&stage, &["web/b1", "enable"]).state, "up");
+    assert_eq!(newcomers(&stage).len(), 3);
+}
+
+#[test]
+fn a_drain_is_waited_for() {
+    let stage = Stage::usual();
+    let open = stay(&stage, "b2");
+    // What was left in the same place by others ends by itself.
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| stage.daemon.told(&["backend", "web/b2", "drain", "--wait"]));
+        std::thread::sleep(Duration::from_millis(2500));
+        assert!(!waits.is_finished(), "a connection is open");
+        drop(open);
+        let table = waits.join().expect("ends").expect("drained");
+        assert!(table.contains("drain"), "{table}");
+    });
+    let told = backend(&stage, &["web/b2"]);
+    assert_eq!((told.state.as_str(), told.open), ("drain", Some(0)));
+}
+
+#[test]
+fn disabled_keeps_connections_and_offline_ends_them() {
+    let stage = Stage::usual();
+    let mut open = stay(&stage, "b3");
+    assert_eq!(backend(&stage, &["web/b3", "disable"]).state, "disabled");
+    assert!(end(&mut open).is_ok_and(|read| read > 0), "it goes on");
+    assert_eq!(backend(&stage, &["web/b3", "offline"]).state, "offline");
+    assert_eq!(end(&mut open), Err(ErrorKind::ConnectionReset));
+    assert_eq!(newcomers(&stage), BTreeSet::from(["b1", "b2"].map(str::to_owned)));
+}
+
+#[test]
+fn weights_follow_at_once() {
+    let stage = Stage::usual();
+    for (weight, share) in [("2", 0.5), ("0", 0.0), ("1", 1.0 / 3.0)] {
+        let told = backend(&stage, &["web/b1", "weight", weight]);
+        assert!((told.share - share).abs() < 0.03, "weight {weight}: {told:?}");
+        assert_eq!(told.weight.to_string(), weight);
+    }
+}
+
+#[test]
+fn claim_c3_backends_come_and_go_by_the_operators_word() {
+    let stage = Stage::usual();
+    let users = users(&stage);
+    let (mut gone, mut stays) = (stay(&stage, "b3"), stay(&stage, "b1"));
+    let removed = backend(&stage, &["web/b3", "remove"]);
+    assert_eq!(removed.name, "b3");
+    assert_eq!(end(&mut gone), Err(ErrorKind::ConnectionReset));
+    assert!(end(&mut stays).is_ok_and(|read| read > 0), "others do not notice");
+    assert_eq!(newcomers(&stage), BTreeSet::from(["b1", "b2"].map(str::to_owned)));
+    for (turn, (user, home)) in users.iter().enumerate().filter(|(_, (_, home))| home != "b3") {
+        let identity = stage.visit(user, Family::BOTH[turn % 2], turn + 7);
+        assert_eq!((&identity.backend, identity.reused.as_str()), (home, "r"));
+    }
+    assert!(refused(&stage, &["web/b3", "drain"]).contains("no backend b3"));
+
+    let place = &stage.topology.backends[2];
+    let [v4, v6] = Family::BOTH.map(|family| std::net::SocketAddr::new(place.address(family), PORT).to_string());
+    let added = backend(&stage, &["web/b3", "add", &v4, &v6, "--weight", "3"]);
+    assert_eq!((added.state.as_str(), added.weight, added.addresses.len()), ("up", 3, 2));
+    assert_eq!(newcomers(&stage).len(), 3);
+    let shown = stage.daemon.told(&["config", "show"]).expect("the configuration");
+    assert!(shown.contains(&v4), "{shown}");
+
+    for (arguments, expected) in [
+        (&["web/b3", "add", "10.0.0.9:443"][..], "has a backend b3 already"),
+        (&["web/b4", "add", &v4], "is backend b3 already"),
+        (&["web/b4", "add", &stage.at(Family::V4).to_string()], "is a VIP too"),
+        (&["web/b4", "add", "10.0.0.9"], "has no port"),
+        (&["shop/b4", "add", "10.0.0.9:443"], "no service shop"),
+        (&["web/b9", "weight", "3"], "no backend b9"),
+    ] {
+        let said = refused(&stage, arguments);
+        assert!(said.contains(expected), "{arguments:?}: {said}");
+    }
+    for name in ["web/b1", "web/b2"] {
+        let _ = backend(&stage, &[name, "remove"]);
+    }
+    let said = refused(&stage, &["web/b3", "remove"]);
+    assert!(said.contains("service.backend"), "a service needs one: {said}");
+
+    let undone: api::Reload = stage.daemon.ask(&["reload"]).expect("reloads");
+    assert!(undone.changes.contains(&"+ backend web/b1".to_owned()), "{undone:?}");
+    assert!(undone.changes.contains(&"~ backend web/b3: weight: 3 -> 1".to_owned()), "{undone:?}");
+    assert_eq!(newcomers(&stage).len(), 3);
+}
