@@ -27,6 +27,7 @@ use crate::{
     reconcile::{self, Actual, Reach},
     reload::{self, Source},
     state::Shared,
+    store::{self, Store},
 };
 
 /// Sign of life: a quarter of the age at which the data path gives us up.
@@ -56,6 +57,9 @@ pub enum Error {
     /// Capabilities.
     #[error(transparent)]
     Privileges(#[from] privileges::Error),
+    /// The state file.
+    #[error(transparent)]
+    Store(#[from] store::Error),
     /// Maps that were taken over are too small for the configuration.
     #[error(
         "the pinned maps have a capacity {name} of {have}, the services need {need}; `dispatcherctl detach` before the start gives them their new size, and ends connections and sessions"
@@ -123,8 +127,8 @@ pub fn run(
             return Err(error);
         }
     };
-    let Prepared { actual, mut socket, scrapes, runtime } = prepared;
-    let shared = Arc::new(Shared::new(config, options.source, dataplane, actual));
+    let Prepared { actual, store, mut socket, scrapes, runtime } = prepared;
+    let shared = Arc::new(Shared::new(config, options.source, dataplane, actual, store));
     let result = runtime.block_on(serve(shared, &mut socket, scrapes, out, shutdown));
     // A walk through a map may be under way; nothing is lost with it.
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -134,6 +138,7 @@ pub fn run(
 /// What a daemon needs beside its data path.
 struct Prepared {
     actual: Actual,
+    store: Option<Store>,
     socket: Socket,
     scrapes: Option<TcpListener>,
     runtime: Runtime,
@@ -169,6 +174,10 @@ fn prepare(
         return Err(Error::Shortage { name, have, need });
     }
     let actual = Actual::take_over(dataplane)?;
+    let store = config.state.as_deref().map(Store::open).transpose()?;
+    if let Some(store) = &store {
+        say(out, &format!("state: {}", store.path().display()));
+    }
     let socket = Socket::bind(&config.control, config.control_group.as_deref())?;
     say(out, &format!("control: {}", config.control.display()));
     let scrapes = config.metrics.map(|at| {
@@ -192,7 +201,7 @@ fn prepare(
         .enable_all()
         .build()
         .map_err(Error::Runtime)?;
-    Ok(Prepared { actual, socket, scrapes, runtime })
+    Ok(Prepared { actual, store, socket, scrapes, runtime })
 }
 
 async fn serve(

@@ -21,6 +21,7 @@ use crate::{
     reload::{self, Source},
     response_times::ResponseTimes,
     slow_start::{self, SlowStart},
+    store::Store,
 };
 
 /// Pools by frontend index, and how often loads were counted.
@@ -28,6 +29,8 @@ type Pools = (Arc<BTreeMap<u32, Pool>>, u64);
 
 pub(crate) struct Shared {
     pub(crate) dataplane: Dataplane,
+    /// What outlives a reboot, where something does.
+    pub(crate) store: Option<Store>,
     /// The configuration in force.
     config: Mutex<Arc<Config>>,
     /// Where it comes from.
@@ -77,7 +80,13 @@ impl State {
 }
 
 impl Shared {
-    pub(crate) fn new(config: Config, source: Option<Source>, dataplane: Dataplane, actual: Actual) -> Self {
+    pub(crate) fn new(
+        config: Config,
+        source: Option<Source>,
+        dataplane: Dataplane,
+        actual: Actual,
+        store: Option<Store>,
+    ) -> Self {
         let state = State {
             admin: actual.admin(),
             tickets: actual.tickets(),
@@ -87,6 +96,7 @@ impl Shared {
         };
         Self {
             dataplane,
+            store,
             source,
             reloading: tokio::sync::Mutex::default(),
             addresses: watch::Sender::new(reload::addresses(&config)),
