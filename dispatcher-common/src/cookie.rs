@@ -2,17 +2,16 @@
 //! what the SYN to the backend needs.
 //!
 //! ```text
-//!  31         24 23               8 7       0
-//! +-------------+------------------+---------+
-//! | address MAC |     ISN MAC      | options |   options are masked with hash bits
-//! +-------------+------------------+---------+
+//!  31         20 19          8 7       0
+//! +-------------+-------------+---------+
+//! | address MAC |   ISN MAC   | options |   options are masked with hash bits
+//! +-------------+-------------+---------+
 //! ```
 //!
 //! The address MAC covers addresses, ports and a time window; the ISN MAC also covers the client's
 //! initial sequence number. A first segment must satisfy both, 24 bits. A later segment that comes
-//! before the first satisfies only the address MAC: it is no stranger, and gets no RST. The ISN MAC
-//! is the longer one, for what passes it by chance is taken for the start of a stream, and what
-//! passes the address MAC by chance only waits for the next window to be refused.
+//! before the first and carries no timestamp satisfies only the address MAC: it is no stranger, and gets
+//! no RST. What passes the ISN MAC by chance would be taken for the start of a stream.
 
 use crate::{flow::FlowKey, siphash::siphash13};
 
@@ -109,29 +108,29 @@ const fn pair(a: u32, b: u32) -> u64 {
 #[inline(always)]
 #[must_use]
 pub const fn make(hash: u64, isn: u32, options: Options) -> u32 {
-    let mac = hash as u8 as u32;
-    let mask = (hash >> 8) as u8;
-    mac << 24 | (isn_mac(hash, isn) as u32) << 8 | (options.pack() ^ mask) as u32
+    let mac = hash as u32 & 0xfff;
+    let mask = (hash >> 12) as u8;
+    mac << 20 | (isn_mac(hash, isn) as u32) << 8 | (options.pack() ^ mask) as u32
 }
 
 /// Checks a cookie against the hash and the supposed initial sequence number.
 #[inline(always)]
 #[must_use]
 pub const fn check(hash: u64, isn: u32, cookie: u32) -> Check {
-    if (cookie >> 24) as u8 != hash as u8 {
+    if cookie >> 20 != hash as u32 & 0xfff {
         return Check::Invalid;
     }
-    if (cookie >> 8) as u16 != isn_mac(hash, isn) {
+    if (cookie >> 8) as u16 & 0xfff != isn_mac(hash, isn) {
         return Check::Address;
     }
-    Check::Full(Options::unpack(cookie as u8 ^ (hash >> 8) as u8))
+    Check::Full(Options::unpack(cookie as u8 ^ (hash >> 12) as u8))
 }
 
-/// Sixteen bits that depend on the sequence number by a multiplier that only the key's owner knows.
+/// Twelve bits that depend on the sequence number by a multiplier that only the key's owner knows.
 #[inline(always)]
 const fn isn_mac(hash: u64, isn: u32) -> u16 {
     let secret = (hash >> 32) as u32;
-    (isn ^ secret).wrapping_mul(secret | 1).wrapping_add((hash >> 16) as u32).wrapping_shr(16) as u16
+    (isn ^ secret).wrapping_mul(secret | 1).wrapping_add((hash >> 16) as u32).wrapping_shr(20) as u16
 }
 
 #[cfg(test)]
@@ -172,7 +171,7 @@ mod tests {
             accepted += u32::from(check(hash([1, 2], &flow(port), 8), 1, cookie) != Check::Invalid);
             accepted += u32::from(check(hash([1, 3], &flow(port), 7), 1, cookie) != Check::Invalid);
         }
-        assert!(accepted <= 96, "{accepted} of 12288 strangers passed an 8-bit MAC");
+        assert!(accepted <= 12, "{accepted} of 12288 strangers passed a 12-bit MAC");
     }
 
     #[test]
@@ -188,7 +187,7 @@ mod tests {
                 full += u32::from(worth != Check::Address);
             }
         }
-        assert!(full < 64, "{full} of 1048576 other sequence numbers passed a 16-bit MAC");
+        assert!(full < 1024, "{full} of 1048576 other sequence numbers passed a 12-bit MAC");
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::{
     http, icmp,
     packet::{Frame, Tcp},
     parse::{Parsed, packet_end},
-    pipeline, quic,
+    pipeline, quic, reply,
     rewrite::{self, leave},
     services,
     verdict::Verdict,
@@ -36,10 +36,9 @@ pub fn handle(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
         return icmp::time_exceeded(frame, p, &vip);
     }
     if to_backend && !refresh(p, flow)? && flow.flags & FLAG_SYN_SENT == 0 {
-        // A client of a connection that is over gets a RST, as for any packet without a flow.
         flows::remove(&flows::peer_key(flow, p.key.proto));
         flows::remove(&p.key);
-        return Verdict(AS_NEW);
+        return over(frame, p);
     }
     if !p.is_tcp() {
         // The connection ID of a packet that is not plain may be the usual one.
@@ -92,6 +91,20 @@ pub fn handle(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
         }
     }
     conclude(frame, p, flow, flags)
+}
+
+/// A client's packet of a connection that is over.
+#[inline(always)]
+fn over(frame: &Frame, p: &Parsed) -> Verdict {
+    if p.is_tcp() {
+        let tcp = frame.view().ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
+        // SAFETY: `ptr` checked the bounds.
+        if unsafe { (*tcp).flags } & (SYN | RST) == 0 {
+            reply::reset(frame, p)?;
+            return Verdict(Reason::ResetClient);
+        }
+    }
+    Verdict(AS_NEW)
 }
 
 /// Notes the end of a flow, translates and sends on.

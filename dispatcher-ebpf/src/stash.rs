@@ -166,12 +166,13 @@ pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
     let isn = if told { parsed.tsecr } else { segment.seq.wrapping_sub(1) };
     let mut options = cookie::Options { mss: 0, wscale: 0, sack: false };
     let worth = syn::check(globals, &p.key, isn, our_isn, &mut options);
-    if worth == syn::INVALID {
-        reply::reset(frame, p)?;
-        return Verdict(Reason::ResetClient);
+    if worth == syn::ADDRESS && parsed.ts == 0 {
+        return Verdict(Reason::BeforeFirst);
     }
     if worth != syn::FULL {
-        return Verdict(Reason::BeforeFirst);
+        // Not ours, or of a flow that was forgotten.
+        reply::reset(frame, p)?;
+        return Verdict(Reason::ResetClient);
     }
     for index in [first, second] {
         let slot = slot(index)?;

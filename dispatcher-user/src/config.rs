@@ -48,6 +48,8 @@ pub use self::{
 pub const DEFAULT_CONTROL: &str = "/run/dispatcher/control.sock";
 /// Where a configuration's maps, programs and links are pinned.
 pub const DEFAULT_PIN: &str = "/sys/fs/bpf/dispatcher";
+/// Where a configuration's daemon keeps what must outlive a reboot.
+pub const DEFAULT_STATE: &str = "/var/lib/dispatcher/state.redb";
 
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +94,8 @@ pub struct Config {
     pub control_group: Option<String>,
     /// Folder in a BPF file system that keeps maps, programs and links when the daemon ends.
     pub pin: Option<PathBuf>,
+    /// File that keeps sessions, and what the operator said, over a reboot.
+    pub state: Option<PathBuf>,
     /// Where metrics are served over TCP.
     pub metrics: Option<SocketAddr>,
     /// Interfaces to attach to.
@@ -102,13 +106,14 @@ pub struct Config {
     pub services: Vec<Service>,
 }
 
-/// Without a file nothing is served, so nothing is pinned.
+/// Without a file nothing is served, so nothing is pinned or kept.
 impl Default for Config {
     fn default() -> Self {
         Self {
             control: DEFAULT_CONTROL.into(),
             control_group: None,
             pin: None,
+            state: None,
             metrics: None,
             interfaces: Vec::new(),
             capacities: Capacities::default(),
@@ -404,6 +409,7 @@ impl Config {
             control: source.control(raw.control.as_ref())?,
             control_group: raw.control_group.as_ref().map(|group| group.get_ref().clone()),
             pin: source.pin(raw.pin.as_ref())?,
+            state: source.state(raw.state.as_ref())?,
             metrics: source.metrics(&raw)?,
             interfaces: source.interfaces(&raw, interfaces)?,
             capacities: source.capacities(raw.capacity.as_ref())?,
@@ -534,6 +540,22 @@ impl Text<'_> {
                 "\"{text}\" is no folder in a BPF file system; give an absolute path without dots, such as \"{DEFAULT_PIN}\", or \"none\""
             );
             return Err(self.error(path.span(), "pin", problem));
+        }
+        Ok(Some(value.to_owned()))
+    }
+
+    fn state(&self, path: Option<&Spanned<String>>) -> Result<Option<PathBuf>, Error> {
+        let Some(path) = path else { return Ok(Some(DEFAULT_STATE.into())) };
+        let text = path.get_ref();
+        if text == "none" {
+            return Ok(None);
+        }
+        let value = Path::new(text);
+        if !value.is_absolute() || value.file_name().is_none() || text.ends_with('/') {
+            let problem = format!(
+                "\"{text}\" is no file's path; give an absolute path, such as \"{DEFAULT_STATE}\", or \"none\""
+            );
+            return Err(self.error(path.span(), "state", problem));
         }
         Ok(Some(value.to_owned()))
     }

@@ -647,8 +647,7 @@ async fn remove_backend(
     Segment((service, name)): Segment<(String, String)>,
 ) -> Answer<Vec<api::Backend>> {
     let what = (service.clone(), name.clone());
-    let found =
-        blocking(Arc::clone(&shared), move |shared| read_backend(shared, &what.0, &what.1)).await?;
+    let found = blocking(Arc::clone(&shared), move |shared| read_backend(shared, &what.0, &what.1)).await?;
     reload::amend(&shared, |said, base| {
         said.remove(&service, &name, &base.file);
         true

@@ -19,14 +19,15 @@ use tokio::{
 };
 
 use crate::{
-    config::{Config, Shortage},
+    config::{Amendments, Config, Shortage, changes},
     control::{self, Socket},
     counted,
     dataplane::{self, Dataplane, memory_bytes, monotonic_ns},
     discovery, events, health, netlink, privileges,
     reconcile::{self, Actual, Reach},
-    reload::{self, Source},
-    state::Shared,
+    reload::{self, AMENDMENTS, Source},
+    state::{Base, Shared},
+    store::{self, Store},
 };
 
 /// Sign of life: a quarter of the age at which the data path gives us up.
@@ -56,6 +57,9 @@ pub enum Error {
     /// Capabilities.
     #[error(transparent)]
     Privileges(#[from] privileges::Error),
+    /// The state file.
+    #[error(transparent)]
+    Store(#[from] store::Error),
     /// Maps that were taken over are too small for the configuration.
     #[error(
         "the pinned maps have a capacity {name} of {have}, the services need {need}; `dispatcherctl detach` before the start gives them their new size, and ends connections and sessions"
@@ -112,6 +116,11 @@ pub fn run(
     for interface in &config.interfaces {
         dataplane::find_interface(&interface.name)?;
     }
+    let store = config.state.as_deref().map(Store::open).transpose()?;
+    if let Some(store) = &store {
+        say(out, &format!("state: {}", store.path().display()));
+    }
+    let (config, base) = with_amendments(config, store.as_ref(), out)?;
     let dataplane = match &config.pin {
         Some(folder) => Dataplane::load_pinned(dataplane::object(), &config.capacities, folder)?,
         None => Dataplane::load(dataplane::object(), &config.capacities)?,
@@ -124,11 +133,29 @@ pub fn run(
         }
     };
     let Prepared { actual, mut socket, scrapes, runtime } = prepared;
-    let shared = Arc::new(Shared::new(config, options.source, dataplane, actual));
+    let shared = Arc::new(Shared::new(config, base, options.source, dataplane, actual, store));
     let result = runtime.block_on(serve(shared, &mut socket, scrapes, out, shutdown));
     // A walk through a map may be under way; nothing is lost with it.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
+}
+
+/// The file with what the operator has said of backends since it was read, as far as it still goes with it.
+fn with_amendments(
+    file: Config,
+    store: Option<&Store>,
+    out: &mut (dyn Write + Send),
+) -> Result<(Config, Base), Error> {
+    let known = store.map(|store| store.document::<Amendments>(AMENDMENTS)).transpose()?.flatten();
+    let mut amendments = known.unwrap_or_default();
+    let (config, errors) = file.amended_where_it_fits(&mut amendments);
+    for error in errors {
+        log::warn!("the operator's word does not go with the file any more, and is left out: {error}");
+    }
+    for line in changes(&file, &config).lines {
+        say(out, &format!("by the operator: {line}"));
+    }
+    Ok((config, Base { file, amendments }))
 }
 
 /// What a daemon needs beside its data path.

@@ -23,6 +23,7 @@ pub mod reload;
 mod response_times;
 mod slow_start;
 mod state;
+pub mod store;
 
 /// An error with those of its causes that it does not name itself, on one line.
 #[must_use]

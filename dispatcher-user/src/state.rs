@@ -24,6 +24,7 @@ use crate::{
     reload::{self, Source},
     response_times::ResponseTimes,
     slow_start::{self, SlowStart},
+    store::Store,
 };
 
 /// Pools by frontend index, and how often loads were counted.
@@ -31,6 +32,8 @@ type Pools = (Arc<BTreeMap<u32, Pool>>, u64);
 
 pub(crate) struct Shared {
     pub(crate) dataplane: Dataplane,
+    /// What outlives a reboot, where something does.
+    pub(crate) store: Option<Store>,
     /// The configuration in force.
     config: Mutex<Arc<Config>>,
     /// Where it comes from.
@@ -97,6 +100,7 @@ impl Shared {
         source: Option<Source>,
         dataplane: Dataplane,
         actual: Actual,
+        store: Option<Store>,
     ) -> Self {
         let state = State {
             deadlines: deadlines(&base.amendments),
@@ -107,6 +111,7 @@ impl Shared {
         };
         Self {
             dataplane,
+            store,
             source,
             base: tokio::sync::Mutex::new(base),
             addresses: watch::Sender::new(reload::addresses(&config)),

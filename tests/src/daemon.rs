@@ -109,7 +109,7 @@ impl Service {
     }
 }
 
-/// A configuration for a topology, as text. Nothing is pinned.
+/// A configuration for a topology, as text. Nothing is pinned or kept.
 #[must_use]
 pub fn config(topology: &Topology, attach: &str, services: &[Service]) -> String {
     let interfaces: Vec<String> = topology.interfaces().iter().map(|name| format!("\"{name}\"")).collect();
@@ -123,8 +123,8 @@ pub fn config(topology: &Topology, attach: &str, services: &[Service]) -> String
     text
 }
 
-/// The line of a configuration by which nothing outlives the daemon.
-pub const UNPINNED: &str = "pin = \"none\"";
+/// The lines of a configuration by which nothing outlives the daemon.
+pub const UNPINNED: &str = "pin = \"none\"\nstate = \"none\"";
 
 /// A place for the pins of one test's daemons, removed with all that is pinned there when dropped.
 #[derive(Debug)]
@@ -154,7 +154,7 @@ impl Pins {
     /// A configuration with pins here instead of none.
     #[must_use]
     pub fn within(&self, config: &str) -> String {
-        config.replace(UNPINNED, &format!("pin = \"{}\"", self.0.display()))
+        config.replace("pin = \"none\"", &format!("pin = \"{}\"", self.0.display()))
     }
 }
 

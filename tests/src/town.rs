@@ -145,8 +145,9 @@ impl Crowd {
     /// True when something begun then, by someone of this home, may have gone wrong.
     fn excuses(&self, began: Instant, home: &str) -> bool {
         let loss = lock(&self.loss);
-        let excused =
-            loss.as_ref().is_some_and(|loss| loss.server == home || loss.over.is_none_or(|over| began < over));
+        let excused = loss
+            .as_ref()
+            .is_some_and(|loss| loss.server == home || loss.over.is_none_or(|over| began < over));
         self.excused.fetch_add(excused.into(), Ordering::Relaxed);
         excused
     }

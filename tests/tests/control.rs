@@ -219,7 +219,11 @@ fn answers_are_as_the_api_is_described() {
     assert_eq!(served["paths"], document["paths"], "the daemon and the command line say the same");
     let id = stage.daemon.sessions().expect("sessions")[0].id.clone();
     let bodies = [
-        ("patch", "/v1/backends/{service}/{name}", json!({ "state": "drain", "deadline_seconds": 60, "weight": 2 })),
+        (
+            "patch",
+            "/v1/backends/{service}/{name}",
+            json!({ "state": "drain", "deadline_seconds": 60, "weight": 2 }),
+        ),
         ("put", "/v1/backends/{service}/{name}", json!({ "addresses": ["10.99.0.9:443"], "weight": 1 })),
         ("put", "/v1/sessions/{id}", json!({ "service": "web", "backend": "b2" })),
     ];
@@ -228,8 +232,9 @@ fn answers_are_as_the_api_is_described() {
     for (path, methods) in paths {
         let methods = methods.as_object().expect("methods");
         // DELETE last: what it removes must be there for the others.
-        for method in
-            ["get", "patch", "put", "post", "delete"].into_iter().filter(|method| methods.contains_key(*method))
+        for method in ["get", "patch", "put", "post", "delete"]
+            .into_iter()
+            .filter(|method| methods.contains_key(*method))
         {
             let place = format!("/paths/{}/{method}", path.replace('/', "~1"));
             let content = document.pointer(&format!("{place}/responses/200/content")).expect("content");
@@ -241,7 +246,8 @@ fn answers_are_as_the_api_is_described() {
                 );
                 continue;
             }
-            let body = bodies.iter().find(|(how, of, _)| *how == method && of == path).map(|(_, _, body)| body);
+            let body =
+                bodies.iter().find(|(how, of, _)| *how == method && of == path).map(|(_, _, body)| body);
             if let Some(body) = body {
                 check(&document, &format!("{place}/requestBody/content/application~1json/schema"), body);
             }

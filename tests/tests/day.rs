@@ -76,10 +76,7 @@ fn a_day_under_load() {
         ));
         daemon.rewrite(&both).expect("written");
         let done: api::Reload = daemon.ask(&["reload"]).expect("reloaded");
-        assert_eq!(
-            done.changes,
-            ["~ backend web/b1: weight: 1 -> 2", "+ service other (3 backends)"],
-        );
+        assert_eq!(done.changes, ["~ backend web/b1: weight: 1 -> 2", "+ service other (3 backends)"],);
         let (from, to) = (town.topology.client(Family::V4, 9), SocketAddr::new(Family::V4.vip(), OTHER));
         // Its second and third backend have no server: connections are led past them.
         assert_eq!(visit_in_clear(&town.topology.clients, from, to).expect("an answer").backend, "b1");

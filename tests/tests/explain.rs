@@ -25,6 +25,7 @@ use serde_json::{Value, json};
 const VIP: &str = "192.0.2.10:443";
 const CONFIG: &str = r#"
 pin = "none"
+state = "none"
 interfaces = ["eth0"]
 [[service]]
 name = "web"

@@ -390,27 +390,61 @@ fn what_changed_meanwhile_is_put_in_force() {
 #[test]
 fn the_operators_word_stays() {
     let mut scene = Scene::new("native", &web());
-    let states = |scene: &Scene| -> Vec<String> {
-        scene.daemon.backends().expect("backends").into_iter().map(|one| one.state).collect()
+    // Where it is kept.
+    let folder = Folder::new().expect("a folder");
+    let kept = format!("state = \"{}\"", folder.path().join("state.redb").display());
+    scene.text = scene.text.replace("state = \"none\"", &kept);
+    scene.daemon.stop().expect("ends");
+    scene.again();
+    let shown = |scene: &Scene| -> Vec<(String, String, u32)> {
+        let backends = scene.daemon.backends().expect("backends").into_iter();
+        backends.map(|one| (one.name, one.state, one.weight)).collect()
     };
-    scene.daemon.ask::<serde_json::Value>(&["backend", "web/b1", "drain"]).expect("told");
-    scene.daemon.ask::<serde_json::Value>(&["backend", "web/b2", "disabled"]).expect("told");
+    let expected = |list: &[(&str, &str, u32)]| -> Vec<(String, String, u32)> {
+        list.iter().map(|(name, state, weight)| (name.to_string(), state.to_string(), *weight)).collect()
+    };
+    let tell = |scene: &Scene, words: &[&str]| {
+        scene.daemon.ask::<serde_json::Value>(&[&["backend"], words].concat()).expect("told");
+    };
+    let place = scene.town.topology.backends[2].address(Family::V4).to_string();
+    tell(&scene, &["web/b1", "drain", "--deadline", "1h"]);
+    tell(&scene, &["web/b2", "disable"]);
+    tell(&scene, &["web/b3", "weight", "7"]);
+    tell(&scene, &["web/b4", "add", &format!("{place}:{OTHER}"), "--weight", "2"]);
     let pin = ["sessions", "pin", "0a0b", "--service", "web", "--backend", "b3"];
     scene.daemon.ask::<serde_json::Value>(&pin).expect("pinned");
     for end in [Daemon::kill, Daemon::stop] {
         end(&mut scene.daemon).expect("ends");
         scene.again();
-        assert_eq!(states(&scene), ["drain", "disabled", "up"]);
+        assert_eq!(
+            shown(&scene),
+            expected(&[("b1", "drain", 1), ("b2", "disabled", 1), ("b3", "up", 7), ("b4", "up", 2)])
+        );
+        let left = scene.daemon.backends().expect("backends")[0].deadline_seconds;
+        assert!(left.is_some_and(|left| (3000..=3600).contains(&left)), "{left:?}");
         let shown: Vec<api::Session> = scene.daemon.ask(&["sessions", "show", "0a0b"]).expect("shown");
         assert_eq!((shown[0].state.as_str(), shown[0].backend.as_str()), ("pinned", "b3"));
     }
     let user = scene.town.user(Version::Tls12);
     assert_eq!(scene.town.visit(&user, 0).expect("an answer").backend, "b3");
+    // A file in which one of them is no more: the rest holds.
+    scene.daemon.stop().expect("ends");
+    let text = scene.text.clone();
+    let without = text.replace("name = \"b2\"", "name = \"b5\"");
+    assert_ne!(without, text);
+    scene.again_with(&without);
+    assert!(scene.daemon.process().log().contains("web/b2: there is no such backend"));
+    assert_eq!(
+        shown(&scene),
+        expected(&[("b1", "drain", 1), ("b5", "up", 1), ("b3", "up", 7), ("b4", "up", 2)])
+    );
+    scene.daemon.rewrite(&text).expect("written");
     scene.daemon.ask::<api::Reload>(&["reload"]).expect("reloaded");
-    assert_eq!(states(&scene), ["up", "up", "up"]);
+    let file = expected(&[("b1", "up", 1), ("b2", "up", 1), ("b3", "up", 1)]);
+    assert_eq!(shown(&scene), file);
     scene.daemon.stop().expect("ends");
     scene.again();
-    assert_eq!(states(&scene), ["up", "up", "up"], "what the file says is said again");
+    assert_eq!(shown(&scene), file, "what the file says is said again");
 }
 
 #[test]

@@ -156,6 +156,20 @@ fn claim_c7_racing_first_requests_get_one_entry_by_the_daemon() {
 }
 
 #[test]
+fn claim_c6_the_table_tells_a_sessions_server_and_tunnel() {
+    let stage = Stage::usual();
+    let home = stage.returns(3);
+    let [session] = stage.daemon.sessions().expect("sessions").try_into().expect("one session");
+    assert_eq!((session.backend.as_str(), session.state.as_str(), session.hits), (&*home, "confirmed", 2));
+    // The service passes TLS through: there is no tunnel.
+    assert_eq!(session.tunnel, 0);
+    let table = stage.daemon.told(&["sessions", "show", &session.id]).expect("a table");
+    for word in ["backend", "tunnel", &home, &session.id] {
+        assert!(table.contains(word), "{word} is missing in {table}");
+    }
+}
+
+#[test]
 fn claim_c2_the_operator_may_pin_and_remove_a_session() {
     let stage = Stage::usual();
     for (number, backend) in ["b1", "b2", "b3"].into_iter().enumerate() {

@@ -256,8 +256,8 @@ mod tests {
             problem(&said)
         };
         let weight = |weight| api::BackendChange { weight: Some(weight), ..api::BackendChange::default() };
-        for (edit, expected) in [
-            (&(|said: &mut Amendments| said.add("web", "c", new("192.0.2.1:80"))) as &dyn Fn(&mut _), "is a VIP too"),
+        let cases: [(&dyn Fn(&mut Amendments), &str); 8] = [
+            (&|said| said.add("web", "c", new("192.0.2.1:80")), "is a VIP too"),
             (&|said| said.add("web", "c", new("10.0.0.2:443")), "is backend b already"),
             (&|said| said.add("web", "c", new("10.0.0.2")), "has no port"),
             (&|said| said.add("web", "c d", new("10.0.0.3:443")), "is no name"),
@@ -269,9 +269,10 @@ mod tests {
                     said.remove("web", "a", &file());
                     said.remove("web", "b", &file());
                 },
-                "backend",
+                "service web has no backend",
             ),
-        ] {
+        ];
+        for (edit, expected) in cases {
             let found = said(edit);
             assert!(found.contains(expected) && !found.contains("line"), "{found}");
         }

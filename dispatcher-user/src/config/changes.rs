@@ -165,6 +165,7 @@ mod tests {
             "control = \"/run/x\"",
             "control_group = \"adm\"",
             "pin = \"none\"",
+            "state = \"none\"",
             "metrics = \"127.0.0.1:9100\"",
         ] {
             let found = of(&format!("{line}\n{TEXT}"));

@@ -87,6 +87,9 @@ pub(crate) struct File {
     /// "none".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) pin: Text,
+    /// File in which sessions, and what the operator said, outlive a reboot, or "none".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) state: Text,
     /// Address and port on which GET /metrics is served over TCP, such as "127.0.0.1:9100".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) metrics: Text,

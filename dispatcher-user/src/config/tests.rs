@@ -30,6 +30,7 @@ fn defaults_are_filled_in() {
     let config = Config::parse(GOOD, &[]).expect("good");
     assert_eq!(config.control, Path::new(DEFAULT_CONTROL));
     assert_eq!(config.pin.as_deref(), Some(Path::new(DEFAULT_PIN)));
+    assert_eq!(config.state.as_deref(), Some(Path::new(DEFAULT_STATE)));
     assert_eq!(config.interfaces.len(), 2);
     let [service] = config.services.as_slice() else { panic!("one service") };
     assert_eq!(service.id, stable_id("web"));
@@ -51,6 +52,15 @@ fn pins_have_a_folder_or_there_are_none() {
         assert_eq!(config.pin.as_deref(), expected.map(Path::new));
     }
     assert_eq!(Config::default().pin, None, "without a file nothing is pinned");
+}
+
+#[test]
+fn state_has_a_file_or_there_is_none() {
+    for (text, expected) in [("/srv/dispatcher.d/s.redb", Some("/srv/dispatcher.d/s.redb")), ("none", None)] {
+        let config = Config::parse(&format!("state = \"{text}\"\n{GOOD}"), &[]).expect("good");
+        assert_eq!(config.state.as_deref(), expected.map(Path::new));
+    }
+    assert_eq!(Config::default().state, None, "without a file nothing is kept");
 }
 
 #[test]
@@ -92,6 +102,9 @@ fn mistakes_name_line_key_and_remedy() {
         ("[[service]]", "pin = \"run/x\"\n[[service]]", 4, "pin", "absolute path without dots"),
         ("[[service]]", "pin = \"/sys/fs/bpf/a.b\"\n[[service]]", 4, "pin", "or \"none\""),
         ("[[service]]", "pin = false\n[[service]]", 4, "pin", "in quotes"),
+        ("[[service]]", "state = \"state.redb\"\n[[service]]", 4, "state", "absolute path"),
+        ("[[service]]", "state = \"/var/lib/\"\n[[service]]", 4, "state", "or \"none\""),
+        ("[[service]]", "state = 1\n[[service]]", 4, "state", "in quotes"),
         ("[[service]]", "metrics = 9100\n[[service]]", 4, "metrics", "write it in quotes"),
         ("[[service]]", "metrics = \"9100\"\n[[service]]", 4, "metrics", "such as \"127.0.0.1:9100\""),
         ("[[service]]", "metrics = \"127.0.0.1:0\"\n[[service]]", 4, "metrics", "give a port"),

@@ -13,11 +13,12 @@ use crate::{api, balancer::Balance, dataplane::Capacities};
 /// The file that says what a configuration is, defaults included. Reading it gives the same configuration.
 pub(crate) fn written(config: &Config) -> raw::File {
     // Named one by one, here and below, so that a new field is not forgotten.
-    let Config { control, control_group, pin, metrics, interfaces, capacities, services } = config;
+    let Config { control, control_group, pin, state, metrics, interfaces, capacities, services } = config;
     raw::File {
         control: text(control.to_string_lossy()),
         control_group: control_group.as_ref().and_then(text),
         pin: text(pin.as_ref().map_or("none".into(), |folder| folder.to_string_lossy())),
+        state: text(state.as_ref().map_or("none".into(), |file| file.to_string_lossy())),
         metrics: metrics.and_then(text),
         metrics_public: metrics.filter(|at| !at.ip().is_loopback()).map(|_| true),
         interfaces: Vec::new(),

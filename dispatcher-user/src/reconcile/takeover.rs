@@ -15,16 +15,13 @@ use dispatcher_common::{
     globals::Globals,
     http,
     service::{
-        BACKEND_DEAD, BACKEND_UNHEALTHY, BACKEND_UP,
-        Backend as Endpoint, FRONTEND_REFUSED, endpoint_index,
+        BACKEND_DEAD, BACKEND_UNHEALTHY, BACKEND_UP, Backend as Endpoint, FRONTEND_REFUSED, endpoint_index,
     },
     session::{KIND_QUIC_SERVER, STATE_CONFIGURED, TICKET_UNKNOWN},
 };
 
 use super::{Actual, BackendSlot, FrontendSlot, Unhealthy, vip_key};
-use crate::{
-    dataplane::{Dataplane, Error},
-};
+use crate::dataplane::{Dataplane, Error};
 
 impl Actual {
     /// What the maps say. The replay maps belong to the programs of this process and are empty: they are

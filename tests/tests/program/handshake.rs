@@ -149,23 +149,28 @@ fn only_the_right_cookie_is_taken() {
         talk.shake(&machine);
         let _ = machine.expect("the right cookie", &talk.ack(), Reason::CookieAck);
         let mut strangers = Vec::new();
-        for difference in [1_u32, 1 << 8, 1 << 16, 1 << 31] {
+        for difference in [1_u32, 1 << 4, 1 << 11] {
             let mut stranger = talk.clone();
             // The options' bits alone are not guarded, the address bits are.
-            stranger.cookie = stranger.cookie.wrapping_add(difference << 16 | difference);
+            stranger.cookie ^= difference << 20 | difference;
             strangers.push(("another cookie", stranger));
         }
-        let mut other = talk.clone();
-        other.client.set_port(3301);
-        strangers.push(("another port", other));
-        let mut other = talk.clone();
-        other.vip.set_port(Service::Pool as u16);
-        strangers.push(("another service", other));
+        // Of a bare ACK only the address MAC is checked: one in a thousand passes by chance.
+        let mut passed = 0;
+        for port in 3301..3365 {
+            let mut other = talk.clone();
+            other.client.set_port(port);
+            passed +=
+                u32::from(machine.run(&other.ack().frame()).expect("a verdict").reason == Reason::CookieAck);
+            let data = other.data(0, b"GET / HTTP/1.1\r\n\r\n");
+            let answer = machine.expect("data from another port", &data, Reason::ResetClient).packet();
+            assert_reset(&answer, &data);
+        }
+        assert!(passed < 4, "{passed} of 64");
         for (what, stranger) in strangers {
-            for packet in [stranger.ack(), stranger.data(0, b"GET / HTTP/1.1\r\n\r\n")] {
-                let answer = machine.expect(what, &packet, Reason::ResetClient).packet();
-                assert_reset(&answer, &packet);
-            }
+            let packet = stranger.data(0, b"GET / HTTP/1.1\r\n\r\n");
+            let answer = machine.expect(what, &packet, Reason::ResetClient).packet();
+            assert_reset(&answer, &packet);
         }
     }
 }
@@ -197,9 +202,7 @@ fn packets_without_state_get_rst_not_silence() {
     let machine = machine();
     for family in Family::BOTH {
         let talk = Talk::new(Service::Plain, family, 3500);
-        for packet in
-            [talk.ack(), talk.data(5000, b"lost flow"), talk.segment(flags::ACK | flags::FIN, 5000, 0, &[])]
-        {
+        for packet in [talk.data(5000, b"lost flow"), talk.segment(flags::ACK | flags::FIN, 5000, 0, &[])] {
             let answer = machine.expect("no state", &packet, Reason::ResetClient).packet();
             assert_reset(&answer, &packet);
         }
@@ -211,6 +214,14 @@ fn packets_without_state_get_rst_not_silence() {
             ..Tcp::default()
         });
         assert_reset(&machine.expect("with SACK", &sacked, Reason::ResetClient).packet(), &sacked);
+        // Also of a flow that was one a moment ago.
+        let mut talk = Talk::new(Service::Plain, family, 3501);
+        talk.shake(&machine);
+        talk.echo = talk.echo.wrapping_add(123_456);
+        for taken in [0, 1, 5000] {
+            let data = talk.segment(flags::ACK, 300, taken, b"lost flow");
+            assert_reset(&machine.expect("lost", &data, Reason::ResetClient).packet(), &data);
+        }
         let _ = machine.expect("RST", &talk.segment(flags::RST, 0, 0, &[]), Reason::ResetIgnored);
     }
 }

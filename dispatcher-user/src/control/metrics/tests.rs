@@ -87,6 +87,8 @@ fn parse(text: &str) -> BTreeMap<String, Vec<Sample>> {
 
 fn backend(name: &str, state: &str) -> api::Backend {
     api::Backend {
+        deadline_seconds: None,
+        open: None,
         name: name.into(),
         service: "web".into(),
         id: 1,

@@ -1,0 +1,147 @@
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::*;
+
+/// A folder of one test, removed when dropped.
+pub(super) struct Folder(pub(super) PathBuf);
+
+impl Folder {
+    pub(super) fn new() -> Self {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("dispatcher-store-{}-{number}", std::process::id()));
+        fs::create_dir(&path).expect("a folder");
+        Self(path)
+    }
+
+    /// Where a test's file is.
+    pub(super) fn file(&self) -> PathBuf {
+        self.0.join("state.redb")
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        drop(fs::remove_dir_all(&self.0));
+    }
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).expect("it is there").permissions().mode() & 0o777
+}
+
+#[test]
+fn documents_come_back() {
+    let folder = Folder::new();
+    let path = folder.0.join("own").join("state.redb");
+    let store = Store::open(&path).expect("opens");
+    assert_eq!((mode(&path), mode(&folder.0.join("own"))), (0o600, 0o750));
+    assert_eq!(store.document::<String>("a").expect("readable"), None);
+    store.keep("a", &["x", "y"]).expect("kept");
+    store.keep("b", &1).expect("kept");
+    store.keep("a", &["z"]).expect("kept");
+    drop(store);
+    fs::set_permissions(&path, Permissions::from_mode(0o644)).expect("somebody opened it to all");
+    let store = Store::open(&path).expect("opens again");
+    assert_eq!(mode(&path), 0o600);
+    assert_eq!(store.document::<Vec<String>>("a").expect("readable"), Some(vec!["z".to_owned()]));
+    assert_eq!(store.document::<u32>("b").expect("readable"), Some(1));
+    let said = store.document::<String>("b").expect_err("no text").to_string();
+    assert!(said.contains("state.redb: b: ") && said.contains("another version"), "{said}");
+}
+
+#[test]
+fn one_daemon_has_it() {
+    let folder = Folder::new();
+    let store = Store::open(&folder.file()).expect("opens");
+    let said = Store::open(&folder.file()).expect_err("it is open").to_string();
+    assert!(
+        said.starts_with("another dispatcherd uses the state file") && said.contains("`state`"),
+        "{said}"
+    );
+    store.keep("a", &1).expect("the first one goes on");
+    drop(store);
+    Store::open(&folder.file()).expect("now it is free");
+}
+
+#[test]
+fn what_is_no_state_file_is_left_alone() {
+    let folder = Folder::new();
+    let said = |path: &Path| Store::open(path).expect_err("refused").to_string();
+    let text = folder.0.join("text");
+    fs::write(&text, "interfaces = []").expect("written");
+    for path in [&text, &folder.0] {
+        let said = said(path);
+        assert!(said.contains("is no state file") && said.contains("move it away"), "{said}");
+    }
+    assert_eq!(fs::read_to_string(&text).expect("still there"), "interfaces = []");
+    let said = said(&folder.0.join("no/such/state.redb"));
+    assert!(said.contains("no/such, does not exist; make it"), "{said}");
+    assert!(!folder.0.join("no").exists());
+}
+
+#[test]
+fn a_damaged_file_is_moved_aside() {
+    let folder = Folder::new();
+    let aside = folder.0.join("state.redb.damaged");
+    Store::open(&folder.file()).and_then(|store| store.keep("a", &"x".repeat(9000))).expect("kept");
+    let good = fs::read(folder.file()).expect("readable");
+    let of_a = good.windows(64).position(|bytes| bytes == [b'x'; 64]).expect("in clear");
+    let mut bent = good.clone();
+    bent[of_a] = b'y';
+    // A byte of what is kept, half a file, and the zeros that a crash can leave.
+    for bytes in [bent, good[..good.len() / 2].to_vec(), vec![0; good.len()]] {
+        fs::write(folder.file(), &bytes).expect("written");
+        let store = Store::open(&folder.file()).expect("starts anew");
+        assert_eq!(store.document::<String>("a").expect("readable"), None);
+        assert_eq!(fs::read(&aside).expect("moved").len(), bytes.len());
+        fs::remove_file(&aside).expect("there");
+    }
+    fs::write(folder.file(), &good).expect("written");
+    let store = Store::open(&folder.file()).expect("opens");
+    assert!(store.document::<String>("a").expect("readable").is_some() && !aside.exists());
+}
+
+/// A disk of this size under a folder, for this thread only; `None` where that is not allowed.
+fn small_disk(folder: &Path, size: &str) -> Option<()> {
+    let text = |text: &str| std::ffi::CString::new(text).expect("no zero in it");
+    let (kind, at, none) = (text("tmpfs"), text(&folder.to_string_lossy()), text("none"));
+    let size = text(&format!("size={size}"));
+    // SAFETY: a call with integers only.
+    if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
+        return None;
+    }
+    // SAFETY: strings that end with a zero byte and outlive the calls.
+    let done = unsafe {
+        let private = libc::MS_REC | libc::MS_PRIVATE;
+        let root = c"/".as_ptr();
+        libc::mount(none.as_ptr(), root, std::ptr::null(), private, std::ptr::null()) == 0
+            && libc::mount(kind.as_ptr(), at.as_ptr(), kind.as_ptr(), 0, size.as_ptr().cast()) == 0
+    };
+    done.then_some(())
+}
+
+/// As root.
+#[test]
+fn a_full_disk_takes_nothing_that_was_kept() {
+    let test = std::thread::spawn(|| {
+        let folder = Folder::new();
+        if small_disk(&folder.0, "3m").is_none() {
+            return;
+        }
+        let store = Store::open(&folder.file()).expect("opens");
+        store.keep("a", &1).expect("kept");
+        let said = store.keep("b", &"x".repeat(4 << 20)).expect_err("no room").to_string();
+        assert!(said.contains("No space left") && said.contains("make room"), "{said}");
+        assert_eq!(store.document::<u32>("a").expect("readable"), Some(1));
+        store.keep("a", &2).expect("what fits is kept again");
+        drop(store);
+        fs::write(folder.0.join("other"), vec![1; 4 << 20]).expect_err("the disk is full now");
+        let store = Store::open(&folder.file()).expect("opens on a full disk");
+        assert_eq!(store.document::<u32>("a").expect("readable"), Some(2));
+        let said = Store::open(&folder.0.join("second")).expect_err("no room").to_string();
+        assert!(said.contains("make room"), "{said}");
+        assert!(!folder.0.join("second").exists(), "half a file is removed");
+    });
+    test.join().expect("no panic");
+}
