@@ -117,6 +117,8 @@ fn for_bpf(mut command: Command, verb: &str, flags: &[&str]) -> Result<Command> 
         .arg("--target-dir")
         .arg(bpf_target_dir())
         .env("CARGO_ENCODED_RUSTFLAGS", bpf_flags(env::consts::ARCH, flags)?)
+        // Cut into many units, the program is another one, which no verifier has seen.
+        .env("CARGO_INCREMENTAL", "0")
         .env_remove("CARGO_TARGET_DIR");
     Ok(command)
 }
