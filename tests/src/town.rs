@@ -12,9 +12,9 @@ use std::{
 };
 
 use crate::{
-    http,
+    http, sockets,
     stage::PORT,
-    tls::{Authority, Identity, Server, User, Version, visit_in_clear},
+    tls::{Authority, Identity, Line, Server, User, Version},
     topology::{Family, Topology},
 };
 
@@ -48,7 +48,13 @@ impl Town {
     /// The same without TLS.
     pub fn visit_in_clear(&self, turn: usize) -> Result<Identity, String> {
         let (from, to) = self.way(turn);
-        visit_in_clear(&self.topology.clients, from, to).map_err(|error| error.to_string())
+        let stream = sockets::connect(&self.topology.clients, from, to)
+            .map_err(|error| format!("connecting: {error}"))?;
+        // For whoever has a capture.
+        let from = stream.local_addr().map_err(|error| error.to_string())?;
+        let asked =
+            http::get(&mut Line::new(stream), "/").map_err(|error| format!("from {from}: {error:#}"))?;
+        serde_json::from_str(&asked).map_err(|error| format!("from {from}: {error}"))
     }
 
     fn way(&self, turn: usize) -> (std::net::IpAddr, SocketAddr) {
