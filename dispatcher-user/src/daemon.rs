@@ -26,6 +26,7 @@ use crate::{
     discovery, events, health, netlink, privileges,
     reconcile::{self, Actual, Reach},
     reload::{self, Source},
+    saved,
     state::Shared,
     store::{self, Store},
 };
@@ -177,6 +178,9 @@ fn prepare(
     let store = config.state.as_deref().map(Store::open).transpose()?;
     if let Some(store) = &store {
         say(out, &format!("state: {}", store.path().display()));
+        if !dataplane.taken_over() {
+            restore(store, dataplane, config, out);
+        }
     }
     let socket = Socket::bind(&config.control, config.control_group.as_deref())?;
     say(out, &format!("control: {}", config.control.display()));
@@ -202,6 +206,39 @@ fn prepare(
         .build()
         .map_err(Error::Runtime)?;
     Ok(Prepared { actual, store, socket, scrapes, runtime })
+}
+
+/// Before a packet is seen, the sessions that were saved. Without them it goes on all the same.
+fn restore(store: &Store, dataplane: &Dataplane, config: &Config, out: &mut (dyn Write + Send)) {
+    match saved::restore(store, dataplane, config) {
+        Ok(Some(saved::Restored { sessions, left_out })) => {
+            let others = if left_out > 0 {
+                format!("; {left_out} left out: expired, or of services or backends that are not configured")
+            } else {
+                String::new()
+            };
+            say(out, &format!("restored {}{others}", counted(sessions, "session")));
+        }
+        Ok(None) => {}
+        Err(error) => log::warn!("{error}; sessions are not restored"),
+    }
+}
+
+/// At the end.
+async fn save(shared: &Arc<Shared>, out: &mut (dyn Write + Send)) {
+    let Some(store) = &shared.store else { return };
+    let own = Arc::clone(shared);
+    let saved = tokio::task::spawn_blocking(move || {
+        own.store.as_ref().map(|store| saved::save(&own.dataplane, store)).transpose()
+    });
+    match saved.await {
+        Ok(Ok(sessions)) => {
+            let sessions = counted(sessions.unwrap_or_default(), "session");
+            say(out, &format!("saved {sessions} in {}", store.path().display()));
+        }
+        Ok(Err(error)) => log::error!("{error}; the sessions saved before stay saved"),
+        Err(error) => log::error!("saving sessions: {error}"),
+    }
 }
 
 async fn serve(
@@ -245,6 +282,7 @@ async fn serve(
     tasks.spawn(count(Arc::clone(&shared)));
     tasks.spawn(hang_ups(Arc::clone(&shared)));
     tasks.spawn(health::serve(Arc::clone(&shared)));
+    tasks.spawn(saved::serve(Arc::clone(&shared)));
     if let Some(listener) = scrapes {
         let serve = control::metrics::serve(Arc::clone(&shared), listener);
         tasks.spawn(async move { ("serving metrics", ended(serve.await)) });
@@ -265,6 +303,7 @@ async fn serve(
         }),
     };
     tasks.shutdown().await;
+    save(&shared, out).await;
     if let Some(folder) = shared.dataplane.pinned() {
         // Nothing is to be held for us any more, and nothing told that only we ask for.
         let farewell = shared.dataplane.update_globals(|globals| (globals.heartbeat, globals.trace) = (0, 0));

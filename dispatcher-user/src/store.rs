@@ -20,6 +20,10 @@ use redb::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
+mod sessions;
+
+pub(crate) use self::sessions::Clocks;
+
 /// Documents in JSON, by name.
 const DOCUMENTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("documents");
 /// How a file begins (section "Super-header" of redb's docs/design.md).
@@ -57,6 +61,16 @@ pub enum Error {
         path: PathBuf,
         /// What was found.
         reason: String,
+    },
+    /// The sessions were written by another version.
+    #[error("state file {path}: its sessions have layout {found}, and this dispatcherd reads {known}")]
+    Layout {
+        /// The file.
+        path: PathBuf,
+        /// Theirs.
+        found: u32,
+        /// Ours.
+        known: u32,
     },
     /// A document is not what is looked for.
     #[error("state file {path}: {name}: {source}; was it written by another version?")]
@@ -268,6 +282,9 @@ fn refused(path: &Path, error: DatabaseError) -> Error {
         error => Error::Damaged { path: path.to_owned(), reason: error.to_string() },
     }
 }
+
+#[cfg(test)]
+pub(crate) use self::tests::Folder;
 
 #[cfg(test)]
 mod tests;

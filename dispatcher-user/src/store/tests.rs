@@ -3,10 +3,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::*;
 
 /// A folder of one test, removed when dropped.
-pub(super) struct Folder(pub(super) PathBuf);
+pub(crate) struct Folder(pub(crate) PathBuf);
 
 impl Folder {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let path = std::env::temp_dir().join(format!("dispatcher-store-{}-{number}", std::process::id()));
@@ -15,7 +15,7 @@ impl Folder {
     }
 
     /// Where a test's file is.
-    pub(super) fn file(&self) -> PathBuf {
+    pub(crate) fn file(&self) -> PathBuf {
         self.0.join("state.redb")
     }
 }
@@ -103,7 +103,7 @@ fn a_damaged_file_is_moved_aside() {
 }
 
 /// A disk of this size under a folder, for this thread only; `None` where that is not allowed.
-fn small_disk(folder: &Path, size: &str) -> Option<()> {
+pub(super) fn small_disk(folder: &Path, size: &str) -> Option<()> {
     let text = |text: &str| std::ffi::CString::new(text).expect("no zero in it");
     let (kind, at, none) = (text("tmpfs"), text(&folder.to_string_lossy()), text("none"));
     let size = text(&format!("size={size}"));
