@@ -63,7 +63,7 @@ pub enum Error {
     Store(#[from] store::Error),
     /// Maps that were taken over are too small for the configuration.
     #[error(
-        "the pinned maps have a capacity {name} of {have}, the services need {need}; `dispatcherctl detach` before the start gives them their new size, and ends connections and sessions"
+        "the pinned maps have a capacity {name} of {have}, the services need {need}; `dispatcherctl detach` before the start gives them their new size, and ends connections, and sessions but those in the state file"
     )]
     Shortage {
         /// Which, as under `[capacity]`.
@@ -168,7 +168,7 @@ fn prepare(
     }
     for (name, there, wanted) in capacities.differences(&config.capacities) {
         log::warn!(
-            "capacity {name}: the pinned map has {there} and keeps them, not {wanted}; `dispatcherctl detach` before the start gives it its new size, and ends connections and sessions"
+            "capacity {name}: the pinned map has {there} and keeps them, not {wanted}; `dispatcherctl detach` before the start gives it its new size, and ends connections, and sessions but those in the state file"
         );
     }
     if let Some(Shortage { name, have, need }) = config.shortage(capacities) {
