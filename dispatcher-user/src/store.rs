@@ -55,7 +55,7 @@ pub enum Error {
         source: io::Error,
     },
     /// It does not hold what was written into it.
-    #[error("state file {path}: {reason}; it is moved aside when it is next opened")]
+    #[error("state file {path}: {reason}; if this does not end with a restart, move it away")]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -150,9 +150,11 @@ impl Store {
             Some(database) => database,
             None => open(&self.path)?,
         };
-        let done = work(&database).map_err(|error| match error {
-            redb::Error::Io(source) => Error::Io { path: self.path.clone(), action: "using it", source },
-            error => Error::Damaged { path: self.path.clone(), reason: error.to_string() },
+        let done = work(&database).map_err(|error| {
+            if let redb::Error::Io(source) = error {
+                return failed(&self.path, "using it")(source);
+            }
+            Error::Damaged { path: self.path.clone(), reason: error.to_string() }
         })?;
         *open_one = Some(database);
         Ok(done)
@@ -273,14 +275,14 @@ fn failed(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> Error 
 }
 
 fn refused(path: &Path, error: DatabaseError) -> Error {
-    match error {
-        DatabaseError::Storage(StorageError::Io(source))
-            if !matches!(source.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) =>
-        {
-            failed(path, "opening")(source)
+    use io::ErrorKind::{InvalidData, UnexpectedEof};
+    if let DatabaseError::Storage(StorageError::Io(source)) = error {
+        if !matches!(source.kind(), InvalidData | UnexpectedEof) {
+            return failed(path, "opening")(source);
         }
-        error => Error::Damaged { path: path.to_owned(), reason: error.to_string() },
+        return Error::Damaged { path: path.to_owned(), reason: source.to_string() };
     }
+    Error::Damaged { path: path.to_owned(), reason: error.to_string() }
 }
 
 #[cfg(test)]
