@@ -1,7 +1,7 @@
 //! The daemon: starts everything in order, says so, and stops it in order.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     future::Future,
     io::{self, Write},
     net::{SocketAddr, TcpListener},
@@ -174,12 +174,12 @@ fn prepare(
     if let Some(Shortage { name, have, need }) = config.shortage(capacities) {
         return Err(Error::Shortage { name, have, need });
     }
-    let actual = Actual::take_over(dataplane)?;
+    let mut actual = Actual::take_over(dataplane)?;
     let store = config.state.as_deref().map(Store::open).transpose()?;
     if let Some(store) = &store {
         say(out, &format!("state: {}", store.path().display()));
         if !dataplane.taken_over() {
-            restore(store, dataplane, config, out);
+            actual.cid_lengths = restore(store, dataplane, config, out);
         }
     }
     let socket = Socket::bind(&config.control, config.control_group.as_deref())?;
@@ -208,19 +208,29 @@ fn prepare(
     Ok(Prepared { actual, store, socket, scrapes, runtime })
 }
 
-/// Before a packet is seen, the sessions that were saved. Without them it goes on all the same.
-fn restore(store: &Store, dataplane: &Dataplane, config: &Config, out: &mut (dyn Write + Send)) {
+/// Before a packet is seen, the sessions that were saved. Without them it goes on all the same. Returns the
+/// lengths of the QUIC connection IDs among them.
+fn restore(
+    store: &Store,
+    dataplane: &Dataplane,
+    config: &Config,
+    out: &mut (dyn Write + Send),
+) -> BTreeMap<u32, u32> {
     match saved::restore(store, dataplane, config) {
-        Ok(Some(saved::Restored { sessions, left_out })) => {
+        Ok(Some(saved::Restored { sessions, left_out, cid_lengths })) => {
             let others = if left_out > 0 {
                 format!("; {left_out} left out: expired, or of services or backends that are not configured")
             } else {
                 String::new()
             };
             say(out, &format!("restored {}{others}", counted(sessions, "session")));
+            cid_lengths
         }
-        Ok(None) => {}
-        Err(error) => log::warn!("{error}; sessions are not restored"),
+        Ok(None) => BTreeMap::new(),
+        Err(error) => {
+            log::warn!("{error}; sessions are not restored");
+            BTreeMap::new()
+        }
     }
 }
 

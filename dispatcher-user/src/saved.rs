@@ -8,7 +8,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use dispatcher_common::session::{BACKENDS_MAX, Session, SessionKey};
+use dispatcher_common::session::{BACKENDS_MAX, KIND_QUIC_CID, Session, SessionKey};
 
 use crate::{
     config::Config,
@@ -30,11 +30,13 @@ pub(crate) enum Error {
 }
 
 /// What [`restore`] did.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Restored {
     pub(crate) sessions: u64,
     /// Expired, or nothing that the configuration knows.
     pub(crate) left_out: u64,
+    /// Lengths of QUIC connection IDs among them, for [`Actual::cid_lengths`](crate::reconcile::Actual).
+    pub(crate) cid_lengths: BTreeMap<u32, u32>,
 }
 
 /// Saves the sessions in place of those saved before; how many. It takes its time.
@@ -60,6 +62,9 @@ pub(crate) fn restore(
                 Some(session) => {
                     dataplane.sessions().insert(key, session)?;
                     done.sessions += 1;
+                    if key.kind == KIND_QUIC_CID {
+                        *done.cid_lengths.entry(key.service).or_default() |= 1 << (key.len & 31);
+                    }
                 }
                 None => done.left_out += 1,
             }
@@ -229,7 +234,7 @@ mod tests {
         assert_eq!(save(&before, &store).expect("saved"), 4);
         let after = Dataplane::load(object(), &capacities).expect("loads");
         let done = restore(&store, &after, &config).expect("restored");
-        assert_eq!(done, Some(Restored { sessions: 3, left_out: 1 }));
+        assert_eq!(done, Some(Restored { sessions: 3, left_out: 1, ..Restored::default() }));
         assert_eq!(after.sessions().iter().count(), 3);
         for (n, state) in (0..3).zip(states) {
             let found = after.sessions().get(&key(n)).expect("readable").expect("it is there");
