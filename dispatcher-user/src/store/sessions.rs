@@ -140,7 +140,7 @@ mod tests {
     use dispatcher_common::session::{KIND_COOKIE, KIND_TICKET_NAME, STATE_CONFIRMED};
 
     use super::{
-        super::tests::{Folder, small_disk},
+        super::tests::{Folder, on_a_small_disk},
         *,
     };
 
@@ -225,11 +225,7 @@ mod tests {
     /// As root.
     #[test]
     fn a_full_disk_leaves_the_sessions_kept_before() {
-        let test = std::thread::spawn(|| {
-            let folder = Folder::new();
-            if small_disk(&folder.0, "3m").is_none() {
-                return;
-            }
+        on_a_small_disk(|folder| {
             let store = Store::open(&folder.file()).expect("opens");
             store.keep_sessions(CLOCKS, (0..100).map(some)).expect("kept");
             let error = store.keep_sessions(CLOCKS, (0..100_000).map(some)).expect_err("no room");
@@ -238,6 +234,5 @@ mod tests {
             store.keep_sessions(CLOCKS, (0..90).map(some)).expect("what fits is kept");
             assert_eq!(all(&store).len(), 90);
         });
-        test.join().expect("no panic");
     }
 }
