@@ -269,6 +269,16 @@ pub struct Pin {
     pub kind: Option<String>,
 }
 
+/// Answer to `POST /v1/sessions/save`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Saved {
+    /// How many sessions were saved.
+    pub sessions: u64,
+    /// The state file.
+    #[schema(value_type = String)]
+    pub state: PathBuf,
+}
+
 /// Answer to `POST /v1/reload`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Reload {

@@ -60,6 +60,7 @@ use crate::{
 };
 
 pub(crate) mod metrics;
+mod saved;
 mod settings;
 pub(crate) mod trace;
 
@@ -231,6 +232,7 @@ fn resources() -> OpenApiRouter<Arc<Shared>> {
         .routes(routes!(identities))
         .routes(routes!(sessions))
         .routes(routes!(session, pin, remove))
+        .routes(routes!(saved::save))
         .routes(routes!(flows))
         .routes(routes!(counters))
         .routes(routes!(reload_now))

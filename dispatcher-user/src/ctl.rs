@@ -214,6 +214,11 @@ enum Sessions {
         #[arg(long)]
         service: Option<String>,
     },
+    /// Save the sessions now, for the time after a reboot; says how many and where
+    ///
+    /// dispatcherd does so every 5 minutes and at its end, into the file `state` of the configuration. Sessions that
+    /// only clients stand for are not saved.
+    Save,
 }
 
 #[derive(Debug, Subcommand)]
@@ -436,6 +441,19 @@ async fn answer(
                 }
                 Sessions::Remove { id, service } => {
                     id.named(ask.delete(&session(id, service.as_deref())).await)?
+                }
+                Sessions::Save => {
+                    let saved: api::Saved = ask.post("/v1/sessions/save").await?;
+                    if json {
+                        return show(out, form, &saved, |_| Table::new());
+                    }
+                    writeln!(
+                        out,
+                        "saved {} in {}",
+                        counted(saved.sessions, "session"),
+                        saved.state.display()
+                    )?;
+                    return Ok(out.flush()?);
                 }
             };
             show(out, form, answer.as_slice(), sessions)

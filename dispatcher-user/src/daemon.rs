@@ -1,7 +1,7 @@
 //! The daemon: starts everything in order, says so, and stops it in order.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     future::Future,
     io::{self, Write},
     net::{SocketAddr, TcpListener},
@@ -26,6 +26,7 @@ use crate::{
     discovery, events, health, netlink, privileges,
     reconcile::{self, Actual, Reach},
     reload::{self, AMENDMENTS, Source},
+    saved,
     state::{Base, Shared},
     store::{self, Store},
 };
@@ -62,7 +63,7 @@ pub enum Error {
     Store(#[from] store::Error),
     /// Maps that were taken over are too small for the configuration.
     #[error(
-        "the pinned maps have a capacity {name} of {have}, the services need {need}; `dispatcherctl detach` before the start gives them their new size, and ends connections and sessions"
+        "the pinned maps have a capacity {name} of {have}, the services need {need}; `dispatcherctl detach` before the start gives them their new size, and ends connections, and sessions but those in the state file"
     )]
     Shortage {
         /// Which, as under `[capacity]`.
@@ -125,7 +126,7 @@ pub fn run(
         Some(folder) => Dataplane::load_pinned(dataplane::object(), &config.capacities, folder)?,
         None => Dataplane::load(dataplane::object(), &config.capacities)?,
     };
-    let prepared = match prepare(&config, &options, &dataplane, out) {
+    let prepared = match prepare(&config, &options, &dataplane, store.as_ref(), out) {
         Ok(prepared) => prepared,
         Err(error) => {
             dataplane.give_up();
@@ -171,6 +172,7 @@ fn prepare(
     config: &Config,
     options: &Options,
     dataplane: &Dataplane,
+    store: Option<&Store>,
     out: &mut (dyn Write + Send),
 ) -> Result<Prepared, Error> {
     let capacities = dataplane.capacities();
@@ -189,13 +191,16 @@ fn prepare(
     }
     for (name, there, wanted) in capacities.differences(&config.capacities) {
         log::warn!(
-            "capacity {name}: the pinned map has {there} and keeps them, not {wanted}; `dispatcherctl detach` before the start gives it its new size, and ends connections and sessions"
+            "capacity {name}: the pinned map has {there} and keeps them, not {wanted}; `dispatcherctl detach` before the start gives it its new size, and ends connections, and sessions but those in the state file"
         );
     }
     if let Some(Shortage { name, have, need }) = config.shortage(capacities) {
         return Err(Error::Shortage { name, have, need });
     }
-    let actual = Actual::take_over(dataplane)?;
+    let mut actual = Actual::take_over(dataplane)?;
+    if let Some(store) = store.filter(|_| !dataplane.taken_over()) {
+        actual.cid_lengths = restore(store, dataplane, config, out);
+    }
     let socket = Socket::bind(&config.control, config.control_group.as_deref())?;
     say(out, &format!("control: {}", config.control.display()));
     let scrapes = config.metrics.map(|at| {
@@ -220,6 +225,49 @@ fn prepare(
         .build()
         .map_err(Error::Runtime)?;
     Ok(Prepared { actual, socket, scrapes, runtime })
+}
+
+/// Before a packet is seen, the sessions that were saved. Without them it goes on all the same. Returns the
+/// lengths of the QUIC connection IDs among them.
+fn restore(
+    store: &Store,
+    dataplane: &Dataplane,
+    config: &Config,
+    out: &mut (dyn Write + Send),
+) -> BTreeMap<u32, u32> {
+    match saved::restore(store, dataplane, config) {
+        Ok(Some(saved::Restored { sessions, left_out, cid_lengths })) => {
+            let others = if left_out > 0 {
+                format!("; {left_out} left out: expired, or of services or backends that are not configured")
+            } else {
+                String::new()
+            };
+            say(out, &format!("restored {}{others}", counted(sessions, "session")));
+            cid_lengths
+        }
+        Ok(None) => BTreeMap::new(),
+        Err(error) => {
+            log::warn!("{error}; sessions are not restored");
+            BTreeMap::new()
+        }
+    }
+}
+
+/// At the end.
+async fn save(shared: &Arc<Shared>, out: &mut (dyn Write + Send)) {
+    let Some(store) = &shared.store else { return };
+    let own = Arc::clone(shared);
+    let saved = tokio::task::spawn_blocking(move || {
+        own.store.as_ref().map(|store| saved::save(&own.dataplane, store)).transpose()
+    });
+    match saved.await {
+        Ok(Ok(sessions)) => {
+            let sessions = counted(sessions.unwrap_or_default(), "session");
+            say(out, &format!("saved {sessions} in {}", store.path().display()));
+        }
+        Ok(Err(error)) => log::error!("{error}; the sessions saved before stay saved"),
+        Err(error) => log::error!("saving sessions: {error}"),
+    }
 }
 
 async fn serve(
@@ -264,6 +312,7 @@ async fn serve(
     tasks.spawn(hang_ups(Arc::clone(&shared)));
     tasks.spawn(reload::deadlines(Arc::clone(&shared)));
     tasks.spawn(health::serve(Arc::clone(&shared)));
+    tasks.spawn(saved::serve(Arc::clone(&shared)));
     if let Some(listener) = scrapes {
         let serve = control::metrics::serve(Arc::clone(&shared), listener);
         tasks.spawn(async move { ("serving metrics", ended(serve.await)) });
@@ -284,6 +333,7 @@ async fn serve(
         }),
     };
     tasks.shutdown().await;
+    save(&shared, out).await;
     if let Some(folder) = shared.dataplane.pinned() {
         // Nothing is to be held for us any more, and nothing told that only we ask for.
         let farewell = shared.dataplane.update_globals(|globals| (globals.heartbeat, globals.trace) = (0, 0));

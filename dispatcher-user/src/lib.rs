@@ -21,6 +21,7 @@ pub mod privileges;
 pub mod reconcile;
 pub mod reload;
 mod response_times;
+mod saved;
 mod slow_start;
 mod state;
 pub mod store;

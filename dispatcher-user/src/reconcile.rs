@@ -151,6 +151,9 @@ pub struct Actual {
     sources: Vec<IpAddr>,
     filter: BTreeSet<IpAddr>,
     server_ids: BTreeMap<ServerId, u32>,
+    /// Lengths of QUIC connection IDs that were restored, by service id, as in [`Frontend::cid_lengths`]: what the
+    /// data path has found out is kept in the maps only.
+    pub(crate) cid_lengths: BTreeMap<u32, u32>,
 }
 
 /// Service id; configuration ID and server ID as in a QUIC connection ID.
@@ -772,10 +775,11 @@ impl Actual {
             }
             Change::Frontend { vip, index, frontend, .. } => {
                 let mut frontend = *frontend;
+                frontend.cid_lengths = self.cid_lengths.get(&frontend.service).copied().unwrap_or_default();
                 if self.frontends.get(vip).is_some_and(|slot| slot.index == *index) {
                     let old = dataplane.frontends().get(*index)?;
                     frontend.flags |= old.flags & FRONTEND_REFUSED;
-                    frontend.cid_lengths = old.cid_lengths;
+                    frontend.cid_lengths |= old.cid_lengths;
                 }
                 dataplane.frontends().set(*index, frontend)
             }

@@ -20,6 +20,10 @@ use redb::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
+mod sessions;
+
+pub(crate) use self::sessions::Clocks;
+
 /// Documents in JSON, by name.
 const DOCUMENTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("documents");
 /// How a file begins (section "Super-header" of redb's docs/design.md).
@@ -51,12 +55,22 @@ pub enum Error {
         source: io::Error,
     },
     /// It does not hold what was written into it.
-    #[error("state file {path}: {reason}; it is moved aside when it is next opened")]
+    #[error("state file {path}: {reason}; if this does not end with a restart, move it away")]
     Damaged {
         /// The file.
         path: PathBuf,
         /// What was found.
         reason: String,
+    },
+    /// The sessions were written by another version.
+    #[error("state file {path}: its sessions have layout {found}, and this dispatcherd reads {known}")]
+    Layout {
+        /// The file.
+        path: PathBuf,
+        /// Theirs.
+        found: u32,
+        /// Ours.
+        known: u32,
     },
     /// A document is not what is looked for.
     #[error("state file {path}: {name}: {source}; was it written by another version?")]
@@ -136,9 +150,11 @@ impl Store {
             Some(database) => database,
             None => open(&self.path)?,
         };
-        let done = work(&database).map_err(|error| match error {
-            redb::Error::Io(source) => Error::Io { path: self.path.clone(), action: "using it", source },
-            error => Error::Damaged { path: self.path.clone(), reason: error.to_string() },
+        let done = work(&database).map_err(|error| {
+            if let redb::Error::Io(source) = error {
+                return failed(&self.path, "using it")(source);
+            }
+            Error::Damaged { path: self.path.clone(), reason: error.to_string() }
         })?;
         *open_one = Some(database);
         Ok(done)
@@ -259,15 +275,18 @@ fn failed(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> Error 
 }
 
 fn refused(path: &Path, error: DatabaseError) -> Error {
-    match error {
-        DatabaseError::Storage(StorageError::Io(source))
-            if !matches!(source.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) =>
-        {
-            failed(path, "opening")(source)
+    use io::ErrorKind::{InvalidData, UnexpectedEof};
+    if let DatabaseError::Storage(StorageError::Io(source)) = error {
+        if !matches!(source.kind(), InvalidData | UnexpectedEof) {
+            return failed(path, "opening")(source);
         }
-        error => Error::Damaged { path: path.to_owned(), reason: error.to_string() },
+        return Error::Damaged { path: path.to_owned(), reason: source.to_string() };
     }
+    Error::Damaged { path: path.to_owned(), reason: error.to_string() }
 }
+
+#[cfg(test)]
+pub(crate) use self::tests::Folder;
 
 #[cfg(test)]
 mod tests;

@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use dispatcher_common::reason::Reason;
 use dispatcher_tests::{
-    daemon::{Daemon, Service},
+    daemon::{Daemon, Folder, Service, config},
     netns::Netns,
     sockets,
     tls::{Authority, HOST},
@@ -307,5 +307,40 @@ fn migration_to_ids_that_came_encrypted() {
         let refused = refused.expect_err("the configuration says it").to_string();
         assert!(refused.contains("quic_server_id"), "{refused}");
         assert_eq!(daemon.sessions().expect("a list").len(), 3);
+    });
+}
+
+#[test]
+fn a_connection_goes_on_over_a_reboot() {
+    let topology = Topology::new(Plan::default()).expect("namespaces");
+    let authority = Authority::new().expect("a certificate authority");
+    let folder = Folder::new().expect("a folder");
+    let state = format!("state = \"{}\"", folder.path().join("state.redb").display());
+    let text = config(&topology, "native", &[service()]).replace("state = \"none\"", &state);
+    let runtime = Runtime::new().expect("a runtime");
+    runtime.block_on(async {
+        let _servers = servers(&topology, false, &authority).await;
+        let mut daemon = Daemon::start_with(&topology.dispatcher, &text).expect("dispatcherd");
+        let mut connections = Vec::new();
+        for family in Family::BOTH {
+            for number in 0..4 {
+                let from = SocketAddr::new(topology.client(family, number), 0);
+                let endpoint = client(&topology, from, &authority).expect("a client");
+                let connection =
+                    connect(&endpoint, SocketAddr::new(family.vip(), PORT)).await.expect("connects");
+                let name = ask(&connection).await.expect("an answer");
+                connections.push((endpoint, connection, name));
+            }
+        }
+        let seen: BTreeSet<&str> = connections.iter().map(|(_, _, name)| name.as_str()).collect();
+        assert!(seen.len() > 1, "one server had all connections: {seen:?}");
+        daemon.stop().expect("ends");
+        daemon.again(&topology.dispatcher, &text).expect("dispatcherd again");
+        assert!(daemon.process().log().contains("restored 8 sessions\n"));
+        for (_, connection, name) in &connections {
+            // No flow is known any more, and the short header does not say how long its ID is.
+            assert_eq!(ask(connection).await.expect("an answer of the same connection"), *name);
+        }
+        assert_eq!(daemon.status().expect("status").hits, 8);
     });
 }

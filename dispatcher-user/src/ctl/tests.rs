@@ -13,6 +13,7 @@ fn command_lines() {
         "dispatcherctl backend web/a drain",
         "dispatcherctl sessions list --service web --limit 3",
         "dispatcherctl sessions pin 00ff --service web --backend a",
+        "dispatcherctl sessions save --json",
         "dispatcherctl identities --json",
         "dispatcherctl detach",
         "dispatcherctl detach --json --config dispatcher.toml",

@@ -5,7 +5,10 @@ use std::{collections::HashMap, sync::Mutex};
 use aya::Ebpf;
 use dispatcher_common::{
     abi,
-    session::{STATE_CONFIGURED, STATE_DISCOVERED, STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey},
+    session::{
+        STATE_CONFIGURED, STATE_CONFIRMED, STATE_DISCOVERED, STATE_PINNED, STATE_PROVISIONAL, Session,
+        SessionKey,
+    },
 };
 
 use super::{Error, Table, lock};
@@ -122,6 +125,20 @@ impl Sessions {
         self.mapping.iter().chain(self.provisional.iter())
     }
 
+    /// Entries that servers, probes or the operator stand for, with the same caveat: those that nothing else
+    /// would bring back after a reboot.
+    pub fn lasting(&self) -> impl Iterator<Item = (SessionKey, Session)> + '_ {
+        let ours = lock(&self.ours);
+        let lost: Vec<_> = ours
+            .iter()
+            .filter(|(key, _)| matches!(self.mapping.get(key), Ok(None)))
+            .map(|(key, session)| (*key, *session))
+            .collect();
+        let lasts =
+            |session: &Session| matches!(session.state, STATE_CONFIRMED | STATE_DISCOVERED | STATE_PINNED);
+        self.mapping.iter().chain(lost).filter(move |(_, session)| lasts(session))
+    }
+
     /// All keys, with the same caveat.
     pub fn keys(&self) -> impl Iterator<Item = SessionKey> + '_ {
         self.mapping.keys().chain(self.provisional.keys())
@@ -135,7 +152,7 @@ fn is_ours(session: &Session) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use dispatcher_common::session::{KIND_COOKIE, STATE_CONFIRMED};
+    use dispatcher_common::session::KIND_COOKIE;
 
     use super::{
         super::{Capacities, Dataplane, object},

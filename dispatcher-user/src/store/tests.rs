@@ -3,10 +3,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::*;
 
 /// A folder of one test, removed when dropped.
-pub(super) struct Folder(pub(super) PathBuf);
+pub(crate) struct Folder(pub(crate) PathBuf);
 
 impl Folder {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let path = std::env::temp_dir().join(format!("dispatcher-store-{}-{number}", std::process::id()));
@@ -15,7 +15,7 @@ impl Folder {
     }
 
     /// Where a test's file is.
-    pub(super) fn file(&self) -> PathBuf {
+    pub(crate) fn file(&self) -> PathBuf {
         self.0.join("state.redb")
     }
 }
@@ -102,11 +102,22 @@ fn a_damaged_file_is_moved_aside() {
     assert!(store.document::<String>("a").expect("readable").is_some() && !aside.exists());
 }
 
-/// A disk of this size under a folder, for this thread only; `None` where that is not allowed.
-fn small_disk(folder: &Path, size: &str) -> Option<()> {
-    let text = |text: &str| std::ffi::CString::new(text).expect("no zero in it");
-    let (kind, at, none) = (text("tmpfs"), text(&folder.to_string_lossy()), text("none"));
-    let size = text(&format!("size={size}"));
+/// Runs a test in a folder that is a disk of its own, of 3 MiB, which only the test's thread sees. Nothing is
+/// tested where that is not allowed.
+pub(super) fn on_a_small_disk(test: impl FnOnce(&Folder) + Send) {
+    let folder = Folder::new();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            if small_disk(&folder.0).is_some() {
+                test(&folder);
+            }
+        });
+    });
+}
+
+fn small_disk(folder: &Path) -> Option<()> {
+    let at = std::ffi::CString::new(&*folder.to_string_lossy()).expect("no zero in it");
+    let (kind, root, none, size) = (c"tmpfs", c"/", std::ptr::null(), c"size=3m".as_ptr().cast());
     // SAFETY: a call with integers only.
     if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
         return None;
@@ -114,9 +125,8 @@ fn small_disk(folder: &Path, size: &str) -> Option<()> {
     // SAFETY: strings that end with a zero byte and outlive the calls.
     let done = unsafe {
         let private = libc::MS_REC | libc::MS_PRIVATE;
-        let root = c"/".as_ptr();
-        libc::mount(none.as_ptr(), root, std::ptr::null(), private, std::ptr::null()) == 0
-            && libc::mount(kind.as_ptr(), at.as_ptr(), kind.as_ptr(), 0, size.as_ptr().cast()) == 0
+        libc::mount(none, root.as_ptr(), none, private, none.cast()) == 0
+            && libc::mount(kind.as_ptr(), at.as_ptr(), kind.as_ptr(), 0, size) == 0
     };
     done.then_some(())
 }
@@ -124,11 +134,7 @@ fn small_disk(folder: &Path, size: &str) -> Option<()> {
 /// As root.
 #[test]
 fn a_full_disk_takes_nothing_that_was_kept() {
-    let test = std::thread::spawn(|| {
-        let folder = Folder::new();
-        if small_disk(&folder.0, "3m").is_none() {
-            return;
-        }
+    on_a_small_disk(|folder| {
         let store = Store::open(&folder.file()).expect("opens");
         store.keep("a", &1).expect("kept");
         let said = store.keep("b", &"x".repeat(4 << 20)).expect_err("no room").to_string();
@@ -143,5 +149,4 @@ fn a_full_disk_takes_nothing_that_was_kept() {
         assert!(said.contains("make room"), "{said}");
         assert!(!folder.0.join("second").exists(), "half a file is removed");
     });
-    test.join().expect("no panic");
 }
