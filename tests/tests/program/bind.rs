@@ -369,8 +369,7 @@ fn a_later_segment_is_never_taken_for_the_first() {
         talk.shake(&machine);
         let second = talk.data(1000, &hello[1000..]);
         let reason = machine.run(&second.frame()).expect("a verdict").reason;
-        let fine: &[_] =
-            if bare { &[Reason::BeforeFirst] } else { &[Reason::Stashed, Reason::StashFull] };
+        let fine: &[_] = if bare { &[Reason::BeforeFirst] } else { &[Reason::Stashed, Reason::StashFull] };
         assert!(fine.contains(&reason), "port {port}: {reason:?}");
     }
 }
