@@ -184,6 +184,11 @@ fn prepare(
     for interface in dataplane.settled()? {
         say(out, &format!("detached from {interface}"));
     }
+    if let Err(error) = dataplane.anchor_release() {
+        log::warn!(
+            "{error}: hellos held at the same time wait 25 ms for their backend; start with CAP_SYS_ADMIN"
+        );
+    }
     if !options.keep_privileges {
         privileges::drop_privileges()?;
     }

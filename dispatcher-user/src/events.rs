@@ -26,7 +26,7 @@ use tokio::{
 use crate::{
     api,
     balancer::{Balancer, Candidate},
-    dataplane::{Dataplane, Error, Swept, monotonic_seconds},
+    dataplane::{Dataplane, Error, RELEASES_AT_ONCE, Sessions, Swept, monotonic_seconds},
     reconcile::Pool,
     state::Shared,
 };
@@ -79,17 +79,27 @@ pub(crate) async fn serve(shared: Arc<Shared>, ring: RingBuf<MapData>) -> io::Re
     // SAFETY: the ring owns its descriptor and names the same one until it is dropped.
     let mut ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }?;
     let mut picker = Picker::default();
+    let mut more = false;
     loop {
         // The data path wakes us for what must be answered; the rest we look for now and then.
-        if let Ok(guard) = timeout(LOOK, ring.readable_mut()).await {
+        if more {
+            tokio::task::yield_now().await;
+        } else if let Ok(guard) = timeout(LOOK, ring.readable_mut()).await {
             guard?.clear_ready();
         }
         let mut releases = Vec::new();
-        while let Some(item) = ring.get_mut().next() {
+        let pools = shared.pools();
+        picker.counted(pools.1);
+        more = loop {
+            let Some(item) = ring.get_mut().next() else { break false };
             if let Some(event) = read_event(&item) {
-                handle(&shared, &mut picker, &event, &mut releases);
+                handle(&shared, &pools.0, &mut picker, &event, &mut releases);
             }
-        }
+            // Those that came first do not wait for all the others.
+            if releases.len() == RELEASES_AT_ONCE {
+                break true;
+            }
+        };
         if releases.is_empty() {
             continue;
         }
@@ -111,7 +121,13 @@ pub(crate) fn read_event(bytes: &[u8]) -> Option<Event> {
     Some(unsafe { bytes.as_ptr().cast::<Event>().read_unaligned() })
 }
 
-fn handle(shared: &Shared, picker: &mut Picker, event: &Event, releases: &mut Vec<Release>) {
+fn handle(
+    shared: &Shared,
+    pools: &BTreeMap<u32, Pool>,
+    picker: &mut Picker,
+    event: &Event,
+    releases: &mut Vec<Release>,
+) {
     shared.trace.tell(event);
     let counts = &shared.counts;
     let (count, what) = match event.kind {
@@ -145,7 +161,7 @@ fn handle(shared: &Shared, picker: &mut Picker, event: &Event, releases: &mut Ve
     if event.kind != EVENT_HELD {
         return;
     }
-    match picker.answer(shared, event) {
+    match picker.answer(&shared.dataplane, pools, event) {
         Ok(Some(backend)) => releases.push(Release { slot: event.slot, backend, flow: event.flow }),
         // The client sends its hello again, and may then find a backend.
         Ok(None) => log::debug!("no backend for {:?}", event.flow),
@@ -163,39 +179,55 @@ struct Picker {
 }
 
 impl Picker {
-    /// The backend index for a held hello.
-    fn answer(&mut self, shared: &Shared, event: &Event) -> Result<Option<u32>, Error> {
-        let (pools, counted) = shared.pools();
+    /// Takes note of how often loads were counted.
+    fn counted(&mut self, counted: u64) {
         if counted != self.counted {
             self.counted = counted;
             self.since.clear();
         }
+    }
+
+    /// The backend index for a held hello.
+    fn answer(
+        &mut self,
+        dataplane: &Dataplane,
+        pools: &BTreeMap<u32, Pool>,
+        event: &Event,
+    ) -> Result<Option<u32>, Error> {
         let Some(pool) = pools.get(&event.frontend) else { return Ok(None) };
         // A key's name is one for many clients: only a server's acceptance says whose it is.
         if event.session.len == 0 || event.session.kind == KIND_TICKET_NAME {
             return Ok(self.pick(pool, &event.flow).map(|one| one.index));
         }
-        self.bind(&shared.dataplane, pool, event)
+        self.bind(dataplane.sessions(), pool, event)
     }
 
     /// A hello with an identifier: the session's backend, or a new session.
-    fn bind(&mut self, dataplane: &Dataplane, pool: &Pool, event: &Event) -> Result<Option<u32>, Error> {
-        let (sessions, key, now) = (dataplane.sessions(), event.session, monotonic_seconds());
-        let known =
-            || -> Result<_, Error> { Ok(sessions.all(&key)?.find_map(|session| usable(session, pool, now))) };
-        if let Some(index) = known()? {
+    fn bind(&mut self, sessions: &Sessions, pool: &Pool, event: &Event) -> Result<Option<u32>, Error> {
+        let (key, now) = (event.session, monotonic_seconds());
+        let usable = |session: Option<Session>| session.and_then(|session| usable(session, pool, now));
+        // Others may have spoken of it since the data path looked.
+        if let Some(index) = usable(sessions.known(&key)?) {
             return Ok(Some(index));
         }
         let Some(picked) = self.pick(pool, &event.flow) else { return Ok(None) };
         let session = provisional(picked.id, now, pool.provisional_ttl);
         if !sessions.insert_new(key, session)? {
-            // The data path was faster: its entry counts, if it can be used.
-            if let Some(index) = known()? {
+            // A hello before this one, or the data path: that entry counts, if it can be used.
+            if let Some(index) = usable(sessions.provisional(&key)?) {
+                self.take_back(picked);
                 return Ok(Some(index));
             }
             sessions.insert(key, session)?;
         }
         Ok(Some(picked.index))
+    }
+
+    /// A pick that was not used.
+    fn take_back(&mut self, picked: Candidate) {
+        if let Some(since) = self.since.get_mut(&picked.id) {
+            *since = since.saturating_sub(1);
+        }
     }
 
     fn pick(&mut self, pool: &Pool, client: &FlowKey) -> Option<Candidate> {

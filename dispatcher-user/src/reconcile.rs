@@ -778,9 +778,7 @@ impl Actual {
                 globals.filter.fill(0);
                 addresses.iter().for_each(|address| globals.filter_add(*address));
             }),
-            Change::Table { base, entries, .. } => {
-                (*base..).zip(entries).try_for_each(|(at, index)| dataplane.lb_table().set(at, *index))
-            }
+            Change::Table { base, entries, .. } => dataplane.lb_table().set_all(*base, entries),
             Change::Frontend { vip, index, frontend, .. } => {
                 let mut frontend = *frontend;
                 if self.frontends.get(vip).is_some_and(|slot| slot.index == *index) {

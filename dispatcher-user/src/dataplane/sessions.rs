@@ -51,7 +51,17 @@ impl Sessions {
 
     /// The entries of an identifier: a provisional one can stand in for one whose backend is away.
     pub fn all(&self, key: &SessionKey) -> Result<impl Iterator<Item = Session> + use<>, Error> {
-        Ok([self.mapping.get(key)?, self.provisional.get(key)?].into_iter().flatten())
+        Ok([self.known(key)?, self.provisional(key)?].into_iter().flatten())
+    }
+
+    /// What servers, probes or the operator say of an identifier.
+    pub fn known(&self, key: &SessionKey) -> Result<Option<Session>, Error> {
+        self.mapping.get(key)
+    }
+
+    /// What only clients stand for.
+    pub fn provisional(&self, key: &SessionKey) -> Result<Option<Session>, Error> {
+        self.provisional.get(key)
     }
 
     /// The entry of an identifier that comes first.
@@ -94,7 +104,6 @@ impl Sessions {
         for (map, (entries, _)) in
             [(&self.mapping, &mut swept.known), (&self.provisional, &mut swept.provisional)]
         {
-            // First look, then remove: a walk whose last key is gone starts anew.
             let mut expired = Vec::new();
             for (key, session) in map.iter() {
                 *entries += 1;

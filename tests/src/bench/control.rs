@@ -18,6 +18,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use clap::ValueEnum as _;
 use dispatcher_common::{
     abi,
     service::stable_id,
@@ -64,8 +65,19 @@ struct Effort {
     rest: Duration,
 }
 
-/// Measures.
-pub fn run(quick: bool) -> Result<Report> {
+/// Parts of the measurement.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Part {
+    /// Reloads, tables and memory with few and with many services.
+    Services,
+    /// Misses that the daemon answers.
+    Misses,
+    /// A long mapping table.
+    Sessions,
+}
+
+/// Measures all of it, or one part.
+pub fn run(quick: bool, only: Option<Part>) -> Result<Report> {
     let effort = if quick {
         Effort { rounds: 5, lists: 1, rest: Duration::from_secs(5) }
     } else {
@@ -74,9 +86,14 @@ pub fn run(quick: bool) -> Result<Report> {
     let topology = Topology::new(Plan { backends: BACKENDS, ..Plan::default() })?;
     let _echo = Echo::start(&topology, TRAFFIC)?;
     let mut report = Report { bench: "control", rows: Vec::new(), goals: Vec::new() };
-    services(&topology, effort, &mut report).context("services")?;
-    answer_misses(&topology, effort, &mut report).context("misses")?;
-    sessions(&topology, effort, &mut report).context("sessions")?;
+    for part in Part::value_variants().iter().filter(|part| only.is_none_or(|only| only == **part)) {
+        let measure = match part {
+            Part::Services => services,
+            Part::Misses => answer_misses,
+            Part::Sessions => sessions,
+        };
+        measure(&topology, effort, &mut report).with_context(|| format!("{part:?}"))?;
+    }
     Ok(report)
 }
 

@@ -22,7 +22,13 @@ enum Bench {
     /// Real connections through namespaces, beside routing and nftables
     Connections(Common),
     /// The daemon: reloads, tables, misses, memory, lists
-    Control(Common),
+    Control {
+        #[command(flatten)]
+        common: Common,
+        /// Only one part
+        #[arg(long, value_enum)]
+        only: Option<control::Part>,
+    },
     /// Nanoseconds a packet, by BPF_PROG_RUN
     Fastpath {
         #[command(flatten)]
@@ -56,7 +62,7 @@ fn main() -> ExitCode {
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
         Bench::Connections(common) => connections::run(common.quick)
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
-        Bench::Control(common) => control::run(common.quick)
+        Bench::Control { common, only } => control::run(common.quick, only)
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
         Bench::Fastpath { common, object } => fastpath::run(common.quick, object.as_deref())
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),

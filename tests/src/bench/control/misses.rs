@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData},
-    programs::{ProgramFd, ProgramInfo},
+    programs::{ProgramFd, ProgramInfo, Xdp, XdpMode},
 };
 use dispatcher_common::{
     abi,
@@ -27,6 +27,7 @@ use dispatcher_user::dataplane::test_run;
 use super::scene::{FIRST, Reasons, Scene, name};
 use crate::{
     bench::fastpath::{self, EACH_MAX},
+    netns::Netns,
     topology::VIP,
 };
 
@@ -56,6 +57,8 @@ pub(super) struct Round {
 /// Makes hellos for one daemon.
 pub(super) struct Generator {
     _ebpf: Ebpf,
+    /// The wrapper is attached there.
+    _runs: Netns,
     _program: ProgramFd,
     /// The kernel empties a program array when its last descriptor is closed.
     _callee: Array<MapData, u32>,
@@ -78,6 +81,10 @@ impl Generator {
             .load(fastpath::bench_object())
             .context("loading the wrapper")?;
         let restore_each = fastpath::load(&mut ebpf, "restore_each")?;
+        // A program that is attached nowhere waits for a grace period of RCU before and after each run.
+        let runs = Netns::new("runs")?;
+        let wrapper: &mut Xdp = ebpf.program_mut("restore_each").context("no wrapper")?.try_into()?;
+        runs.run(|| wrapper.attach("lo", XdpMode::Skb)).context("attaching the wrapper")?;
         let program = ProgramInfo::from_pin(scene.program(abi::PROGRAM)?)?.fd()?;
         let Some(Map::ProgramArray(callee)) = ebpf.take_map("CALLEE") else { bail!("no map CALLEE") };
         // A program array takes descriptors by number, also those of another object.
@@ -97,6 +104,7 @@ impl Generator {
             _program: program,
             _callee: callee,
             _ebpf: ebpf,
+            _runs: runs,
         };
         Ok(generator)
     }
@@ -125,7 +133,10 @@ impl Generator {
         let [held, released, missed, full] = loop {
             let now = since(read(&self.reasons)?);
             let waiting = now[0].saturating_sub(now[1]);
-            ensure!(started.elapsed() < PATIENCE, "{waiting} hellos wait for the daemon");
+            if started.elapsed() > PATIENCE {
+                let counted = scene.daemon.told(&["counters"])?;
+                bail!("{waiting} hellos wait for the daemon; fed {fed} {counted} {}", scene.daemon.process().log());
+            }
             if fed < SESSIONS && waiting <= WAITING {
                 let run = test_run(self.restore_each.as_fd(), &[0; 64], None, CHUNK, 0)?;
                 in_program += f64::from(run.duration_ns) * f64::from(CHUNK);
