@@ -229,9 +229,9 @@ async fn serve(
     }
 
     let mut tasks: JoinSet<(&'static str, String)> = JoinSet::new();
-    if let Some(ring) = shared.dataplane.take_events() {
+    if let (Some(held), Some(ring)) = (shared.dataplane.take_held(), shared.dataplane.take_events()) {
         let shared = Arc::clone(&shared);
-        tasks.spawn(async move { ("the event task", ended(events::serve(shared, ring).await)) });
+        tasks.spawn(async move { ("the event task", ended(events::serve(shared, held, ring).await)) });
     }
     tasks.spawn(heartbeat(Arc::clone(&shared)));
     tasks.spawn(follow(Arc::clone(&shared), reach));

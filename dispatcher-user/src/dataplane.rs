@@ -275,6 +275,7 @@ pub struct Dataplane {
     replay: Vec<Mutex<DevMap<MapData>>>,
     single: Vec<Mutex<DevMap<MapData>>>,
     events: Mutex<Option<RingBuf<MapData>>>,
+    held: Mutex<Option<RingBuf<MapData>>>,
     /// Of the `release` program.
     anchor: OnceLock<Anchor>,
     /// The kernel empties a program array when its last descriptor is closed and its last pin is gone.
@@ -384,6 +385,7 @@ impl Dataplane {
             single: replay_maps(e, abi::MAP_SINGLE_PREFIX)?,
             _stages: stages,
             events: Mutex::new(Some(take_map(e, abi::MAP_EVENTS)?)),
+            held: Mutex::new(Some(take_map(e, abi::MAP_HELD)?)),
             anchor: OnceLock::new(),
             links: Mutex::default(),
             pins: None,
@@ -734,6 +736,11 @@ impl Dataplane {
     /// The ring of events; `None` after the first call.
     pub fn take_events(&self) -> Option<RingBuf<MapData>> {
         lock(&self.events).take()
+    }
+
+    /// The ring of held hellos; `None` after the first call.
+    pub fn take_held(&self) -> Option<RingBuf<MapData>> {
+        lock(&self.held).take()
     }
 
     /// Starts to hand on what the programs log, where they do.

@@ -20,7 +20,7 @@ use dispatcher_common::{
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    time::timeout,
+    time::{Instant, timeout_at},
 };
 
 use crate::{
@@ -31,7 +31,7 @@ use crate::{
     state::Shared,
 };
 
-/// How long a record that nobody was woken for may lie in the ring: it holds 10,000.
+/// The ring of what nobody is woken for is looked at this often: it holds 10,000.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// Counts what came through the ring.
@@ -74,42 +74,62 @@ impl Counts {
     }
 }
 
-/// Answers events until the task is dropped.
-pub(crate) async fn serve(shared: Arc<Shared>, ring: RingBuf<MapData>) -> io::Result<()> {
+/// Answers held hellos, and counts events, until the task is dropped.
+pub(crate) async fn serve(
+    shared: Arc<Shared>,
+    held: RingBuf<MapData>,
+    mut events: RingBuf<MapData>,
+) -> io::Result<()> {
     // SAFETY: the ring owns its descriptor and names the same one until it is dropped.
-    let mut ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }?;
+    let mut held = unsafe { AsyncFd::register_with_interest(held, Interest::READABLE) }?;
     let mut picker = Picker::default();
-    let mut more = false;
+    let (mut more, mut look) = (false, Instant::now());
     loop {
-        // The data path wakes us for what must be answered; the rest we look for now and then.
         if more {
             tokio::task::yield_now().await;
-        } else if let Ok(guard) = timeout(LOOK, ring.readable_mut()).await {
+        } else if let Ok(guard) = timeout_at(look, held.readable_mut()).await {
             guard?.clear_ready();
         }
-        let mut releases = Vec::new();
-        let pools = shared.pools();
-        picker.counted(pools.1);
-        more = loop {
-            let Some(item) = ring.get_mut().next() else { break false };
-            if let Some(event) = read_event(&item) {
-                handle(&shared, &pools.0, &mut picker, &event, &mut releases);
+        more = answer(&shared, &mut picker, held.get_mut());
+        if Instant::now() >= look {
+            look = Instant::now() + LOOK;
+            while let Some(item) = events.next() {
+                if let Some(event) = read_event(&item) {
+                    take_note(&shared, &event);
+                }
             }
-            // Those that came first do not wait for all the others.
-            if releases.len() == RELEASES_AT_ONCE {
-                break true;
-            }
-        };
-        if releases.is_empty() {
-            continue;
-        }
-        match shared.dataplane.release(&releases) {
-            Ok(()) => {
-                shared.counts.released.fetch_add(releases.len() as u64, Ordering::Relaxed);
-            }
-            Err(error) => log::error!("releasing {} held hellos: {error}", releases.len()),
         }
     }
+}
+
+/// Answers what is held, at most as many hellos as one run releases: those that came first do not wait for
+/// all the others. True when there may be more.
+fn answer(shared: &Shared, picker: &mut Picker, held: &mut RingBuf<MapData>) -> bool {
+    let (pools, counted) = shared.pools();
+    picker.counted(counted);
+    let mut releases = Vec::new();
+    while releases.len() < RELEASES_AT_ONCE
+        && let Some(item) = held.next()
+    {
+        let Some(event) = read_event(&item) else { continue };
+        take_note(shared, &event);
+        match picker.answer(&shared.dataplane, &pools, &event) {
+            Ok(Some(backend)) => releases.push(Release { slot: event.slot, backend, flow: event.flow }),
+            // The client sends its hello again, and may then find a backend.
+            Ok(None) => log::debug!("no backend for {:?}", event.flow),
+            Err(error) => log::warn!("held hello of {:?}: {error}", event.flow),
+        }
+    }
+    if releases.is_empty() {
+        return false;
+    }
+    match shared.dataplane.release(&releases) {
+        Ok(()) => {
+            shared.counts.released.fetch_add(releases.len() as u64, Ordering::Relaxed);
+        }
+        Err(error) => log::error!("releasing {} held hellos: {error}", releases.len()),
+    }
+    releases.len() == RELEASES_AT_ONCE
 }
 
 pub(crate) fn read_event(bytes: &[u8]) -> Option<Event> {
@@ -121,13 +141,8 @@ pub(crate) fn read_event(bytes: &[u8]) -> Option<Event> {
     Some(unsafe { bytes.as_ptr().cast::<Event>().read_unaligned() })
 }
 
-fn handle(
-    shared: &Shared,
-    pools: &BTreeMap<u32, Pool>,
-    picker: &mut Picker,
-    event: &Event,
-    releases: &mut Vec<Release>,
-) {
+/// Counts an event and hands it on.
+fn take_note(shared: &Shared, event: &Event) {
     shared.trace.tell(event);
     let counts = &shared.counts;
     let (count, what) = match event.kind {
@@ -157,15 +172,6 @@ fn handle(
         && let Some(id) = shared.state().actual.backend_id(event.backend)
     {
         shared.suspects.refused(id);
-    }
-    if event.kind != EVENT_HELD {
-        return;
-    }
-    match picker.answer(&shared.dataplane, pools, event) {
-        Ok(Some(backend)) => releases.push(Release { slot: event.slot, backend, flow: event.flow }),
-        // The client sends its hello again, and may then find a backend.
-        Ok(None) => log::debug!("no backend for {:?}", event.flow),
-        Err(error) => log::warn!("held hello of {:?}: {error}", event.flow),
     }
 }
 
@@ -205,29 +211,21 @@ impl Picker {
     /// A hello with an identifier: the session's backend, or a new session.
     fn bind(&mut self, sessions: &Sessions, pool: &Pool, event: &Event) -> Result<Option<u32>, Error> {
         let (key, now) = (event.session, monotonic_seconds());
-        let usable = |session: Option<Session>| session.and_then(|session| usable(session, pool, now));
-        // Others may have spoken of it since the data path looked.
-        if let Some(index) = usable(sessions.known(&key)?) {
+        let known =
+            || -> Result<_, Error> { Ok(sessions.all(&key)?.find_map(|session| usable(session, pool, now))) };
+        if let Some(index) = known()? {
             return Ok(Some(index));
         }
         let Some(picked) = self.pick(pool, &event.flow) else { return Ok(None) };
         let session = provisional(picked.id, now, pool.provisional_ttl);
         if !sessions.insert_new(key, session)? {
-            // A hello before this one, or the data path: that entry counts, if it can be used.
-            if let Some(index) = usable(sessions.provisional(&key)?) {
-                self.take_back(picked);
+            // The data path was faster: its entry counts, if it can be used.
+            if let Some(index) = known()? {
                 return Ok(Some(index));
             }
             sessions.insert(key, session)?;
         }
         Ok(Some(picked.index))
-    }
-
-    /// A pick that was not used.
-    fn take_back(&mut self, picked: Candidate) {
-        if let Some(since) = self.since.get_mut(&picked.id) {
-            *since = since.saturating_sub(1);
-        }
     }
 
     fn pick(&mut self, pool: &Pool, client: &FlowKey) -> Option<Candidate> {

@@ -51,17 +51,7 @@ impl Sessions {
 
     /// The entries of an identifier: a provisional one can stand in for one whose backend is away.
     pub fn all(&self, key: &SessionKey) -> Result<impl Iterator<Item = Session> + use<>, Error> {
-        Ok([self.known(key)?, self.provisional(key)?].into_iter().flatten())
-    }
-
-    /// What servers, probes or the operator say of an identifier.
-    pub fn known(&self, key: &SessionKey) -> Result<Option<Session>, Error> {
-        self.mapping.get(key)
-    }
-
-    /// What only clients stand for.
-    pub fn provisional(&self, key: &SessionKey) -> Result<Option<Session>, Error> {
-        self.provisional.get(key)
+        Ok([self.mapping.get(key)?, self.provisional.get(key)?].into_iter().flatten())
     }
 
     /// The entry of an identifier that comes first.

@@ -135,7 +135,10 @@ impl Generator {
             let waiting = now[0].saturating_sub(now[1]);
             if started.elapsed() > PATIENCE {
                 let counted = scene.daemon.told(&["counters"])?;
-                bail!("{waiting} hellos wait for the daemon; fed {fed} {counted} {}", scene.daemon.process().log());
+                bail!(
+                    "{waiting} hellos wait for the daemon; fed {fed} {counted} {}",
+                    scene.daemon.process().log()
+                );
             }
             if fed < SESSIONS && waiting <= WAITING {
                 let run = test_run(self.restore_each.as_fd(), &[0; 64], None, CHUNK, 0)?;
