@@ -70,7 +70,9 @@ mod tests {
 
     #[test]
     fn only_what_matters_makes_another_table() {
-        let make = |balance, loads, old| Table::make(balance, 251, candidates(loads), old);
+        fn make(balance: Balance, loads: [u64; 2], old: Option<&Table>) -> Table {
+            Table::make(balance, 251, candidates(loads), old)
+        }
         let same = |one: &Table, other: &Table| Arc::ptr_eq(&one.entries, &other.entries);
         for (name, balance) in Balance::NAMES {
             let old = make(balance, [1, 1], None);
