@@ -55,8 +55,11 @@ pub const MAP_REASONS: &str = "REASONS";
 pub const MAP_BACKEND_STATS: &str = "BACKEND_STATS";
 /// `BACKEND_TIMES`: per-CPU array of [`BackendTimes`](crate::service::BackendTimes) indexed by backend index.
 pub const MAP_BACKEND_TIMES: &str = "BACKEND_TIMES";
-/// `EVENTS`: ring buffer of [`Event`](crate::event::Event).
+/// `EVENTS`: ring buffer of [`Event`](crate::event::Event), where the daemon looks now and then.
 pub const MAP_EVENTS: &str = "EVENTS";
+/// `HELD`: ring buffer of [`Event`](crate::event::Event) of the kind
+/// [`EVENT_HELD`](crate::event::EVENT_HELD), for which the daemon is woken.
+pub const MAP_HELD: &str = "HELD";
 /// `RELEASES`: array of [`Release`](crate::event::Release), read by the `release` program.
 pub const MAP_RELEASES: &str = "RELEASES";
 /// `STAGES`: program array; the daemon puts [`STAGE_PROGRAMS`] at their indexes.
@@ -102,7 +105,7 @@ pub const DEFAULT_LB_TABLE: u32 = 1_048_576;
 pub const DEFAULT_SOURCES: u32 = 256;
 /// Default capacity of `COOKIES`.
 pub const DEFAULT_COOKIES: u32 = 16;
-/// Size of the `EVENTS` ring in bytes.
+/// Size of each of the rings `EVENTS` and `HELD` in bytes.
 pub const EVENTS_BYTES: u32 = 1 << 20;
 /// Capacity of `RELEASES`: held hellos that one run of the `release` program can release.
 pub const RELEASES_MAX: u32 = 256;

@@ -17,7 +17,7 @@ pub const EVENT_REJECTED: u32 = 5;
 /// A connection was bound: one of so many as [`Globals::trace`](crate::globals::Globals::trace) says.
 pub const EVENT_BOUND: u32 = 6;
 
-/// One record of the `EVENTS` ring. 96 bytes.
+/// One record of the rings `EVENTS` and `HELD`. 96 bytes.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Event {

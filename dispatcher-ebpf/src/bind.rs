@@ -168,7 +168,8 @@ fn choose(slot: &mut Slot, index: u32, frontend: &Frontend, avoid: u32) -> Verdi
         if slot.stage == STAGE_FILLING && frontend.flags & FRONTEND_MISS_DAEMON != 0 {
             // Signed: the coarse clock is up to a tick behind the daemon's.
             let age = now_ns().wrapping_sub(globals()?.heartbeat) as i64;
-            if age < HEARTBEAT_LIMIT_NS as i64 && tell(EVENT_HELD, backend, index, slot) {
+            if age < HEARTBEAT_LIMIT_NS as i64 {
+                slot.backend = backend;
                 slot.stage = STAGE_HELD;
                 return Verdict(Reason::Held);
             }
@@ -232,6 +233,12 @@ fn follow_client(slot: &Slot, frontend: &Frontend) -> bool {
         sessions::touch(KIND_CLIENT, entry, frontend, now());
     }
     true
+}
+
+/// Asks the daemon for a backend for a held slot; false when the ring is full.
+#[inline(always)]
+pub fn ask(index: u32, slot: &Slot) -> bool {
+    tell(EVENT_HELD, slot.backend, index, slot)
 }
 
 /// Tells the daemon of a slot; false when the ring is full.

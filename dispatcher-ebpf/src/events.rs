@@ -3,24 +3,28 @@
 use aya_ebpf::{macros::map, maps::RingBuf};
 use dispatcher_common::{
     abi,
-    event::{EVENT_HELD, EVENT_REJECTED, Event},
+    event::{EVENT_HELD, Event},
     flow::FlowKey,
     session::SessionKey,
 };
 
+/// What the daemon finds when it looks by itself: a wake-up costs more than all else that a miss does.
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(abi::EVENTS_BYTES, 0);
+/// What waits for its answer.
+#[map]
+static HELD: RingBuf = RingBuf::with_byte_size(abi::EVENTS_BYTES, 0);
 
-/// The daemon is woken (`BPF_RB_FORCE_WAKEUP` of bpf.h): it must act.
-const WAKE: u64 = 2;
-/// The daemon finds it when it looks by itself (`BPF_RB_NO_WAKEUP`): a wake-up costs more than all else
-/// that a miss does.
+/// Wakes nobody (`BPF_RB_NO_WAKEUP` of bpf.h).
 const LEAVE: u64 = 1;
+/// Wakes the daemon if it has read all that came before; else it is still reading.
+const WAKE: u64 = 0;
 
 /// Writes an event; false when the ring is full.
 #[inline(always)]
 pub fn tell(kind: u32, frontend: u32, backend: u32, slot: u32, flow: &FlowKey, session: &SessionKey) -> bool {
-    let Some(mut entry) = EVENTS.reserve::<Event>(0) else { return false };
+    let (ring, flags) = if kind == EVENT_HELD { (&HELD, WAKE) } else { (&EVENTS, LEAVE) };
+    let Some(mut entry) = ring.reserve::<Event>(0) else { return false };
     let event = entry.as_mut_ptr();
     // SAFETY: the ring reserved the bytes of one event; every field is written.
     unsafe {
@@ -31,7 +35,6 @@ pub fn tell(kind: u32, frontend: u32, backend: u32, slot: u32, flow: &FlowKey, s
         (*event).flow = *flow;
         (*event).session = *session;
     }
-    let acts = kind == EVENT_HELD || kind == EVENT_REJECTED;
-    entry.submit(if acts { WAKE } else { LEAVE });
+    entry.submit(flags);
     true
 }

@@ -122,6 +122,23 @@ pub struct Segment {
 /// Takes a segment of a connection that is not established.
 #[inline(always)]
 pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
+    let verdict = collect(frame, p, frontend);
+    if !verdict.is(Reason::Held) {
+        return verdict;
+    }
+    let index = scratch()?.segment.index;
+    let slot = slot(index)?;
+    // Not while the slot is locked: the daemon's answer can come at once.
+    if bind::ask(index, slot) {
+        return verdict;
+    }
+    // Too much waits for the daemon.
+    locked(slot, |slot| bind::bind(frame, slot, index, bind::ANY))
+}
+
+/// Keeps the segment in the connection's slot, or in a new one, and binds it if there is enough of it.
+#[inline(always)]
+fn collect(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
     let globals = globals()?;
     options::read(frame, p)?;
     let parsed = &scratch()?.parsed;

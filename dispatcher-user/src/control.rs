@@ -1,7 +1,7 @@
 //! The control API: HTTP and JSON on a Unix socket. [`crate::api`] has what it says.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     ffi::CString,
     fs, io,
     net::{IpAddr, SocketAddr},
@@ -932,19 +932,22 @@ async fn remove(
 /// Names of ids and indexes.
 struct Names {
     config: Arc<Config>,
+    /// Where a service and a backend of it stand in the configuration, by backend id.
+    backends: HashMap<u32, (usize, usize)>,
     /// Backend id by index.
-    ids: Vec<(u32, u32)>,
+    ids: HashMap<u32, u32>,
 }
 
 impl Names {
     fn new(shared: &Shared) -> Self {
         let state = shared.state();
         let config = shared.config();
-        let backends = config.services.iter().flat_map(|service| &service.backends);
-        let ids = backends
-            .filter_map(|backend| Some((state.actual.backend_index(backend.id)?, backend.id)))
-            .collect();
-        Self { config, ids }
+        let numbered = config.services.iter().enumerate().flat_map(|(at, service)| {
+            service.backends.iter().enumerate().map(move |(n, backend)| (backend.id, (at, n)))
+        });
+        let backends = numbered.collect();
+        let ids = state.actual.backend_indexes().map(|(id, index)| (index, id)).collect();
+        Self { config, backends, ids }
     }
 
     fn service(&self, id: u32) -> String {
@@ -953,14 +956,15 @@ impl Names {
     }
 
     fn backend(&self, id: u32) -> String {
-        let mut backends = self.config.services.iter().flat_map(|service| &service.backends);
-        let backend = backends.find(|backend| backend.id == id);
-        backend.map_or_else(|| format!("{id:08x}"), |backend| backend.name.clone())
+        let found = self
+            .backends
+            .get(&id)
+            .and_then(|(service, backend)| self.config.services.get(*service)?.backends.get(*backend));
+        found.map_or_else(|| format!("{id:08x}"), |backend| backend.name.clone())
     }
 
     fn backend_at(&self, index: u32) -> String {
-        let id = self.ids.iter().find(|(one, _)| *one == index);
-        id.map_or_else(|| format!("#{index}"), |(_, id)| self.backend(*id))
+        self.ids.get(&index).map_or_else(|| format!("#{index}"), |id| self.backend(*id))
     }
 
     fn service_of(&self, vip: SocketAddr, protocol: Protocol) -> String {

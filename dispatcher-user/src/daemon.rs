@@ -216,6 +216,11 @@ fn prepare(
     for interface in dataplane.settled()? {
         say(out, &format!("detached from {interface}"));
     }
+    if let Err(error) = dataplane.anchor_release() {
+        log::warn!(
+            "{error}: hellos held at the same time wait 25 ms for their backend; start with CAP_SYS_ADMIN"
+        );
+    }
     if !options.keep_privileges {
         privileges::drop_privileges()?;
     }
@@ -299,9 +304,9 @@ async fn serve(
     }
 
     let mut tasks: JoinSet<(&'static str, String)> = JoinSet::new();
-    if let Some(ring) = shared.dataplane.take_events() {
+    if let (Some(held), Some(ring)) = (shared.dataplane.take_held(), shared.dataplane.take_events()) {
         let shared = Arc::clone(&shared);
-        tasks.spawn(async move { ("the event task", ended(events::serve(shared, ring).await)) });
+        tasks.spawn(async move { ("the event task", ended(events::serve(shared, held, ring).await)) });
     }
     tasks.spawn(heartbeat(Arc::clone(&shared)));
     tasks.spawn(follow(Arc::clone(&shared), reach));

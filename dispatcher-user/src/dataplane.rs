@@ -8,7 +8,7 @@ use std::{
     fmt, io,
     os::fd::{AsFd as _, BorrowedFd},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -29,6 +29,7 @@ use dispatcher_common::{
     stash::Slot,
 };
 
+mod anchor;
 mod capacity;
 mod pins;
 mod sessions;
@@ -36,6 +37,7 @@ mod syscall;
 mod table;
 mod test_run;
 
+use anchor::Anchor;
 use pins::Pins;
 use syscall::Link;
 
@@ -206,6 +208,9 @@ pub enum Error {
     },
 }
 
+/// Most releases of one run: `RELEASES` has an entry for a cursor too.
+pub const RELEASES_AT_ONCE: usize = abi::RELEASES_MAX as usize - 1;
+
 /// What to do about maps that cannot be used.
 const REMEDY: &str = "start the version that made it, or let go of its connections and sessions with `dispatcherctl detach` and start again";
 
@@ -270,6 +275,9 @@ pub struct Dataplane {
     replay: Vec<Mutex<DevMap<MapData>>>,
     single: Vec<Mutex<DevMap<MapData>>>,
     events: Mutex<Option<RingBuf<MapData>>>,
+    held: Mutex<Option<RingBuf<MapData>>>,
+    /// Of the `release` program.
+    anchor: OnceLock<Anchor>,
     /// The kernel empties a program array when its last descriptor is closed and its last pin is gone.
     _stages: ProgramArray<MapData>,
 }
@@ -377,6 +385,8 @@ impl Dataplane {
             single: replay_maps(e, abi::MAP_SINGLE_PREFIX)?,
             _stages: stages,
             events: Mutex::new(Some(take_map(e, abi::MAP_EVENTS)?)),
+            held: Mutex::new(Some(take_map(e, abi::MAP_HELD)?)),
+            anchor: OnceLock::new(),
             links: Mutex::default(),
             pins: None,
             taken_over,
@@ -728,22 +738,34 @@ impl Dataplane {
         lock(&self.events).take()
     }
 
+    /// The ring of held hellos; `None` after the first call.
+    pub fn take_held(&self) -> Option<RingBuf<MapData>> {
+        lock(&self.held).take()
+    }
+
     /// Starts to hand on what the programs log, where they do.
     pub fn logger(&self) -> Option<aya_log::EbpfLogger<&'static dyn log::Log>> {
         aya_log::EbpfLogger::init(&mut lock(&self.ebpf)).ok()
     }
 
+    /// Lets several held hellos be released at once without delay. It takes CAP_SYS_ADMIN.
+    pub fn anchor_release(&self) -> Result<(), Error> {
+        let program = self.program_fd(abi::PROGRAM_RELEASE)?;
+        let anchor = Anchor::new(program)
+            .map_err(|source| Error::Run { program: abi::PROGRAM_RELEASE.to_owned(), source })?;
+        // A second one is as good as the first.
+        drop(self.anchor.set(anchor));
+        Ok(())
+    }
+
     /// Answers held hellos with the daemon's picks.
     pub fn release(&self, releases: &[Release]) -> Result<(), Error> {
-        for batch in releases.chunks(abi::RELEASES_MAX as usize - 1) {
-            let mut next = 1;
-            for release in batch {
-                self.releases.set(next, *release)?;
-                next += 1;
-            }
+        for batch in releases.chunks(RELEASES_AT_ONCE) {
             // Entry 0 is the program's cursor.
-            self.releases.set(0, Release { slot: 1, ..Release::default() })?;
-            self.run(abi::PROGRAM_RELEASE, &[0; 128], None, next - 1, LIVE_FRAMES)?;
+            let cursor = Release { slot: 1, ..Release::default() };
+            let values: Vec<Release> = std::iter::once(cursor).chain(batch.iter().copied()).collect();
+            self.releases.set_all(0, &values)?;
+            self.run(abi::PROGRAM_RELEASE, &[0; 128], None, batch.len() as u32, LIVE_FRAMES)?;
         }
         Ok(())
     }

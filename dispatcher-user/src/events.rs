@@ -20,18 +20,18 @@ use dispatcher_common::{
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    time::timeout,
+    time::{Instant, timeout_at},
 };
 
 use crate::{
     api,
     balancer::{Balancer, Candidate},
-    dataplane::{Dataplane, Error, Swept, monotonic_seconds},
+    dataplane::{Dataplane, Error, RELEASES_AT_ONCE, Sessions, Swept, monotonic_seconds},
     reconcile::Pool,
     state::Shared,
 };
 
-/// How long a record that nobody was woken for may lie in the ring: it holds 10,000.
+/// The ring of what nobody is woken for is looked at this often: it holds 10,000.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// Counts what came through the ring.
@@ -74,32 +74,62 @@ impl Counts {
     }
 }
 
-/// Answers events until the task is dropped.
-pub(crate) async fn serve(shared: Arc<Shared>, ring: RingBuf<MapData>) -> io::Result<()> {
+/// Answers held hellos, and counts events, until the task is dropped.
+pub(crate) async fn serve(
+    shared: Arc<Shared>,
+    held: RingBuf<MapData>,
+    mut events: RingBuf<MapData>,
+) -> io::Result<()> {
     // SAFETY: the ring owns its descriptor and names the same one until it is dropped.
-    let mut ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }?;
+    let mut held = unsafe { AsyncFd::register_with_interest(held, Interest::READABLE) }?;
     let mut picker = Picker::default();
+    let (mut more, mut look) = (false, Instant::now());
     loop {
-        // The data path wakes us for what must be answered; the rest we look for now and then.
-        if let Ok(guard) = timeout(LOOK, ring.readable_mut()).await {
+        if more {
+            tokio::task::yield_now().await;
+        } else if let Ok(guard) = timeout_at(look, held.readable_mut()).await {
             guard?.clear_ready();
         }
-        let mut releases = Vec::new();
-        while let Some(item) = ring.get_mut().next() {
-            if let Some(event) = read_event(&item) {
-                handle(&shared, &mut picker, &event, &mut releases);
+        more = answer(&shared, &mut picker, held.get_mut());
+        if Instant::now() >= look {
+            look = Instant::now() + LOOK;
+            while let Some(item) = events.next() {
+                if let Some(event) = read_event(&item) {
+                    take_note(&shared, &event);
+                }
             }
-        }
-        if releases.is_empty() {
-            continue;
-        }
-        match shared.dataplane.release(&releases) {
-            Ok(()) => {
-                shared.counts.released.fetch_add(releases.len() as u64, Ordering::Relaxed);
-            }
-            Err(error) => log::error!("releasing {} held hellos: {error}", releases.len()),
         }
     }
+}
+
+/// Answers what is held, at most as many hellos as one run releases: those that came first do not wait for
+/// all the others. True when there may be more.
+fn answer(shared: &Shared, picker: &mut Picker, held: &mut RingBuf<MapData>) -> bool {
+    let (pools, counted) = shared.pools();
+    picker.counted(counted);
+    let mut releases = Vec::new();
+    while releases.len() < RELEASES_AT_ONCE
+        && let Some(item) = held.next()
+    {
+        let Some(event) = read_event(&item) else { continue };
+        take_note(shared, &event);
+        match picker.answer(&shared.dataplane, &pools, &event) {
+            Ok(Some(backend)) => releases.push(Release { slot: event.slot, backend, flow: event.flow }),
+            // The client sends its hello again, and may then find a backend.
+            Ok(None) => log::debug!("no backend for {:?}", event.flow),
+            Err(error) => log::warn!("held hello of {:?}: {error}", event.flow),
+        }
+    }
+    if releases.is_empty() {
+        return false;
+    }
+    match shared.dataplane.release(&releases) {
+        Ok(()) => {
+            shared.counts.released.fetch_add(releases.len() as u64, Ordering::Relaxed);
+        }
+        Err(error) => log::error!("releasing {} held hellos: {error}", releases.len()),
+    }
+    releases.len() == RELEASES_AT_ONCE
 }
 
 pub(crate) fn read_event(bytes: &[u8]) -> Option<Event> {
@@ -111,7 +141,8 @@ pub(crate) fn read_event(bytes: &[u8]) -> Option<Event> {
     Some(unsafe { bytes.as_ptr().cast::<Event>().read_unaligned() })
 }
 
-fn handle(shared: &Shared, picker: &mut Picker, event: &Event, releases: &mut Vec<Release>) {
+/// Counts an event and hands it on.
+fn take_note(shared: &Shared, event: &Event) {
     shared.trace.tell(event);
     let counts = &shared.counts;
     let (count, what) = match event.kind {
@@ -142,15 +173,6 @@ fn handle(shared: &Shared, picker: &mut Picker, event: &Event, releases: &mut Ve
     {
         shared.suspects.refused(id);
     }
-    if event.kind != EVENT_HELD {
-        return;
-    }
-    match picker.answer(shared, event) {
-        Ok(Some(backend)) => releases.push(Release { slot: event.slot, backend, flow: event.flow }),
-        // The client sends its hello again, and may then find a backend.
-        Ok(None) => log::debug!("no backend for {:?}", event.flow),
-        Err(error) => log::warn!("held hello of {:?}: {error}", event.flow),
-    }
 }
 
 /// Balancers with what they remember between picks.
@@ -163,24 +185,32 @@ struct Picker {
 }
 
 impl Picker {
-    /// The backend index for a held hello.
-    fn answer(&mut self, shared: &Shared, event: &Event) -> Result<Option<u32>, Error> {
-        let (pools, counted) = shared.pools();
+    /// Takes note of how often loads were counted.
+    fn counted(&mut self, counted: u64) {
         if counted != self.counted {
             self.counted = counted;
             self.since.clear();
         }
+    }
+
+    /// The backend index for a held hello.
+    fn answer(
+        &mut self,
+        dataplane: &Dataplane,
+        pools: &BTreeMap<u32, Pool>,
+        event: &Event,
+    ) -> Result<Option<u32>, Error> {
         let Some(pool) = pools.get(&event.frontend) else { return Ok(None) };
         // A key's name is one for many clients: only a server's acceptance says whose it is.
         if event.session.len == 0 || event.session.kind == KIND_TICKET_NAME {
             return Ok(self.pick(pool, &event.flow).map(|one| one.index));
         }
-        self.bind(&shared.dataplane, pool, event)
+        self.bind(dataplane.sessions(), pool, event)
     }
 
     /// A hello with an identifier: the session's backend, or a new session.
-    fn bind(&mut self, dataplane: &Dataplane, pool: &Pool, event: &Event) -> Result<Option<u32>, Error> {
-        let (sessions, key, now) = (dataplane.sessions(), event.session, monotonic_seconds());
+    fn bind(&mut self, sessions: &Sessions, pool: &Pool, event: &Event) -> Result<Option<u32>, Error> {
+        let (key, now) = (event.session, monotonic_seconds());
         let known =
             || -> Result<_, Error> { Ok(sessions.all(&key)?.find_map(|session| usable(session, pool, now))) };
         if let Some(index) = known()? {

@@ -31,7 +31,10 @@ use crate::{
     dataplane::{Dataplane, Error, monotonic_seconds},
 };
 
+mod tables;
 mod takeover;
+
+pub use tables::Table;
 
 /// How frames reach an address.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -144,7 +147,7 @@ pub struct Actual {
     backends: BTreeMap<u32, BackendSlot>,
     frontends: BTreeMap<Vip, FrontendSlot>,
     /// What stands in `LB_TABLE`, by first entry.
-    tables: BTreeMap<u32, Vec<u32>>,
+    tables: BTreeMap<u32, Table>,
     replay: Vec<u32>,
     /// Names by index into `COOKIES`.
     cookies: Vec<String>,
@@ -241,8 +244,8 @@ pub enum Change {
         vip: Vip,
         /// First entry.
         base: u32,
-        /// The entries.
-        entries: Vec<u32>,
+        /// What is written.
+        table: Table,
     },
     /// A frontend.
     Frontend {
@@ -361,9 +364,10 @@ impl<'c> Plan<'_, 'c> {
     /// names them any more.
     fn backends(&mut self) -> Vec<Change> {
         let mut lowered = Vec::new();
+        let mut free = self.next.free_backends();
         for service in &self.config().services {
             for backend in &service.backends {
-                let index = self.next.backend_slot(backend.id);
+                let index = self.next.backend_slot(backend.id, &mut free);
                 for v4 in [true, false] {
                     let old = self.next.endpoint(backend.id, v4);
                     let endpoint = self.endpoint(service, backend, v4, old);
@@ -482,8 +486,7 @@ impl<'c> Plan<'_, 'c> {
 
     fn frontends(&mut self, sources: &BTreeMap<(u32, bool), (u32, u32)>) {
         for service in &self.config().services {
-            let balancer = service.balance.balancer();
-            let mut tables: BTreeMap<bool, Vec<u32>> = BTreeMap::new();
+            let mut tables: BTreeMap<bool, Table> = BTreeMap::new();
             for address in &service.vips {
                 let vip = (*address, service.protocol.number());
                 let v4 = address.is_ipv4();
@@ -491,7 +494,9 @@ impl<'c> Plan<'_, 'c> {
                     .entry(v4)
                     .or_insert_with(|| {
                         let candidates = candidates(self.desired, &self.next, service, v4);
-                        balancer.table(&candidates, service.table_size)
+                        let old = self.next.frontends.get(&vip).map(|slot| slot.frontend.table_base);
+                        let old = old.and_then(|base| self.next.tables.get(&base));
+                        Table::make(service.balance, service.table_size, candidates, old)
                     })
                     .clone();
                 let pool = sources.get(&(service.id, v4)).copied().unwrap_or_default();
@@ -500,7 +505,7 @@ impl<'c> Plan<'_, 'c> {
         }
     }
 
-    fn frontend(&mut self, service: &Service, vip: Vip, table: Vec<u32>, pool: (u32, u32)) {
+    fn frontend(&mut self, service: &Service, vip: Vip, table: Table, pool: (u32, u32)) {
         let size = service.table_size;
         let old = self.next.frontends.get(&vip).filter(|slot| slot.frontend.table_size == size).cloned();
         let (index, region) = match (&old, self.next.frontends.get(&vip)) {
@@ -518,15 +523,16 @@ impl<'c> Plan<'_, 'c> {
             frontend.table_base = old.frontend.table_base;
             frontend.table_len = old.frontend.table_len;
         }
-        if table.as_slice() != self.next.table(&frontend) {
-            if !table.is_empty() {
+        let len = table.entries().len() as u32;
+        if table.entries() != self.next.table(&frontend) {
+            if len > 0 {
                 // Beside the one in use, if one is.
                 let second = old.is_some() && frontend.table_len > 0 && frontend.table_base == region;
                 frontend.table_base = if second { region + size } else { region };
             }
-            frontend.table_len = table.len() as u32;
-            if !table.is_empty() {
-                self.push(Change::Table { vip, base: frontend.table_base, entries: table });
+            frontend.table_len = len;
+            if len > 0 {
+                self.push(Change::Table { vip, base: frontend.table_base, table });
             }
         }
         if old.as_ref().is_none_or(|old| old.frontend != frontend) {
@@ -770,9 +776,7 @@ impl Actual {
                 globals.filter.fill(0);
                 addresses.iter().for_each(|address| globals.filter_add(*address));
             }),
-            Change::Table { base, entries, .. } => {
-                (*base..).zip(entries).try_for_each(|(at, index)| dataplane.lb_table().set(at, *index))
-            }
+            Change::Table { base, table, .. } => dataplane.lb_table().set_all(*base, table.entries()),
             Change::Frontend { vip, index, frontend, .. } => {
                 let mut frontend = *frontend;
                 frontend.cid_lengths = self.cid_lengths.get(&frontend.service).copied().unwrap_or_default();
@@ -856,8 +860,8 @@ impl Actual {
             }
             Change::Generation => {}
             Change::Filter { addresses } => self.filter.clone_from(addresses),
-            Change::Table { base, entries, .. } => {
-                self.tables.insert(*base, entries.clone());
+            Change::Table { base, table, .. } => {
+                self.tables.insert(*base, table.clone());
             }
             Change::Frontend { vip, index, frontend } => {
                 let published = self.frontends.get(vip).is_some_and(|slot| slot.published);
@@ -884,7 +888,7 @@ impl Actual {
 
     /// The table that a frontend points to.
     fn table(&self, frontend: &Frontend) -> &[u32] {
-        let written = self.tables.get(&frontend.table_base).map(Vec::as_slice).unwrap_or_default();
+        let written = self.tables.get(&frontend.table_base).map(Table::entries).unwrap_or_default();
         written.get(..frontend.table_len as usize).unwrap_or_default()
     }
 
@@ -892,13 +896,18 @@ impl Actual {
         self.backends.get(&id).map(|slot| slot.endpoints[usize::from(!v4)]).unwrap_or_default()
     }
 
-    /// The index of a backend, or the lowest free one, which it has from now on.
-    fn backend_slot(&mut self, id: u32) -> u32 {
+    /// Indexes that no backend has, the lowest first.
+    fn free_backends(&self) -> impl Iterator<Item = u32> + use<> {
+        let taken: BTreeSet<u32> = self.backends.values().map(|slot| slot.index).collect();
+        (0..).filter(move |index| !taken.contains(index))
+    }
+
+    /// The index of a backend, or the next free one, which it has from now on.
+    fn backend_slot(&mut self, id: u32, free: &mut impl Iterator<Item = u32>) -> u32 {
         if let Some(slot) = self.backends.get(&id) {
             return slot.index;
         }
-        let taken: BTreeSet<u32> = self.backends.values().map(|slot| slot.index).collect();
-        let index = lowest_free(&taken);
+        let index = free.next().unwrap_or(u32::MAX);
         self.backends.insert(id, BackendSlot { index, ..BackendSlot::default() });
         index
     }

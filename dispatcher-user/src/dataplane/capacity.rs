@@ -86,7 +86,7 @@ impl Capacities {
     }
 
     /// The maps whose content is of use beyond one generation of programs, and their sizes.
-    pub(super) fn maps(&self) -> [Definition; 17] {
+    pub(super) fn maps(&self) -> [Definition; 18] {
         use MapType::{Array, Hash, LruHash, PerCpuArray, RingBuf};
         [
             Definition::of::<FlowKey, Flow>(abi::MAP_FLOWS, LruHash, self.flows),
@@ -106,6 +106,7 @@ impl Capacities {
             Definition::of::<u32, u64>(abi::MAP_REASONS, PerCpuArray, REASONS_MAX),
             Definition::of::<u32, Release>(abi::MAP_RELEASES, Array, abi::RELEASES_MAX),
             Definition::of::<(), ()>(abi::MAP_EVENTS, RingBuf, abi::EVENTS_BYTES),
+            Definition::of::<(), ()>(abi::MAP_HELD, RingBuf, abi::EVENTS_BYTES),
         ]
     }
 

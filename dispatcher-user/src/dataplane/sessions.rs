@@ -97,7 +97,6 @@ impl Sessions {
         for (map, (entries, _)) in
             [(&self.mapping, &mut swept.known), (&self.provisional, &mut swept.provisional)]
         {
-            // First look, then remove: a walk whose last key is gone starts anew.
             let mut expired = Vec::new();
             for (key, session) in map.iter() {
                 *entries += 1;

@@ -10,6 +10,8 @@ use std::{
     path::Path,
 };
 
+use aya::Pod;
+
 use super::AttachMode;
 
 // `enum bpf_cmd` of Linux's bpf.h.
@@ -17,6 +19,8 @@ const MAP_LOOKUP_ELEM: libc::c_int = 1;
 const OBJ_PIN: libc::c_int = 6;
 const OBJ_GET: libc::c_int = 7;
 const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const MAP_LOOKUP_BATCH: libc::c_int = 24;
+const MAP_UPDATE_BATCH: libc::c_int = 26;
 const LINK_CREATE: libc::c_int = 28;
 const LINK_UPDATE: libc::c_int = 29;
 const LINK_DETACH: libc::c_int = 34;
@@ -107,6 +111,84 @@ struct Element {
 }
 // SAFETY: `BPF_MAP_*_ELEM` in `union bpf_attr`.
 unsafe impl Attributes for Element {}
+
+#[repr(C)]
+struct Batch {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    element_flags: u64,
+    flags: u64,
+}
+// SAFETY: `batch` in `union bpf_attr`.
+unsafe impl Attributes for Batch {}
+
+impl Batch {
+    fn of<K: Pod, V: Pod>(map: BorrowedFd<'_>, keys: *const K, values: *const V, count: u32) -> Self {
+        Self {
+            in_batch: 0,
+            out_batch: 0,
+            keys: keys.expose_provenance() as u64,
+            values: values.expose_provenance() as u64,
+            count,
+            map: number(map),
+            element_flags: 0,
+            flags: 0,
+        }
+    }
+}
+
+/// Writes many values at once. Keys and values are those of the map: it checks their sizes nowhere.
+pub(super) fn update_batch<K: Pod, V: Pod>(map: BorrowedFd<'_>, keys: &[K], values: &[V]) -> io::Result<()> {
+    let count = u32::try_from(keys.len().min(values.len())).map_err(io::Error::other)?;
+    let mut batch = Batch::of(map, keys.as_ptr(), values.as_ptr(), count);
+    // SAFETY: `count` keys and values are read, which are there and outlive the call; their sizes are the
+    // map's, as the caller says.
+    unsafe { bpf(MAP_UPDATE_BATCH, &mut batch) }.map(drop)
+}
+
+/// Where a walk through a hash map has come to.
+#[derive(Default)]
+pub(super) struct Cursor(Option<[u32; 4]>);
+
+/// Reads the next entries of a hash map, at most as many as the vectors have room for; false at the end. The
+/// vectors get what was read. It is no error when others write meanwhile.
+pub(super) fn lookup_batch<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    cursor: &mut Cursor,
+    keys: &mut Vec<K>,
+    values: &mut Vec<V>,
+) -> io::Result<bool> {
+    keys.clear();
+    values.clear();
+    let room = keys.capacity().min(values.capacity());
+    let mut batch =
+        Batch::of(map, keys.as_ptr(), values.as_ptr(), u32::try_from(room).map_err(io::Error::other)?);
+    let mut next = [0_u32; 4];
+    if let Some(from) = &cursor.0 {
+        batch.in_batch = from.as_ptr().expose_provenance() as u64;
+    }
+    batch.out_batch = next.as_mut_ptr().expose_provenance() as u64;
+    // SAFETY: at most `room` keys and values are written, for which the vectors have the capacity; their sizes
+    // are the map's, as the caller says. A hash map's cursor has four bytes. All of it outlives the call.
+    let result = unsafe { bpf(MAP_LOOKUP_BATCH, &mut batch) };
+    let more = match result {
+        Ok(_) => true,
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => false,
+        Err(error) => return Err(error),
+    };
+    let count = room.min(batch.count as usize);
+    // SAFETY: the kernel has written so many, and any bytes are a key or a value: they are `Pod`.
+    unsafe {
+        keys.set_len(count);
+        values.set_len(count);
+    }
+    cursor.0 = Some(next);
+    Ok(more)
+}
 
 /// The first value of an array, whose values have this many bytes.
 pub(super) fn first_value(map: BorrowedFd<'_>, size: u32) -> io::Result<Vec<u8>> {
@@ -231,6 +313,13 @@ impl Link {
     fn number(&self) -> u32 {
         self.0.as_raw_fd().unsigned_abs()
     }
+}
+
+/// Takes this thread into a network namespace of its own.
+pub(super) fn new_namespace() -> io::Result<()> {
+    // SAFETY: an integer only; the thread has no sockets that could mind.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Returns when every program run that was under way has ended: an RCU grace period.

@@ -3,22 +3,34 @@
 //! The kernel lets anyone read and write a map at any time; aya asks for `&mut` to write. So each map
 //! has two descriptors: one that everybody reads through, and one behind a lock that is written through.
 
-use std::{fmt, os::fd::AsFd as _, sync::Mutex};
+use std::{
+    fmt,
+    os::fd::{AsFd as _, OwnedFd},
+    sync::Mutex,
+};
 
 use aya::{
     Ebpf, Pod,
     maps::{Array, HashMap, Map, MapData, MapError},
 };
 
-use super::{Error, layout, lock, map_error, take_map};
+use super::{
+    Error, layout, lock, map_error,
+    syscall::{Cursor, lookup_batch, update_batch},
+    take_map,
+};
 
 /// Fails when the key exists: `BPF_NOEXIST` of Linux's bpf.h.
 const NOEXIST: u64 = 1;
+
+/// Entries that one system call reads or writes, where there are many.
+const BATCH: usize = 1024;
 
 /// A hash map.
 #[derive(Debug)]
 pub struct Table<K, V> {
     name: &'static str,
+    fd: OwnedFd,
     entries: u32,
     read: HashMap<MapData, K, V>,
     write: Mutex<HashMap<MapData, K, V>>,
@@ -28,8 +40,9 @@ impl<K: Pod, V: Pod> Table<K, V> {
     pub(super) fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Self, Error> {
         let second = second(ebpf, name)?;
         let entries = entries(&second, name)?;
+        let fd = duplicate(&second, name)?;
         let write = HashMap::try_from(Map::HashMap(second)).map_err(layout(name))?;
-        Ok(Self { name, entries, read: take_map(ebpf, name)?, write: Mutex::new(write) })
+        Ok(Self { name, fd, entries, read: take_map(ebpf, name)?, write: Mutex::new(write) })
     }
 
     /// The value of a key.
@@ -65,15 +78,30 @@ impl<K: Pod, V: Pod> Table<K, V> {
         }
     }
 
-    /// All entries. Others may write meanwhile: an entry can then be missed or seen twice, and the walk
-    /// ends after twice the map's capacity.
+    /// All entries. Others may write meanwhile: what is there all the time is seen once, what comes or goes may
+    /// be seen. The walk ends where the map cannot be read.
     pub fn iter(&self) -> impl Iterator<Item = (K, V)> + '_ {
-        self.read.iter().take(self.entries as usize * 2).filter_map(Result::ok)
+        let (mut cursor, mut more) = (Cursor::default(), true);
+        let (mut keys, mut values) = (Vec::with_capacity(BATCH), Vec::with_capacity(BATCH));
+        std::iter::from_fn(move || {
+            if !more {
+                return None;
+            }
+            more = match lookup_batch(self.fd.as_fd(), &mut cursor, &mut keys, &mut values) {
+                Ok(more) => more,
+                Err(error) => {
+                    log::warn!("map {}: reading its entries: {error}", self.name);
+                    false
+                }
+            };
+            Some(keys.drain(..).zip(values.drain(..)).collect::<Vec<_>>())
+        })
+        .flatten()
     }
 
     /// All keys, with the same caveats.
     pub fn keys(&self) -> impl Iterator<Item = K> + '_ {
-        self.read.keys().take(self.entries as usize * 2).filter_map(Result::ok)
+        self.iter().map(|(key, _)| key)
     }
 
     /// Capacity.
@@ -86,6 +114,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
 /// An array.
 pub struct Cells<V: Pod> {
     name: &'static str,
+    fd: OwnedFd,
     read: Array<MapData, V>,
     write: Mutex<Array<MapData, V>>,
 }
@@ -98,8 +127,10 @@ impl<V: Pod> fmt::Debug for Cells<V> {
 
 impl<V: Pod> Cells<V> {
     pub(super) fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Self, Error> {
-        let write = Array::try_from(Map::Array(second(ebpf, name)?)).map_err(layout(name))?;
-        Ok(Self { name, read: take_map(ebpf, name)?, write: Mutex::new(write) })
+        let second = second(ebpf, name)?;
+        let fd = duplicate(&second, name)?;
+        let write = Array::try_from(Map::Array(second)).map_err(layout(name))?;
+        Ok(Self { name, fd, read: take_map(ebpf, name)?, write: Mutex::new(write) })
     }
 
     /// The value at an index.
@@ -110,6 +141,18 @@ impl<V: Pod> Cells<V> {
     /// Writes the value at an index.
     pub fn set(&self, index: u32, value: V) -> Result<(), Error> {
         lock(&self.write).set(index, value, 0).map_err(map_error(self.name, "writing"))
+    }
+
+    /// Writes values from an index on.
+    pub fn set_all(&self, first: u32, values: &[V]) -> Result<(), Error> {
+        let mut at = first;
+        for values in values.chunks(BATCH) {
+            let keys: Vec<u32> = (at..).take(values.len()).collect();
+            update_batch(self.fd.as_fd(), &keys, values)
+                .map_err(|error| map_error(self.name, "writing")(error.into()))?;
+            at += values.len() as u32;
+        }
+        Ok(())
     }
 
     /// Number of entries.
@@ -126,9 +169,12 @@ fn second(ebpf: &Ebpf, name: &str) -> Result<MapData, Error> {
     let (Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data)) = map else {
         return Err(wrong("neither array nor hash"));
     };
+    MapData::from_fd(duplicate(data, name)?).map_err(layout(name))
+}
+
+fn duplicate(data: &MapData, name: &str) -> Result<OwnedFd, Error> {
     let fd = data.fd().as_fd().try_clone_to_owned();
-    MapData::from_fd(fd.map_err(|error| map_error(name, "duplicating its descriptor")(error.into()))?)
-        .map_err(layout(name))
+    fd.map_err(|error| map_error(name, "duplicating its descriptor")(error.into()))
 }
 
 fn entries(data: &MapData, name: &str) -> Result<u32, Error> {

@@ -20,7 +20,7 @@ use dispatcher_common::{
     session::{KIND_QUIC_SERVER, STATE_CONFIGURED, TICKET_UNKNOWN},
 };
 
-use super::{Actual, BackendSlot, FrontendSlot, Unhealthy, vip_key};
+use super::{Actual, BackendSlot, FrontendSlot, Table, Unhealthy, vip_key};
 use crate::dataplane::{Dataplane, Error};
 
 impl Actual {
@@ -94,7 +94,7 @@ impl Actual {
             if !table.is_empty() {
                 let entries: Result<Vec<u32>, Error> =
                     table.clone().map(|at| dataplane.lb_table().get(at)).collect();
-                self.tables.insert(table.start, entries?);
+                self.tables.insert(table.start, Table::found(entries?));
             }
             self.frontends.insert(vip, FrontendSlot { index, frontend, published });
         }

@@ -39,7 +39,7 @@ use crate::{
 };
 
 /// The object with the floor programs and wrappers; empty in a build without `cargo xtask build`.
-fn bench_object() -> &'static [u8] {
+pub(super) fn bench_object() -> &'static [u8] {
     // The ELF reader wants the alignment of a 64-bit header.
     #[repr(C, align(8))]
     struct Aligned<T: ?Sized>(T);
@@ -52,9 +52,9 @@ const COUNTS: [u32; 3] = [1, 1024, 65_536];
 /// Frames of one batch of first data; each binds a connection of its own.
 const HELLOS: usize = 2048;
 /// Longest frame of `restore_each`; four bytes of length go before it.
-const EACH_MAX: usize = 1020;
+pub(super) const EACH_MAX: usize = 1020;
 /// Length of a ClientHello: what OpenSSL pads to.
-const HELLO_LEN: usize = 517;
+pub(super) const HELLO_LEN: usize = 517;
 
 const PORT: u16 = 443;
 /// Of flows that remember a QUIC connection ID.
@@ -729,14 +729,14 @@ fn difference(before: &[(Reason, u64)], after: &[(Reason, u64)]) -> Vec<(Reason,
     pairs.map(|(before, after)| (after.0, after.1.wrapping_sub(before.1))).collect()
 }
 
-fn load(ebpf: &mut Ebpf, name: &str) -> Result<OwnedFd> {
+pub(super) fn load(ebpf: &mut Ebpf, name: &str) -> Result<OwnedFd> {
     let program: &mut Xdp =
         ebpf.program_mut(name).with_context(|| format!("no program {name}"))?.try_into()?;
     program.load().with_context(|| format!("loading {name}"))?;
     Ok(program.fd()?.as_fd().try_clone_to_owned()?)
 }
 
-fn array<V: Pod>(ebpf: &mut Ebpf, name: &str) -> Result<Array<MapData, V>> {
+pub(super) fn array<V: Pod>(ebpf: &mut Ebpf, name: &str) -> Result<Array<MapData, V>> {
     Ok(Array::try_from(ebpf.take_map(name).with_context(|| format!("no map {name}"))?)?)
 }
 
@@ -756,7 +756,7 @@ fn backend_id(backend: u32) -> u32 {
 }
 
 /// A client of a number below 2^20: another address each, ports that differ too.
-fn client(v4: bool, number: u32) -> SocketAddr {
+pub(super) fn client(v4: bool, number: u32) -> SocketAddr {
     let ip = if v4 {
         Ipv4Addr::from_bits(Ipv4Addr::new(10, 64, 0, 0).to_bits() | number).into()
     } else {
@@ -791,7 +791,7 @@ fn ticket_key() -> Result<SessionKey> {
     SessionKey::new(stable_id(SERVICE), KIND_TICKET_NAME, &TICKET_KEY).context("16 bytes")
 }
 
-fn session_id(number: u32) -> [u8; 32] {
+pub(super) fn session_id(number: u32) -> [u8; 32] {
     let mut id = [0x5e; 32];
     id[..4].copy_from_slice(&number.to_be_bytes());
     id
@@ -854,27 +854,41 @@ fn stranger() -> Packet {
     segment(SocketAddr::from(([192, 0, 2, 7], 40_000)), SocketAddr::from(([192, 0, 2, 8], 443)), tcp)
 }
 
-/// A ClientHello with a valid cookie.
+/// The first data of a hello that the tables know, or not.
 fn first_data(cookie_key: [u64; 2], number: u32, known: Known) -> Packet {
-    let (client, vip) = (client(true, number), vip(true));
-    let isn = 0x3000_0000_u32.wrapping_add(number);
+    // Like nginx's tickets of TLS 1.3.
+    let psk = if known == Known::TicketKey { [&TICKET_KEY[..], &[0x77; 192]].concat() } else { Vec::new() };
+    let payload = if known == Known::Cookie { request() } else { padded_hello(&session_id(number), &psk) };
+    with_cookie(cookie_key, client(true, number), vip(true), payload)
+}
+
+/// A ClientHello of [`HELLO_LEN`] bytes.
+pub(super) fn padded_hello(id: &[u8], psk: &[u8]) -> Vec<u8> {
+    let hello = |padding| hello::resuming_hello(id, None, psk, padding);
+    let bare = hello(0).len();
+    // The header of the padding extension has four bytes.
+    hello(HELLO_LEN - bare - 4)
+}
+
+/// The first data of a connection, with a valid cookie.
+pub(super) fn with_cookie(
+    cookie_key: [u64; 2],
+    client: SocketAddr,
+    vip: SocketAddr,
+    payload: Vec<u8>,
+) -> Packet {
+    let isn = 0x3000_0000;
     // The data path's clock is up to a tick behind ours, and it knows no cookie of the future.
     let now = monotonic_ns().saturating_sub(20_000_000);
     let hash = cookie::hash(cookie_key, &key(client, vip), now >> cookie::WINDOW_SHIFT);
     let options = cookie::Options { mss: cookie::mss_index(1440), wscale: 7, sack: true };
-    let id = session_id(number);
-    // Like nginx's tickets of TLS 1.3.
-    let psk = if known == Known::TicketKey { [&TICKET_KEY[..], &[0x77; 192]].concat() } else { Vec::new() };
-    let hello = |padding| hello::resuming_hello(&id, None, &psk, padding);
-    let bare = hello(0).len();
     let tcp = Tcp {
-        seq: isn.wrapping_add(1),
+        seq: isn + 1,
         ack: cookie::make(hash, isn, options).wrapping_add(1),
         flags: flags::ACK | flags::PSH,
         window: 502,
         options: stamps(1001, isn),
-        // The header of the padding extension has four bytes.
-        payload: if known == Known::Cookie { request() } else { hello(HELLO_LEN - bare - 4) },
+        payload,
         ..Tcp::default()
     };
     segment(client, vip, tcp)

@@ -2,6 +2,7 @@
 
 pub mod affinity;
 pub mod connections;
+pub mod control;
 pub mod fastpath;
 pub mod report;
 pub mod sniff;

@@ -3,7 +3,7 @@
 use std::{io::stdout, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use dispatcher_tests::bench::{affinity, connections, fastpath};
+use dispatcher_tests::bench::{affinity, connections, control, fastpath};
 
 /// Measure the dispatcher
 #[derive(Parser)]
@@ -21,6 +21,14 @@ enum Bench {
     Affinity(Common),
     /// Real connections through namespaces, beside routing and nftables
     Connections(Common),
+    /// The daemon: reloads, tables, misses, memory, lists
+    Control {
+        #[command(flatten)]
+        common: Common,
+        /// Only one part
+        #[arg(long, value_enum)]
+        only: Option<control::Part>,
+    },
     /// Nanoseconds a packet, by BPF_PROG_RUN
     Fastpath {
         #[command(flatten)]
@@ -46,12 +54,15 @@ fn main() -> ExitCode {
         Bench::List => {
             println!("affinity     sessions resumed, beside HAProxy, nginx and nftables");
             println!("connections  real connections through namespaces, beside routing and nftables");
+            println!("control      the daemon: reloads, tables, misses, memory, lists");
             println!("fastpath     nanoseconds a packet, by BPF_PROG_RUN");
             return ExitCode::SUCCESS;
         }
         Bench::Affinity(common) => affinity::run(common.quick)
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
         Bench::Connections(common) => connections::run(common.quick)
+            .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
+        Bench::Control { common, only } => control::run(common.quick, only)
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
         Bench::Fastpath { common, object } => fastpath::run(common.quick, object.as_deref())
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
