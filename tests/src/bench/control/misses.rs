@@ -133,13 +133,11 @@ impl Generator {
         let [held, released, missed, full] = loop {
             let now = since(read(&self.reasons)?);
             let waiting = now[0].saturating_sub(now[1]);
-            if started.elapsed() > PATIENCE {
-                let counted = scene.daemon.told(&["counters"])?;
-                bail!(
-                    "{waiting} hellos wait for the daemon; fed {fed} {counted} {}",
-                    scene.daemon.process().log()
-                );
-            }
+            ensure!(
+                started.elapsed() < PATIENCE,
+                "{waiting} hellos wait for the daemon, which said:\n{}",
+                scene.daemon.process().log()
+            );
             if fed < SESSIONS && waiting <= WAITING {
                 let run = test_run(self.restore_each.as_fd(), &[0; 64], None, CHUNK, 0)?;
                 in_program += f64::from(run.duration_ns) * f64::from(CHUNK);
