@@ -29,7 +29,7 @@ pub struct Candidate {
 /// An algorithm.
 pub trait Balancer: Send {
     /// The load-balancing table: `size` entries of backend indexes, through which the data path spreads
-    /// connections evenly. Empty when there is no candidate. The same candidates give the same table.
+    /// connections evenly. Empty when there is no candidate. The same candidates give the same shares.
     fn table(&self, candidates: &[Candidate], size: u32) -> Vec<u32>;
 
     /// The backend for one more connection, of a client with this hash.
@@ -73,6 +73,13 @@ impl Balance {
             Self::PowerOfTwoChoices => Box::new(power_of_two::PowerOfTwo::default()),
             Self::WeightedLeastResponseTime => Box::new(least_response_time::LeastResponseTime),
         }
+    }
+
+    /// True when a table must be the same wherever it is made, and moves few entries by itself. Those of the
+    /// others keep as many entries in their places as they can.
+    #[must_use]
+    pub const fn is_consistent(self) -> bool {
+        matches!(self, Self::Maglev)
     }
 
     /// True when tables depend on [`Candidate::load`], so that they must be made anew now and then.

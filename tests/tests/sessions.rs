@@ -164,7 +164,7 @@ fn claim_c6_the_table_tells_a_sessions_server_and_tunnel() {
     // The service passes TLS through: there is no tunnel.
     assert_eq!(session.tunnel, 0);
     let table = stage.daemon.told(&["sessions", "show", &session.id]).expect("a table");
-    for word in ["backend", "tunnel", &home, &session.id] {
+    for word in ["BACKEND", "TUNNEL", &home, &session.id] {
         assert!(table.contains(word), "{word} is missing in {table}");
     }
 }
