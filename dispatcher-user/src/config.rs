@@ -422,6 +422,92 @@ impl Config {
     }
 }
 
+/// An address that stands in two places.
+struct Meeting {
+    /// Number of the service.
+    service: usize,
+    place: Place,
+    /// As it is written there.
+    address: String,
+    problem: String,
+}
+
+/// Where an address of a service stands.
+#[derive(Clone, Copy)]
+enum Place {
+    Vip,
+    /// With its number.
+    Backend(usize),
+    Source,
+}
+
+impl Place {
+    fn key(self) -> &'static str {
+        match self {
+            Self::Vip => "service.vip",
+            Self::Backend(_) => "service.backend.address",
+            Self::Source => "service.source_addresses",
+        }
+    }
+}
+
+impl Config {
+    /// The first place where VIPs, backends and source addresses meet.
+    fn meeting(&self) -> Option<Meeting> {
+        let mut vips = BTreeMap::new();
+        for (number, service) in self.services.iter().enumerate() {
+            for vip in &service.vips {
+                if let Some(other) = vips.insert((*vip, service.protocol.number()), &service.name) {
+                    return Some(Meeting {
+                        service: number,
+                        place: Place::Vip,
+                        address: vip.to_string(),
+                        problem: format!(
+                            "{vip} belongs to service {other} already; give each service its own address or port"
+                        ),
+                    });
+                }
+            }
+        }
+        let vips: BTreeSet<IpAddr> = vips.keys().map(|(vip, _)| vip.ip()).collect();
+        let mut backends = BTreeSet::new();
+        for (number, service) in self.services.iter().enumerate() {
+            let mut seen: BTreeMap<SocketAddr, &str> = BTreeMap::new();
+            for (place, backend) in service.backends.iter().enumerate() {
+                for address in backend.addresses() {
+                    backends.insert(address.ip());
+                    let problem = if vips.contains(&address.ip()) {
+                        format!(
+                            "{} is a VIP too, so packets would come back here; give the server's own address",
+                            address.ip()
+                        )
+                    } else if let Some(other) = seen.insert(address, &backend.name) {
+                        format!("{address} is backend {other} already; give the weight there instead")
+                    } else {
+                        continue;
+                    };
+                    let place = Place::Backend(place);
+                    return Some(Meeting { service: number, place, address: address.to_string(), problem });
+                }
+            }
+        }
+        for (number, service) in self.services.iter().enumerate() {
+            let Source::Dispatcher { addresses, .. } = &service.source else { continue };
+            if let Some(address) = addresses.iter().find(|one| vips.contains(one) || backends.contains(one)) {
+                return Some(Meeting {
+                    service: number,
+                    place: Place::Source,
+                    address: address.to_string(),
+                    problem: format!(
+                        "{address} is a VIP or a backend; give an address of the dispatcher that nothing else uses"
+                    ),
+                });
+            }
+        }
+        None
+    }
+}
+
 /// A capacity that is too small.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Shortage {
@@ -1143,56 +1229,15 @@ impl Text<'_> {
 
     /// VIPs, backends and source addresses must not meet.
     fn check_addresses(&self, raw: &raw::File, config: &Config) -> Result<(), Error> {
-        let mut vips = BTreeMap::new();
-        for (raw, service) in raw.service.iter().zip(&config.services) {
-            for vip in &service.vips {
-                if let Some(other) = vips.insert((*vip, service.protocol.number()), &service.name) {
-                    let problem = format!(
-                        "{vip} belongs to service {other} already; give each service its own address or port"
-                    );
-                    return Err(self.error(self.element(&raw.vip, &vip.to_string()), "service.vip", problem));
-                }
-            }
-        }
-        let vip_addresses: BTreeSet<IpAddr> = vips.keys().map(|(vip, _)| vip.ip()).collect();
-        let mut backend_addresses = BTreeSet::new();
-        for (raw, service) in raw.service.iter().zip(&config.services) {
-            let mut seen: BTreeMap<SocketAddr, &str> = BTreeMap::new();
-            for (raw, backend) in raw.backend.iter().zip(&service.backends) {
-                for address in backend.addresses() {
-                    let span = self.element(&raw.address, &address.to_string());
-                    if vip_addresses.contains(&address.ip()) {
-                        let problem = format!(
-                            "{} is a VIP too, so packets would come back here; give the server's own address",
-                            address.ip()
-                        );
-                        return Err(self.error(span, "service.backend.address", problem));
-                    }
-                    if let Some(other) = seen.insert(address, &backend.name) {
-                        let problem =
-                            format!("{address} is backend {other} already; give the weight there instead");
-                        return Err(self.error(span, "service.backend.address", problem));
-                    }
-                    backend_addresses.insert(address.ip());
-                }
-            }
-        }
-        for (raw, service) in raw.service.iter().zip(&config.services) {
-            let (Source::Dispatcher { addresses, .. }, Some(list)) = (&service.source, &raw.source_addresses)
-            else {
-                continue;
-            };
-            for address in addresses {
-                if vip_addresses.contains(address) || backend_addresses.contains(address) {
-                    let problem = format!(
-                        "{address} is a VIP or a backend; give an address of the dispatcher that nothing else uses"
-                    );
-                    let span = self.element(list, &address.to_string());
-                    return Err(self.error(span, "service.source_addresses", problem));
-                }
-            }
-        }
-        Ok(())
+        let Some(Meeting { service, place, address, problem }) = config.meeting() else { return Ok(()) };
+        let Some(raw) = raw.service.get(service) else { return Ok(()) };
+        let list = match place {
+            Place::Vip => Some(&raw.vip),
+            Place::Backend(number) => raw.backend.get(number).map(|backend| &backend.address),
+            Place::Source => raw.source_addresses.as_ref(),
+        };
+        let span = list.map_or(0..0, |list| self.element(list, &address));
+        Err(self.error(span, place.key(), problem))
     }
 
     /// Everything must fit the maps.

@@ -15,11 +15,12 @@ use std::{
 
 use axum::{
     Json, Router,
+    body::{Body as Answered, Bytes},
     extract::{
         FromRequest, FromRequestParts, State,
         rejection::{JsonRejection, PathRejection, QueryRejection},
     },
-    http::StatusCode,
+    http::{StatusCode, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
 };
 use dispatcher_common::{
@@ -39,8 +40,12 @@ use dispatcher_common::{
         STATE_PROVISIONAL, Session, SessionKey, TICKET_HEAD,
     },
 };
-use serde::Deserialize;
-use tokio::net::{UnixListener, UnixStream, unix::SocketAddr as UnixAddr};
+use futures_util::stream;
+use serde::{Deserialize, Serialize};
+use tokio::{
+    net::{UnixListener, UnixStream, unix::SocketAddr as UnixAddr},
+    sync::mpsc,
+};
 use utoipa::{
     PartialSchema as _, ToSchema as _,
     openapi::{
@@ -395,7 +400,7 @@ async fn reload_now(
     responses((status = 200, description = "The daemon and its sums", body = api::Status), Failure)
 )]
 async fn status(State(shared): State<Arc<Shared>>) -> Answer<api::Status> {
-    reading(shared, |shared| Ok(status_of(shared, &read_backends(shared)?))).await
+    reading(shared, |shared| Ok(status_of(shared, &read_backends(shared, None)?))).await
 }
 
 fn status_of(shared: &Shared, backends: &[api::Backend]) -> api::Status {
@@ -489,10 +494,11 @@ fn vips(service: &config::Service) -> Vec<Vip> {
     responses((status = 200, description = "Each backend", body = Vec<api::Backend>), Failure)
 )]
 async fn backends(State(shared): State<Arc<Shared>>) -> Answer<Vec<api::Backend>> {
-    reading(shared, read_backends).await
+    reading(shared, |shared| read_backends(shared, None)).await
 }
 
-fn read_backends(shared: &Shared) -> Result<Vec<api::Backend>, Failure> {
+/// Backends, or the one with an id.
+fn read_backends(shared: &Shared, id: Option<u32>) -> Result<Vec<api::Backend>, Failure> {
     let mut found = Vec::new();
     let config = shared.config();
     let now = reload::unix_seconds();
@@ -501,7 +507,7 @@ fn read_backends(shared: &Shared) -> Result<Vec<api::Backend>, Failure> {
         let desired = state.desired(&config);
         for service in &config.services {
             let vips = vips(service);
-            for backend in &service.backends {
+            for backend in service.backends.iter().filter(|one| id.is_none_or(|id| one.id == id)) {
                 let Some(index) = state.actual.backend_index(backend.id) else { continue };
                 let (condition, reason) = reconcile::status(&desired, &state.actual, backend);
                 let deadline = state.deadlines.get(&backend.id).map(|at| at.saturating_sub(now));
@@ -566,8 +572,7 @@ async fn backend(
 fn read_backend(shared: &Shared, service: &str, name: &str) -> Result<Vec<api::Backend>, Failure> {
     let config = shared.config();
     let (_, backend) = find_backend(&config, service, name)?;
-    let mut found = read_backends(shared)?;
-    found.retain(|one| one.id == backend.id);
+    let mut found = read_backends(shared, Some(backend.id))?;
     for one in &mut found {
         one.open = Some(shared.open(one.index));
     }
@@ -711,40 +716,65 @@ struct SessionQuery {
 async fn sessions(
     State(shared): State<Arc<Shared>>,
     Query(query): Query<SessionQuery>,
-) -> Answer<Vec<api::Session>> {
-    reading(shared, move |shared| {
-        if let Some(service) = &query.service {
-            find_service(&shared.config(), service)?;
-        }
-        if let Some(name) = &query.backend
-            && !shared
-                .config()
-                .services
-                .iter()
-                .flat_map(|service| &service.backends)
-                .any(|one| one.name == *name)
-        {
-            return Err(not_found(format!(
-                "no service has a backend {name}; `dispatcherctl backends` lists them"
-            )));
-        }
-        let names = Names::new(shared);
+) -> Result<Response, Failure> {
+    let config = shared.config();
+    if let Some(service) = &query.service {
+        find_service(&config, service)?;
+    }
+    let mut backends = config.services.iter().flat_map(|service| &service.backends);
+    if let Some(name) = &query.backend
+        && !backends.any(|one| one.name == *name)
+    {
+        return Err(not_found(format!(
+            "no service has a backend {name}; `dispatcherctl backends` lists them"
+        )));
+    }
+    Ok(streamed(move |send| {
+        let names = Names::new(&shared);
         let now = monotonic_seconds();
         let fits = |session: &api::Session| {
             query.service.as_ref().is_none_or(|service| session.service == *service)
                 && query.backend.as_ref().is_none_or(|backend| session.backend == *backend)
         };
-        Ok(shared
-            .dataplane
-            .sessions()
-            .iter()
-            .filter(|(_, session)| !session.expired(now))
-            .map(|(key, session)| shown(&names, &key, &session, now))
-            .filter(fits)
-            .take(query.limit.map_or(usize::MAX, |limit| limit as usize))
-            .collect())
-    })
-    .await
+        let table = shared.dataplane.sessions();
+        let living = table.iter().filter(|(_, session)| !session.expired(now));
+        let found = living.map(|(key, session)| shown(&names, &key, &session, now)).filter(fits);
+        send_list(found.take(query.limit.map_or(usize::MAX, |limit| limit as usize)), send);
+    }))
+}
+
+/// Bytes of a list that are sent at a time.
+const CHUNK: usize = 1 << 16;
+
+/// An answer that is sent while `write` makes it, where that blocks nobody.
+fn streamed(write: impl FnOnce(&mpsc::Sender<Bytes>) + Send + 'static) -> Response {
+    let (send, receive) = mpsc::channel(4);
+    tokio::task::spawn_blocking(move || write(&send));
+    let chunks = stream::unfold(receive, |mut receive| async {
+        let chunk = receive.recv().await?;
+        Some((Ok::<_, std::convert::Infallible>(chunk), receive))
+    });
+    ([(CONTENT_TYPE, "application/json")], Answered::from_stream(chunks)).into_response()
+}
+
+/// Sends an array in JSON, until whoever asked is gone: of a million elements there is never a copy.
+fn send_list(list: impl Iterator<Item = impl Serialize>, send: &mpsc::Sender<Bytes>) {
+    let mut text = vec![b'['];
+    for (number, one) in list.enumerate() {
+        if number > 0 {
+            text.push(b',');
+        }
+        if let Err(error) = serde_json::to_writer(&mut text, &one) {
+            log::warn!("control: {error}");
+            return;
+        }
+        if text.len() >= CHUNK && send.blocking_send(std::mem::take(&mut text).into()).is_err() {
+            return;
+        }
+    }
+    text.push(b']');
+    // Nobody may be there any more.
+    drop(send.blocking_send(text.into()));
 }
 
 #[derive(Deserialize, utoipa::IntoParams)]

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, mem};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AdminState, Config, Error, STATES,
+    AdminState, Config, Error, Meeting, STATES, clash,
     raw::{self, OneOrMany},
     written,
     written::chosen,
@@ -52,6 +52,7 @@ impl Amendments {
             said.state = Some(state);
             said.deadline = change.deadline_seconds.map(|seconds| now.saturating_add(seconds.into()));
         }
+        self.0.retain(|_, said| *said != Amendment::default());
     }
 
     /// Adds a backend.
@@ -95,18 +96,28 @@ impl Config {
         if amendments.0.is_empty() {
             return Ok(self.clone());
         }
-        let mut file = written(self);
+        let mut by_service: BTreeMap<&str, Vec<(&str, &Amendment)>> = BTreeMap::new();
         for (name, said) in &amendments.0 {
-            amend(&mut file, name, said)
-                .map_err(|problem| Error::Amended { key: name.clone(), problem: problem.to_owned() })?;
+            let (service, backend) = name.split_once('/').unwrap_or_default();
+            by_service.entry(service).or_default().push((backend, said));
         }
-        let text = toml::to_string(&file)
-            .map_err(|error| Error::Amended { key: "file".to_owned(), problem: error.to_string() })?;
-        Self::parse(&text, &[]).map_err(|error| match error {
-            // The text is ours: its lines are nobody's.
-            Error::Invalid { key, problem, .. } => Error::Amended { key, problem },
-            Error::Read { .. } | Error::Amended { .. } => error,
-        })
+        let mut config = self.clone();
+        for (service, said) in by_service {
+            amend(&mut config, service, &said)?;
+        }
+        let mut names = BTreeMap::new();
+        for service in &config.services {
+            for backend in &service.backends {
+                let name = full(&service.name, &backend.name);
+                if let Some(other) = names.insert(backend.id, name.clone()) {
+                    return Err(amended("service.backend.name", clash(&name, &other)));
+                }
+            }
+        }
+        match config.meeting() {
+            Some(Meeting { place, problem, .. }) => Err(amended(place.key(), problem)),
+            None => Ok(config),
+        }
     }
 
     /// This configuration with what still goes with it; the rest is taken out and returned.
@@ -129,11 +140,40 @@ impl Config {
     }
 }
 
-fn amend(file: &mut raw::File, name: &str, said: &Amendment) -> Result<(), &'static str> {
-    let (service, backend) = name.split_once('/').ok_or("is no SERVICE/NAME")?;
-    let mut services = file.service.iter_mut();
-    let service = services.find(|one| one.name.get_ref() == service).ok_or("there is no such service")?;
-    let backends = &mut service.backend;
+fn amended(key: impl Into<String>, problem: impl Into<String>) -> Error {
+    Error::Amended { key: key.into(), problem: problem.into() }
+}
+
+/// Changes a service: as a file that has no other, it is written, changed and read again.
+fn amend(config: &mut Config, service: &str, said: &[(&str, &Amendment)]) -> Result<(), Error> {
+    let capacities = config.capacities;
+    let place = config.services.iter_mut().find(|one| one.name == service);
+    let Some(place) = place else {
+        let first = said.first().map_or("", |(backend, _)| backend);
+        return Err(amended(full(service, first), "there is no such service"));
+    };
+    let mut file = written(&Config { services: vec![place.clone()], capacities, ..Config::default() });
+    // A file must name one.
+    file.interfaces = vec!["lo".to_owned().into()];
+    for one in &mut file.service {
+        for (backend, said) in said {
+            change(&mut one.backend, backend, said)
+                .map_err(|problem| amended(full(service, backend), problem))?;
+        }
+    }
+    let text = toml::to_string(&file).map_err(|error| amended("file", error.to_string()))?;
+    let read = Config::parse(&text, &[]).map_err(|error| match error {
+        // The text is ours: its lines are nobody's.
+        Error::Invalid { key, problem, .. } => amended(key, problem),
+        Error::Read { .. } | Error::Amended { .. } => error,
+    })?;
+    if let Some(read) = read.services.into_iter().next() {
+        *place = read;
+    }
+    Ok(())
+}
+
+fn change(backends: &mut Vec<raw::Backend>, backend: &str, said: &Amendment) -> Result<(), &'static str> {
     let mut at = backends.iter().position(|one| one.name.get_ref() == backend);
     if let Some(added) = &said.added {
         let ids = &added.quic_server_ids;
@@ -256,7 +296,8 @@ mod tests {
             problem(&said)
         };
         let weight = |weight| api::BackendChange { weight: Some(weight), ..api::BackendChange::default() };
-        let cases: [(&dyn Fn(&mut Amendments), &str); 8] = [
+        type Case<'c> = (&'c dyn Fn(&mut Amendments), &'c str);
+        let cases: [Case<'_>; 8] = [
             (&|said| said.add("web", "c", new("192.0.2.1:80")), "is a VIP too"),
             (&|said| said.add("web", "c", new("10.0.0.2:443")), "is backend b already"),
             (&|said| said.add("web", "c", new("10.0.0.2")), "has no port"),

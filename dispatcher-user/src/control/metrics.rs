@@ -57,7 +57,7 @@ struct Snapshot {
 
 impl Snapshot {
     fn read(shared: &Shared) -> Result<Self, Failure> {
-        let backends = read_backends(shared)?;
+        let backends = read_backends(shared, None)?;
         Ok(Self {
             status: status_of(shared, &backends),
             counters: read_counters(shared)?,
