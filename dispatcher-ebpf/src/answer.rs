@@ -170,14 +170,6 @@ fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
         slot.peer_ts = parsed.tsval;
         slot.ts = client_ts & parsed.ts;
         slot.chunk = chunk(parsed.mss, flow.backend, key.src.is_v4(), slot.ts != 0);
-        // Checksums are taken over whole words: what follows the data must be zero.
-        let end = ROOM + (slot.len as usize & 0x1fff);
-        if end <= slot.buf.len() - 4 {
-            for i in 0..4 {
-                // SAFETY: `end + 3` lies within `buf`.
-                unsafe { *slot.buf.as_mut_ptr().add(end + i) = 0 };
-            }
-        }
         slot.stage = STAGE_REPLAYED;
     }
     replay(frame, p, flow)

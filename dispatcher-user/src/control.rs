@@ -17,7 +17,7 @@ use axum::{
     Json, Router,
     body::{Body as Answered, Bytes},
     extract::{
-        FromRequest, FromRequestParts, State,
+        FromRequest, FromRequestParts, Request, State,
         rejection::{JsonRejection, PathRejection, QueryRejection},
     },
     http::{StatusCode, header::CONTENT_TYPE},
@@ -41,7 +41,8 @@ use dispatcher_common::{
     },
 };
 use futures_util::stream;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::{Map, Value};
 use tokio::{
     net::{UnixListener, UnixStream, unix::SocketAddr as UnixAddr},
     sync::mpsc,
@@ -332,10 +333,29 @@ struct Query<T>(T);
 #[from_request(via(axum::extract::Path), rejection(Failure))]
 struct Segment<T>(T);
 
-/// The body, or an answer in JSON like all others.
-#[derive(FromRequest)]
-#[from_request(via(Json), rejection(Failure))]
+/// The body, an object, or an answer in JSON like all others.
 struct Body<T>(T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+    type Rejection = Failure;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Failure> {
+        // Of the type itself an array would be taken too.
+        let Json(mut object) = Json::<Map<String, Value>>::from_request(request, state).await?;
+        object.values_mut().for_each(whole);
+        match T::deserialize(Value::Object(object)) {
+            Ok(body) => Ok(Self(body)),
+            Err(error) => Err(Failure(StatusCode::UNPROCESSABLE_ENTITY, error.to_string())),
+        }
+    }
+}
+
+/// 51.0 is an integer (JSON Schema, section 6.1.1 of its validation vocabulary).
+fn whole(value: &mut Value) {
+    if let Some(number) = value.as_f64().filter(|number| number.fract() == 0.0 && number.abs() < 1e15) {
+        *value = Value::from(number as i64);
+    }
+}
 
 fn not_found(what: impl Into<String>) -> Failure {
     Failure(StatusCode::NOT_FOUND, what.into())
@@ -593,7 +613,7 @@ async fn change_backend(
     Body(change): Body<api::BackendChange>,
 ) -> Answer<Vec<api::Backend>> {
     if change.deadline_seconds.is_some() && change.state != Some(AdminState::Drain) {
-        return Err(bad("deadline_seconds goes with the state drain only; leave it out"));
+        return Err(conflict("deadline_seconds goes with the state drain only; leave it out"));
     }
     find_backend(&shared.config(), &service, &name)?;
     reload::amend(&shared, |said, _| {
@@ -1128,7 +1148,7 @@ mod tests {
     use dispatcher_common::flow::FLAG_RST;
 
     /// All `$ref`s in a document.
-    fn references(value: &serde_json::Value, found: &mut Vec<String>) {
+    fn references(value: &Value, found: &mut Vec<String>) {
         if let Some(map) = value.as_object() {
             found.extend(map.get("$ref").and_then(|to| to.as_str()).map(str::to_owned));
             map.values().for_each(|value| references(value, found));

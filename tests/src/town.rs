@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    net::SocketAddr,
+    net::{SocketAddr, TcpStream},
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -41,20 +41,25 @@ impl Town {
 
     /// A visit, each from another address, by turns of families.
     pub fn visit(&self, user: &User, turn: usize) -> Result<Identity, String> {
-        let (from, to) = self.way(turn);
-        user.visit(&self.topology.clients, from, to).map_err(|error| error.to_string())
+        self.on_a_stream(turn, |stream| user.visit_on(stream).map_err(anyhow::Error::from))
     }
 
     /// The same without TLS.
     pub fn visit_in_clear(&self, turn: usize) -> Result<Identity, String> {
+        self.on_a_stream(turn, |stream| Ok(serde_json::from_str(&http::get(&mut Line::new(stream), "/")?)?))
+    }
+
+    /// An error says from where it was, for whoever has a capture.
+    fn on_a_stream<T>(
+        &self,
+        turn: usize,
+        visit: impl FnOnce(TcpStream) -> anyhow::Result<T>,
+    ) -> Result<T, String> {
         let (from, to) = self.way(turn);
         let stream = sockets::connect(&self.topology.clients, from, to)
-            .map_err(|error| format!("connecting: {error}"))?;
-        // For whoever has a capture.
+            .map_err(|error| format!("from {from}: connecting: {error}"))?;
         let from = stream.local_addr().map_err(|error| error.to_string())?;
-        let asked =
-            http::get(&mut Line::new(stream), "/").map_err(|error| format!("from {from}: {error:#}"))?;
-        serde_json::from_str(&asked).map_err(|error| format!("from {from}: {error}"))
+        visit(stream).map_err(|error| format!("from {from}: {error:#}"))
     }
 
     fn way(&self, turn: usize) -> (std::net::IpAddr, SocketAddr) {

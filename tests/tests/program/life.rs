@@ -2,8 +2,10 @@
 
 use dispatcher_common::{
     flow::{FlowKey, ports_word},
+    proxy::ROOM,
     reason::Reason,
     session::{STATE_CONFIRMED, STATE_PROVISIONAL},
+    stash::STAGE_BOUND,
 };
 use dispatcher_tests::{
     harness::{Far, Machine, Service, Talk, backend_at},
@@ -104,6 +106,31 @@ fn of_two_cpus_at_one_stash_slot_one_gives_way() {
         let _ = machine.expect("nobody is answered less", &other.syn(), Reason::SynAnswered);
         lock_all(0);
         let _ = machine.expect("the client's next try", &talk.data(0, HTTP), Reason::BoundNonsecure);
+    }
+}
+
+/// The backend's answer is handled by one CPU, while another one takes the client's next segment.
+#[test]
+fn what_is_written_behind_the_data_meanwhile_stays() {
+    let machine = machine();
+    let stash = machine.dataplane().stash();
+    let bound = || {
+        let slots = (0..stash.capacity()).map(|index| (index, stash.get(index).expect("readable")));
+        slots.filter(|(_, slot)| slot.stage == STAGE_BOUND).collect::<Vec<_>>()
+    };
+    for family in Family::BOTH {
+        for (port, len) in (7050..).zip(13..HTTP.len()) {
+            let (data, rest) = HTTP.split_at(len);
+            let mut talk = Talk::new(Service::Plain, family, port);
+            let syn = talk.bind(&machine, data, Reason::BoundNonsecure);
+            let [(index, mut slot)] = bound().try_into().ok().expect("one");
+            let end = ROOM + slot.len as usize;
+            slot.buf[end..end + rest.len()].copy_from_slice(rest);
+            stash.set(index, slot).expect("writable");
+            let _ = machine.expect("the data", &Far::new(&syn).syn_ack(), Reason::Replayed);
+            let slot = stash.get(index).expect("readable");
+            assert_eq!(&slot.buf[end..end + rest.len()], rest, "{len} bytes");
+        }
     }
 }
 
