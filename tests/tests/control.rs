@@ -42,7 +42,7 @@ fn http(mut stream: impl Read + Write, method: &str, path: &str, body: &str) -> 
     let length = body.len();
     write!(
         stream,
-        "{method} {path} HTTP/1.1\r\nhost: d\r\nconnection: close\r\ncontent-type: application/json\r\n\
+        "{method} {path} HTTP/1.0\r\nhost: d\r\nconnection: close\r\ncontent-type: application/json\r\n\
          content-length: {length}\r\n\r\n{body}"
     )
     .expect("asks");
@@ -347,7 +347,8 @@ fn the_api_is_as_described_whatever_is_asked() {
     assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
     let tested = said.lines().find_map(|line| line.trim().strip_prefix("Tested: ")).expect("a sum");
     assert!(tested.parse::<u32>().is_ok_and(|tested| tested >= 16), "{said}");
-    assert_eq!(stage.daemon.backends().expect("it lives").len(), 3);
+    // It may have lost backends: that can be asked for.
+    assert_eq!(stage.daemon.status().expect("it lives").services, 1);
 }
 
 /// What is in force is what was read, and reading it again changes nothing.

@@ -55,7 +55,12 @@ fn a_day_under_load() {
     let pins = Pins::new();
     let checks = "[service.health]\ncheck = \"tcp\"\ninterval = \"1s\"\nrise = 1\nfall = 1";
     let web = || web().with(checks);
-    let text = pins.within(&config(&town.topology, "native", &[web()]));
+    let file = |services: &[Service]| {
+        // As many slots as there are by default.
+        let text = config(&town.topology, "native", services).replace("stash_slots = 1024\n", "");
+        pins.within(&text)
+    };
+    let text = file(&[web()]);
     let netns = &town.topology.dispatcher;
     let mut daemon = Daemon::start_with(netns, &text).expect("dispatcherd");
     identities_are_known(&daemon);
@@ -70,11 +75,7 @@ fn a_day_under_load() {
         pass();
 
         // Reload: a service comes and another weight.
-        let both = pins.within(&config(
-            &town.topology,
-            "native",
-            &[web().weights(&[2, 1, 1]), Service::new("other", OTHER)],
-        ));
+        let both = file(&[web().weights(&[2, 1, 1]), Service::new("other", OTHER)]);
         daemon.rewrite(&both).expect("written");
         let done: api::Reload = daemon.ask(&["reload"]).expect("reloaded");
         assert_eq!(done.changes, ["~ backend web/b1: weight: 1 -> 2", "+ service other (3 backends)"],);

@@ -205,14 +205,14 @@ fn call(socket: &Path, method: &str, path: &str, body: &str) -> Result<(Duration
     stream.set_read_timeout(Some(PATIENCE))?;
     write!(
         stream,
-        "{method} {path} HTTP/1.1\r\nHost: d\r\nConnection: close\r\nContent-Type: application/json\r\n\
+        "{method} {path} HTTP/1.0\r\nHost: d\r\nConnection: close\r\nContent-Type: application/json\r\n\
          Content-Length: {}\r\n\r\n{body}",
         body.len()
     )?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).with_context(|| format!("{method} {path}"))?;
     let took = started.elapsed();
-    if !answer.starts_with(b"HTTP/1.1 200 ") {
+    if !answer.starts_with(b"HTTP/1.0 200 ") {
         bail!("{method} {path}: {}", String::from_utf8_lossy(&answer));
     }
     Ok((took, answer))
