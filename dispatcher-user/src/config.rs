@@ -621,7 +621,8 @@ impl Text<'_> {
         }
         let value = Path::new(text);
         // Neither steps upward nor a BPF file system's own rule: no dots in names.
-        if !value.is_absolute() || value.file_name().is_none() || text.contains('.') {
+        let top = value.components().eq(Path::new("/sys/fs/bpf").components());
+        if !value.is_absolute() || value.file_name().is_none() || text.contains('.') || top {
             let problem = format!(
                 "\"{text}\" is no folder in a BPF file system; give an absolute path without dots, such as \"{DEFAULT_PIN}\", or \"none\""
             );

@@ -44,6 +44,7 @@ use futures_util::stream;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{UnixListener, UnixStream, unix::SocketAddr as UnixAddr},
     sync::mpsc,
 };
@@ -189,7 +190,10 @@ impl axum::serve::Listener for Listener {
                     Ok(peer) if self.group || peer.uid() == 0 || peer.uid() == unsafe { libc::geteuid() } => {
                         return (stream, address);
                     }
-                    Ok(peer) => log::warn!("control: user {} is not root; refused", peer.uid()),
+                    Ok(peer) => {
+                        log::warn!("control: user {} is not root; refused", peer.uid());
+                        tokio::spawn(refuse(stream));
+                    }
                     Err(error) => log::warn!("control: peer without credentials: {error}"),
                 },
                 Err(error) => {
@@ -202,6 +206,25 @@ impl axum::serve::Listener for Listener {
 
     fn local_addr(&self) -> io::Result<UnixAddr> {
         self.inner.local_addr()
+    }
+}
+
+/// Tells somebody who may not ask why.
+async fn refuse(mut stream: UnixStream) {
+    let problem = "only root may ask, or, if control_group names a group, its members";
+    let body = serde_json::json!(Problem { error: problem.to_owned() }).to_string();
+    let length = body.len();
+    let answer = format!(
+        "HTTP/1.1 403 Forbidden\r\ncontent-type: application/json\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
+    );
+    // The request is read first, or closing would take the answer with it.
+    let told = async {
+        let mut request = [0; 1024];
+        let _ = stream.read(&mut request).await?;
+        stream.write_all(answer.as_bytes()).await
+    };
+    if let Ok(Err(error)) = tokio::time::timeout(std::time::Duration::from_secs(1), told).await {
+        log::debug!("control: {error}");
     }
 }
 

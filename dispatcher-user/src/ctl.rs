@@ -155,6 +155,8 @@ enum Command {
 #[derive(Debug, Subcommand)]
 enum ConfigCommand {
     /// Check a file as the daemon would (needs no daemon and no root); fails where it is not good
+    ///
+    /// Whether interfaces, addresses and the control_group exist is found out at the start only.
     Check {
         /// The file (TOML)
         file: PathBuf,
@@ -293,12 +295,18 @@ impl From<Exit> for ExitCode {
     }
 }
 
+/// The longest that an answer takes: a reload waits for neighbours, a million sessions are saved in seconds.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// What to do when nobody answers.
 fn hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EACCES | libc::EPERM) => "run as root, or as a member of the daemon's control_group",
         Some(libc::ENOENT) => "is dispatcherd running? Start it, or give its socket with --socket",
         Some(libc::ECONNREFUSED) => "is dispatcherd running? The one that made this socket has ended",
+        None if error.kind() == io::ErrorKind::TimedOut => {
+            "dispatcherd hangs, or has very much to do; packets go on without it"
+        }
         _ => "is this dispatcherd's socket? Give it with --socket",
     }
 }
@@ -456,7 +464,13 @@ async fn answer(
                     return Ok(out.flush()?);
                 }
             };
-            show(out, form, answer.as_slice(), sessions)
+            show(out, form, answer.as_slice(), sessions)?;
+            match command {
+                Sessions::List { limit, .. } => cut(answer.len(), *limit, hints),
+                Sessions::Show { .. } | Sessions::Pin { .. } | Sessions::Remove { .. } | Sessions::Save => {
+                    Ok(())
+                }
+            }
         }
         Command::Reload { dry_run } => {
             let path = format!("/v1/reload?dry_run={dry_run}");
@@ -490,7 +504,8 @@ async fn answer(
         }
         Command::Flows { limit } => {
             let answer: Vec<api::Flow> = ask.get(&format!("/v1/flows?limit={limit}")).await?;
-            show(out, form, answer.as_slice(), flows)
+            show(out, form, answer.as_slice(), flows)?;
+            cut(answer.len(), *limit, hints)
         }
         Command::Counters { watch, all } => {
             let mut before: Option<api::Counters> = None;
@@ -532,6 +547,14 @@ async fn answer(
             Ok(explain::run(options, known, json, out, hints)?)
         }
     }
+}
+
+/// Says that there may be more.
+fn cut(shown: usize, limit: usize, hints: &mut dyn Write) -> Result<(), Error> {
+    if shown == limit {
+        writeln!(hints, "dispatcherctl: the first {limit}; --limit says how many")?;
+    }
+    Ok(())
 }
 
 /// Waits for the last connection of a backend that drains.
@@ -701,6 +724,14 @@ impl Client<'_> {
 
     /// The body of an answer that is a success, as it comes.
     async fn open(&self, method: Method, path: &str, body: Bytes) -> Result<Incoming, Error> {
+        let silent = || Error::Unreachable {
+            path: self.socket.to_owned(),
+            source: io::Error::new(io::ErrorKind::TimedOut, format!("no answer in {} s", PATIENCE.as_secs())),
+        };
+        tokio::time::timeout(PATIENCE, self.ask(method, path, body)).await.map_err(|_| silent())?
+    }
+
+    async fn ask(&self, method: Method, path: &str, body: Bytes) -> Result<Incoming, Error> {
         let unreachable = |source| Error::Unreachable { path: self.socket.to_owned(), source };
         let stream = UnixStream::connect(self.socket).await.map_err(unreachable)?;
         let (mut sender, connection) =
@@ -744,7 +775,7 @@ async fn trace(out: &mut dyn Write, json: bool, mut body: Incoming) -> Result<()
     if !json {
         writeln!(
             out,
-            "{:<24}  {:<8}  {:<12}  {:<22}  {:<12}  IDENTIFIER",
+            "{:<24}  {:<15}  {:<12}  {:<22}  {:<12}  IDENTIFIER",
             "TIME", "WHAT", "SERVICE", "CLIENT", "BACKEND"
         )?;
         out.flush()?;

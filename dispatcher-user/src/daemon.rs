@@ -12,7 +12,7 @@ use std::{
 use dispatcher_common::globals::GLOBAL_LOG;
 use tokio::{
     runtime::Runtime,
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::watch,
     task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, timeout_at},
@@ -112,6 +112,8 @@ pub fn run(
     out: &mut (dyn Write + Send),
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
+    // Until somebody waits for it: it would end the process.
+    hold_hang_ups(true);
     let (services, interfaces) = (config.services.len(), config.interfaces.len());
     say(out, &format!("{} on {}", counted(services, "service"), counted(interfaces, "interface")));
     for interface in &config.interfaces {
@@ -248,6 +250,12 @@ fn restore(
                 String::new()
             };
             say(out, &format!("restored {}{others}", counted(sessions, "session")));
+            let room = dataplane.capacities().sessions;
+            if sessions > room.into() {
+                log::warn!(
+                    "of {sessions} restored sessions {room} have room at most; raise capacity.sessions"
+                );
+            }
             cid_lengths
         }
         Ok(None) => BTreeMap::new(),
@@ -314,7 +322,9 @@ async fn serve(
     tasks.spawn(sweep(Arc::clone(&shared)));
     tasks.spawn(discovery::serve(Arc::clone(&shared)));
     tasks.spawn(count(Arc::clone(&shared)));
-    tasks.spawn(hang_ups(Arc::clone(&shared)));
+    tasks.spawn(hang_ups(Arc::clone(&shared), signal(SignalKind::hangup()).map_err(Error::Runtime)?));
+    // One that came during the start is told now.
+    hold_hang_ups(false);
     tasks.spawn(reload::deadlines(Arc::clone(&shared)));
     tasks.spawn(health::serve(Arc::clone(&shared)));
     tasks.spawn(saved::serve(Arc::clone(&shared)));
@@ -533,13 +543,21 @@ async fn sweep(shared: Arc<Shared>) -> (&'static str, String) {
     }
 }
 
+/// Holds SIGHUP back from this thread and those that it starts, or lets it through to this one.
+fn hold_hang_ups(hold: bool) {
+    let how = if hold { libc::SIG_BLOCK } else { libc::SIG_UNBLOCK };
+    // SAFETY: `set` is made before it is used, and outlives the calls.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGHUP);
+        libc::pthread_sigmask(how, &set, std::ptr::null_mut());
+    }
+}
+
 /// SIGHUP reads the configuration again.
-async fn hang_ups(shared: Arc<Shared>) -> (&'static str, String) {
+async fn hang_ups(shared: Arc<Shared>, mut signals: Signal) -> (&'static str, String) {
     const TASK: &str = "waiting for SIGHUP";
-    let mut signals = match signal(SignalKind::hangup()) {
-        Ok(signals) => signals,
-        Err(error) => return (TASK, error.to_string()),
-    };
     while signals.recv().await.is_some() {
         match reload::reload(&shared, false).await {
             Ok(done) => done.changes.iter().for_each(|line| log::info!("reload: {line}")),

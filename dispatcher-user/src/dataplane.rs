@@ -98,7 +98,7 @@ pub enum Error {
     NoInterface(String),
     /// Another XDP program is there already.
     #[error(
-        "interface {interface} has an XDP program already; remove it with `ip link set dev {interface} xdp off`, or, if a dispatcherd left it, with `dispatcherctl detach`"
+        "interface {interface} has an XDP program already; remove it with `ip link set dev {interface} xdp off`, or, if it is a dispatcherd's, by ending that one and `dispatcherctl detach`"
     )]
     Busy {
         /// The interface.

@@ -11,7 +11,7 @@ use std::{
 
 use crate::{
     api,
-    config::{self, Amendments, Backend, Config, Interface, Shortage, changes},
+    config::{self, AdminState, Amendments, Backend, Config, Interface, Shortage, changes},
     dataplane,
     reconcile::Reach,
     state::{Base, Shared},
@@ -83,11 +83,15 @@ pub(crate) async fn reload(shared: &Arc<Shared>, dry_run: bool) -> Result<api::R
         return Err(Error::Shortage(shortage));
     }
     let lines = found.lines;
+    let known = |name: &str| old.interfaces.iter().any(|one| one.name == name);
+    let coming: Vec<&Interface> = new.interfaces.iter().filter(|one| !known(&one.name)).collect();
+    for interface in &coming {
+        dataplane::find_interface(&interface.name).map_err(Error::Interface)?;
+    }
     if dry_run {
         return Ok(api::Reload { applied: false, changes: lines });
     }
-    let known = |name: &str| old.interfaces.iter().any(|one| one.name == name);
-    for interface in new.interfaces.iter().filter(|one| !known(&one.name)) {
+    for interface in coming {
         shared.dataplane.attach(&interface.name, interface.attach).map_err(Error::Interface)?;
         log::info!("attached to {}", interface.name);
     }
@@ -117,6 +121,17 @@ pub(crate) async fn amend(
     keep(shared, &amendments).await?;
     base.amendments = amendments;
     install(shared, &old, new, &base.amendments).await?;
+    for service in &shared.config().services {
+        let takes = |backend: &Backend| backend.state == AdminState::Enabled && backend.weight > 0;
+        let before = old.services.iter().find(|one| one.id == service.id);
+        let changed = before.is_none_or(|before| before.backends != service.backends);
+        if changed && !service.backends.iter().any(takes) {
+            log::warn!(
+                "no backend of service {} takes new sessions: clients without one get a RST",
+                service.name
+            );
+        }
+    }
     Ok(true)
 }
 

@@ -8,7 +8,9 @@ use std::{
     io,
     os::{
         fd::AsRawFd as _,
-        unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _, PermissionsExt as _},
+        unix::fs::{
+            DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+        },
     },
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -99,13 +101,13 @@ fn remedy(error: &io::Error) -> &'static str {
 pub struct Store {
     path: PathBuf,
     /// Empty after a failure: it is opened again when it is needed next.
-    database: Mutex<Option<Database>>,
+    database: Mutex<Option<(Database, Identity)>>,
 }
 
 impl Store {
     /// Opens the file, or makes it. A damaged one is moved aside.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let database = Mutex::new(Some(open(path)?));
+        let database = Mutex::new(Some(identified(path)?));
         Ok(Self { path: path.to_owned(), database })
     }
 
@@ -146,9 +148,17 @@ impl Store {
     /// Works with the open file. After a failure it must be closed, because the crate refuses to go on.
     fn with<T>(&self, work: impl FnOnce(&Database) -> Result<T, redb::Error>) -> Result<T, Error> {
         let mut open_one = lock(&self.database);
-        let database = match open_one.take() {
-            Some(database) => database,
-            None => open(&self.path)?,
+        let (database, identity) = match open_one.take() {
+            // One that was moved away, or removed, would be written where nobody looks for it.
+            Some((database, identity)) if identity == self::identity(&self.path) => (database, identity),
+            Some(_) => {
+                log::warn!(
+                    "state file {}: it was moved or removed; another one is made",
+                    self.path.display()
+                );
+                identified(&self.path)?
+            }
+            None => identified(&self.path)?,
         };
         let done = work(&database).map_err(|error| {
             if let redb::Error::Io(source) = error {
@@ -156,9 +166,21 @@ impl Store {
             }
             Error::Damaged { path: self.path.clone(), reason: error.to_string() }
         })?;
-        *open_one = Some(database);
+        *open_one = Some((database, identity));
         Ok(done)
     }
+}
+
+/// Device and number of a file; nothing where there is none.
+type Identity = Option<(u64, u64)>;
+
+fn identity(path: &Path) -> Identity {
+    fs::metadata(path).ok().map(|file| (file.dev(), file.ino()))
+}
+
+fn identified(path: &Path) -> Result<(Database, Identity), Error> {
+    let database = open(path)?;
+    Ok((database, identity(path)))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -155,7 +155,10 @@ impl Pins {
         let mut capacities = *wanted;
         capacities.take_over(|name| found.get(name).map(MapInfo::max_entries));
         for wanted in capacities.maps() {
-            let Some(info) = found.get(wanted.name) else { continue };
+            let Some(info) = found.get(wanted.name) else {
+                log::warn!("{} is missing in {}; it begins empty", wanted.name, self.folder.display());
+                continue;
+            };
             let kind = info.map_type().map_err(map_error(wanted.name, "asking for its type"))?;
             let there = Definition {
                 name: wanted.name,
@@ -308,6 +311,11 @@ pub(super) fn remove_link(path: &Path) -> Result<bool, Error> {
 pub fn remove(folder: &Path) -> Result<Vec<String>, Error> {
     let mut done = Vec::new();
     if !folder.exists() {
+        let there = folder.ancestors().find(|one| one.exists()).unwrap_or(Path::new("/"));
+        if !is_bpf(there) && in_a_passing_mount_namespace() {
+            let reason = "this process has a mount namespace of its own (`ip netns exec` makes one), in which what is pinned is not seen; use `nsenter --net=/run/netns/NAME`, or none".to_owned();
+            return Err(Error::NoFileSystem { folder: folder.to_owned(), reason });
+        }
         return Ok(done);
     }
     if !is_bpf(folder) {
