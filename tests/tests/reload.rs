@@ -7,10 +7,11 @@ use std::{
 };
 
 use dispatcher_tests::{
-    daemon::{Daemon, Service, config},
+    daemon::{Daemon, Folder, Process, Service, config, program},
     http, sockets,
     tls::{Authority, Identity, Manners, Server, User, Version, visit_in_clear},
     topology::{Family, Plan, Topology},
+    town::until,
 };
 use dispatcher_user::api;
 
@@ -147,8 +148,35 @@ fn what_is_wrong_changes_nothing() {
     assert!(error.contains("these need a restart") && error.contains("flows: 65536"), "{error}");
     let error = scene.refused(&good.replacen("interfaces = [", "interfaces = [\"none0\", ", 1));
     assert!(error.contains("none0"), "{error}");
+    let error = scene.daemon.ask::<api::Reload>(&["reload", "--dry-run"]).expect_err("it would be refused");
+    assert!(format!("{error:#}").contains("none0"), "{error:#}");
     assert_eq!(scene.answers(PORT, 30).len(), 3, "all as before");
     assert_eq!(scene.daemon.status().expect("status").services, 1);
+}
+
+/// Nobody waits for it yet, and it must not end the process.
+#[test]
+fn sighup_during_the_start_is_a_reload() {
+    let topology = Topology::new(Plan::default()).expect("namespaces");
+    let folder = Folder::new().expect("a folder");
+    let text = config(&topology, "native", &[web()]);
+    let file = folder.write("dispatcher.toml", &text).expect("a file");
+    let mut command = topology.dispatcher.command(program("dispatcherd").expect("dispatcherd"));
+    command.arg("--config").arg(file).arg("--control").arg(folder.path().join("control.sock"));
+    let mut process = Process::start(command, None).expect("starts");
+    until("it is not ready", || {
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(process.ended().is_none(), "it ended: {}", process.log());
+        let log = process.log();
+        // Before it says so, the program itself may not have begun.
+        if log.contains("on 2 interfaces") && !log.contains("ready") {
+            process.signal(libc::SIGHUP);
+        }
+        log.contains("ready")
+    });
+    until("it was not told", || process.log().contains("reloaded"));
+    process.signal(libc::SIGTERM);
+    assert!(process.wait(Duration::from_secs(20)).expect("ends").success());
 }
 
 #[test]

@@ -168,8 +168,10 @@ fn restarts(attach: &str, service: &Service, ends: &[fn(&mut Daemon) -> anyhow::
     assert_eq!(names(&scene.pins, "links").len(), scene.town.topology.interfaces().len());
     // A hello that was held when the daemon ended has gone by the table: the frame with which the next daemon
     // answers it all the same is its own.
+    // And one that came while the client's next segment was put to its hello is repeated by the client.
+    let fine = [Reason::StaleRelease.name(), Reason::StashBusy.name()];
     let mut drops = scene.daemon.drops().expect("counters");
-    drops.retain(|(name, _)| name != Reason::StaleRelease.name());
+    drops.retain(|(name, _)| !fine.contains(&name.as_str()));
     assert_eq!(drops, [], "packets were dropped");
 }
 
