@@ -286,7 +286,8 @@ const MISS_BALANCES: [&str; 2] = ["maglev", "weighted-least-connections"];
 /// A mapping table with a million entries: its list, and what it costs the daemon.
 fn sessions(topology: &Topology, effort: Effort, report: &mut Report) -> Result<()> {
     let text = Text::new(Size { services: 1, sessions: SESSIONS + SESSIONS / 8, stash_slots: 1024 });
-    let (mut scene, _) = Scene::start(topology, &text)?;
+    let (mut scene, started) = Scene::start(topology, &text)?;
+    report.rows.push(Row::new("no session", DISPATCHER, "start until ready", "ms", &[ms(started)]));
     thread::sleep(Duration::from_secs(1));
     let rest = |scene: &mut Scene, case: &str, report: &mut Report| -> Result<()> {
         let (before, started) = (scene.cpu()?, Instant::now());
@@ -328,12 +329,23 @@ fn sessions(topology: &Topology, effort: Effort, report: &mut Report) -> Result<
     for _ in 0..effort.rounds {
         limited.push(ms(scene.call("GET", "/v1/sessions?limit=100", "")?.0));
     }
+    let resident = scene.resident()?;
+    let saves = (0..effort.lists).map(|_| Ok(ms(scene.call("POST", "/v1/sessions/save", "")?.0)));
+    let saves = saves.collect::<Result<Vec<_>>>()?;
+    let size = scene.state_size()?;
+    let restored = scene.reboot(topology, &text)?;
+    let answer = scene.call("GET", "/v1/sessions", "")?.1;
+    let listed = answer.windows(6).filter(|window| window == b"\"hits\"").count();
+    ensure!(listed >= SESSIONS as usize / 100 * 99, "{listed} sessions were restored");
     let mut add = |metric: &str, unit, values: &[f64]| {
         report.rows.push(Row::new(&case, DISPATCHER, metric, unit, values));
     };
+    add("POST /v1/sessions/save", "ms", &saves);
+    add("state file", "MiB", &[size]);
+    add("start until ready, with new maps", "ms", &[ms(restored)]);
     add("GET /v1/sessions", "ms", &whole);
     add("GET /v1/sessions, size", "MiB", &bytes);
     add("GET /v1/sessions?limit=100", "ms", &limited);
-    add("resident memory of the daemon, after these lists", "MiB", &[scene.resident()?]);
+    add("resident memory of the daemon, after these lists", "MiB", &[resident]);
     Ok(())
 }

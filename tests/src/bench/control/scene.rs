@@ -19,9 +19,10 @@ use dispatcher_common::{
     reason::Reason,
     service::{Frontend, VipKey},
 };
+use dispatcher_user::dataplane::remove_pins;
 
 use crate::{
-    daemon::{Daemon, Pins},
+    daemon::{Daemon, Folder, Pins},
     topology::{Topology, VIP},
 };
 
@@ -63,13 +64,14 @@ impl Text {
     }
 
     /// The whole file.
-    pub(super) fn write(&self, pins: &Pins) -> String {
+    pub(super) fn write(&self, pins: &Pins, state: &Path) -> String {
         let Size { services, sessions, stash_slots } = self.size;
         let all = u32::from(services) + 1;
         let mut text = format!(
-            "pin = \"{}\"\ninterfaces = [\"cl0\", \"be0\"]\nattach = \"native\"\n\n[capacity]\nflows = 524288\n\
+            "pin = \"{}\"\nstate = \"{}\"\ninterfaces = [\"cl0\", \"be0\"]\nattach = \"native\"\n\n[capacity]\nflows = 524288\n\
              sessions = {sessions}\nstash_slots = {stash_slots}\nfrontends = {}\nbackends = {}\nlb_table = {}\n",
             pins.path().display(),
+            state.display(),
             all.max(16),
             all * u32::from(BACKENDS),
             all * 2 * 4093,
@@ -107,20 +109,39 @@ pub(super) fn name(number: u16) -> String {
     format!("s{number}")
 }
 
+fn state_file(folder: &Folder) -> PathBuf {
+    folder.path().join("state.redb")
+}
+
 /// A daemon whose maps are pinned, so that others can look into them.
 pub(super) struct Scene {
     // In the order in which they must end.
     pub(super) daemon: Daemon,
     pub(super) pins: Pins,
+    folder: Folder,
 }
 
 impl Scene {
     /// Starts a daemon; how long that took, too.
     pub(super) fn start(topology: &Topology, text: &Text) -> Result<(Self, Duration)> {
-        let pins = Pins::new();
+        let (pins, folder) = (Pins::new(), Folder::new()?);
         let started = Instant::now();
-        let daemon = Daemon::start_with(&topology.dispatcher, &text.write(&pins))?;
-        Ok((Self { daemon, pins }, started.elapsed()))
+        let daemon = Daemon::start_with(&topology.dispatcher, &text.write(&pins, &state_file(&folder)))?;
+        Ok((Self { daemon, pins, folder }, started.elapsed()))
+    }
+
+    /// Ends the daemon and all its maps, as the end of the machine would, and starts it again.
+    pub(super) fn reboot(&mut self, topology: &Topology, text: &Text) -> Result<Duration> {
+        self.daemon.kill()?;
+        remove_pins(self.pins.path())?;
+        let started = Instant::now();
+        self.daemon.again(&topology.dispatcher, &text.write(&self.pins, &state_file(&self.folder)))?;
+        Ok(started.elapsed())
+    }
+
+    /// Size of the state file, MiB.
+    pub(super) fn state_size(&self) -> Result<f64> {
+        Ok(fs::metadata(state_file(&self.folder))?.len() as f64 / f64::from(1 << 20))
     }
 
     /// One request: how long until the answer was here, and the answer.
@@ -130,13 +151,13 @@ impl Scene {
 
     /// Sets a backend's state.
     pub(super) fn set_state(&self, service: &str, backend: &str, state: &str) -> Result<Duration> {
-        let path = format!("/v1/backends/{service}/{backend}/state");
-        self.call("PUT", &path, &format!("{{\"state\":\"{state}\"}}")).map(|(took, _)| took)
+        let path = format!("/v1/backends/{service}/{backend}");
+        self.call("PATCH", &path, &format!("{{\"state\":\"{state}\"}}")).map(|(took, _)| took)
     }
 
     /// Puts another configuration in force.
     pub(super) fn reload(&self, text: &Text, dry_run: bool) -> Result<Duration> {
-        self.daemon.rewrite(&text.write(&self.pins))?;
+        self.daemon.rewrite(&text.write(&self.pins, &state_file(&self.folder)))?;
         let path = if dry_run { "/v1/reload?dry_run=true" } else { "/v1/reload" };
         self.call("POST", path, "").map(|(took, _)| took)
     }
