@@ -80,6 +80,9 @@ pub const MAP_REPLAY_PREFIX: &str = "REPLAY";
 pub const REPLAY_MAPS: u32 = 8;
 /// Entries of a replay map: clones of one frame that can become segments, plus the frame itself.
 pub const REPLAY_WIDTH: u32 = 5;
+/// First and third word of a frame on its way to the `emit` program, around the index of its stash slot; a locally
+/// administered MAC.
+pub const REPLAY_MARK: u32 = u32::from_ne_bytes([0x02, 0xd1, 0x5b, 0xa7]);
 
 /// Prefix of `SINGLE0` .. `SINGLE7`: as the replay maps, for what fits one segment.
 pub const MAP_SINGLE_PREFIX: &str = "SINGLE";

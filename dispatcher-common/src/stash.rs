@@ -27,6 +27,9 @@ pub const STAGE_BOUND: u32 = 3;
 /// The backend has answered and the content was sent; kept for repair, may be taken over.
 pub const STAGE_REPLAYED: u32 = 4;
 
+/// See [`Slot::emitted`].
+pub const EMITTED: u32 = 1 << 16;
+
 /// A slot that was not touched for so long may be taken over by another flow, nanoseconds.
 pub const SLOT_LIFE_NS: u64 = 3_000_000_000;
 
@@ -78,7 +81,7 @@ pub struct Slot {
     pub frontend: u32,
     /// Backend index.
     pub backend: u32,
-    /// Counts the clones that the emit program has turned into something.
+    /// Clones that the emit program has begun with, and [`EMITTED`] times those that it is done with.
     pub emitted: u32,
     /// The backend's initial sequence number.
     pub peer_isn: u32,

@@ -170,6 +170,7 @@ fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
         slot.peer_ts = parsed.tsval;
         slot.ts = client_ts & parsed.ts;
         slot.chunk = chunk(parsed.mss, flow.backend, key.src.is_v4(), slot.ts != 0);
+        slot.emitted = 0;
         slot.stage = STAGE_REPLAYED;
     }
     replay(frame, p, flow)

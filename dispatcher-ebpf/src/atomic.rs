@@ -14,24 +14,24 @@ impl Word {
         Self(word)
     }
 
-    /// Adds one; returns the number before.
+    /// Adds a number; returns what was there before.
     #[inline(always)]
-    pub fn next(self) -> u32 {
+    pub fn add(self, number: u32) -> u32 {
         // SAFETY: `new` took it from a reference into a map value: aligned and alive.
-        unsafe { atomic_xadd::<u32, u32, { SeqCst }>(self.0, 1) }
+        unsafe { atomic_xadd::<u32, u32, { SeqCst }>(self.0, number) }
     }
 
     /// From 0 to 1; false when it is 1 already.
     #[inline(always)]
     pub fn try_lock(self) -> bool {
-        // SAFETY: as in `next`.
+        // SAFETY: as in `add`.
         unsafe { atomic_cxchg::<u32, { SeqCst }, { SeqCst }>(self.0, 0, 1).1 }
     }
 
     /// Back to 0.
     #[inline(always)]
     pub fn unlock(self) {
-        // SAFETY: as in `next`.
+        // SAFETY: as in `add`.
         unsafe { atomic_xchg::<u32, { SeqCst }>(self.0, 0) };
     }
 }

@@ -11,14 +11,14 @@ use aya_ebpf::{
     maps::DevMap,
 };
 use dispatcher_common::{
-    abi::{REPLAY_WIDTH, SINGLE_WIDTH},
+    abi::{REPLAY_MARK as MARK, REPLAY_WIDTH, SINGLE_WIDTH},
     addr::V4_MAPPED,
     checksum::fold,
     cookie::NO_WSCALE,
     opaque::opaque,
     proxy::ROOM,
     reason::Reason,
-    stash::{BUF, STAGE_BOUND, STAGE_REPLAYED, Slot},
+    stash::{BUF, EMITTED, STAGE_BOUND, STAGE_REPLAYED, Slot},
     tcp::{ACK, PSH, SYN, TIMESTAMP_WORD, scale_window},
 };
 
@@ -37,8 +37,6 @@ replay_maps!(SINGLE_WIDTH: SINGLE0 SINGLE1 SINGLE2 SINGLE3 SINGLE4 SINGLE5 SINGL
 
 /// Send to every entry of the device map (kernel 5.14).
 const BPF_F_BROADCAST: u64 = 8;
-/// First word of a frame on its way to the `emit` program; a locally administered MAC.
-const MARK: u32 = u32::from_ne_bytes([0x02, 0xd1, 0x5b, 0xa7]);
 /// Offset of the IP header in `Scratch::header`, and the same in words.
 const IP_AT: usize = 32;
 const IP_WORD: usize = IP_AT / 4;
@@ -262,7 +260,8 @@ fn build(frame: &Frame, slot: &Slot, piece: &Piece) -> Result<(), Reason> {
 /// cloned: the first segment, or only the PROXY header, which no client can repeat, or a bare ACK.
 /// What is missing the client sends again.
 #[inline(never)]
-pub fn in_place(frame: &Frame, slot: &Slot) -> Result<Reason, Reason> {
+pub fn in_place(frame: &Frame, slot: &mut Slot) -> Result<Reason, Reason> {
+    slot.emitted = REPLAY_WIDTH * EMITTED;
     let end = ROOM as u32 + slot.len;
     let all = end.wrapping_sub(slot.start);
     let mut piece = Piece {
@@ -337,7 +336,16 @@ pub fn at_exit(frame: &Frame) -> Option<Verdict> {
 #[inline(always)]
 fn piece_of(frame: &Frame, index: u32) -> Verdict {
     let slot = stash::slot(index)?;
-    let number = Word::new(&mut slot.emitted).next();
+    let emitted = Word::new(&mut slot.emitted);
+    let number = emitted.add(1) & (EMITTED - 1);
+    let verdict = piece(frame, slot, number);
+    // Nobody may have taken the slot over before this.
+    emitted.add(EMITTED);
+    verdict
+}
+
+#[inline(always)]
+fn piece(frame: &Frame, slot: &Slot, number: u32) -> Verdict {
     if slot.stage == STAGE_BOUND {
         if number != 0 {
             return Verdict(Reason::CloneUnused);

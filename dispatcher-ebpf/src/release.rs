@@ -14,7 +14,7 @@ static RELEASES: Array<Release> = Array::with_max_entries(RELEASES_MAX + 1, 0);
 pub fn next(frame: &Frame) -> Verdict {
     let cursor = RELEASES.get_ptr_mut(0).ok_or(Reason::Internal)?;
     // SAFETY: array entries live as long as the map.
-    let number = Word::new(unsafe { &mut (*cursor).slot }).next();
+    let number = Word::new(unsafe { &mut (*cursor).slot }).add(1);
     let release = RELEASES.get(number).ok_or(Reason::Internal)?;
     let index = release.slot;
     let slot = stash::slot(index)?;

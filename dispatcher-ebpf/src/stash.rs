@@ -9,8 +9,8 @@ use dispatcher_common::{
     proxy::ROOM,
     reason::Reason,
     stash::{
-        BUF, OFFSET_MAX, PAYLOAD_MAX, SEGMENT_MAX, SLOT_LIFE_NS, STAGE_BOUND, STAGE_FILLING, STAGE_FREE,
-        STAGE_HELD, STAGE_REPLAYED, Slot,
+        BUF, EMITTED, OFFSET_MAX, PAYLOAD_MAX, SEGMENT_MAX, SLOT_LIFE_NS, STAGE_BOUND, STAGE_FILLING,
+        STAGE_FREE, STAGE_HELD, STAGE_REPLAYED, Slot,
     },
     tcp::ACK,
     tls::{self, Bytes, Scan},
@@ -194,7 +194,7 @@ fn collect(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
     for index in [first, second] {
         let slot = slot(index)?;
         let free = slot.stage == STAGE_FREE
-            || slot.stage == STAGE_REPLAYED
+            || slot.stage == STAGE_REPLAYED && is_sent(slot)
             || slot.key == p.key
             || segment.now.wrapping_sub(slot.stamp) > SLOT_LIFE_NS;
         if free {
@@ -211,6 +211,14 @@ fn collect(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
         }
     }
     Verdict(Reason::StashFull)
+}
+
+/// True when nothing of a replayed slot is on its way any more: its clones have passed, as many as it takes.
+#[inline(always)]
+fn is_sent(slot: &Slot) -> bool {
+    let all = (ROOM as u32).wrapping_add(slot.len).wrapping_sub(slot.start);
+    let clones = slot.emitted / EMITTED;
+    clones >= abi::REPLAY_WIDTH || clones.wrapping_mul(slot.chunk) >= all
 }
 
 /// Makes a slot this flow's.

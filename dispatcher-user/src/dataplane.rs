@@ -26,7 +26,7 @@ use dispatcher_common::{
     http,
     reason::{REASONS_MAX, Reason},
     service::{Backend, BackendStats, BackendTimes, Frontend, VipKey},
-    stash::Slot,
+    stash::{EMITTED, Slot},
 };
 
 mod anchor;
@@ -770,7 +770,8 @@ impl Dataplane {
         Ok(())
     }
 
-    /// Runs a program on a frame without any interface.
+    /// Runs a program on a frame without any interface. A frame that is to be cloned is not: that the clones of
+    /// its slot have passed is noted all the same, or the slot would wait for them.
     pub fn run(
         &self,
         program: &str,
@@ -779,10 +780,20 @@ impl Dataplane {
         repeat: u32,
         flags: u32,
     ) -> Result<TestRun, Error> {
-        let mut ebpf = lock(&self.ebpf);
-        let fd = xdp(&mut ebpf, program)?.fd().map_err(layout(program))?;
-        test_run(fd.as_fd(), frame, ifindex, repeat, flags)
-            .map_err(|source| Error::Run { program: program.to_owned(), source })
+        let run = {
+            let mut ebpf = lock(&self.ebpf);
+            let fd = xdp(&mut ebpf, program)?.fd().map_err(layout(program))?;
+            test_run(fd.as_fd(), frame, ifindex, repeat, flags)
+                .map_err(|source| Error::Run { program: program.to_owned(), source })?
+        };
+        if let Some([mark, index, again]) = first_words(&run.data_out)
+            && (mark, again) == (abi::REPLAY_MARK, abi::REPLAY_MARK)
+        {
+            let mut slot = self.stash().get(index)?;
+            slot.emitted = abi::REPLAY_WIDTH * EMITTED;
+            self.stash().set(index, slot)?;
+        }
+        Ok(run)
     }
 
     /// A descriptor of a program, for those who run it themselves.
@@ -791,6 +802,12 @@ impl Dataplane {
         let fd = xdp(&mut ebpf, program)?.fd().map_err(layout(program))?;
         fd.as_fd().try_clone_to_owned().map_err(|source| Error::Run { program: program.to_owned(), source })
     }
+}
+
+fn first_words(frame: &[u8]) -> Option<[u32; 3]> {
+    let bytes = frame.first_chunk::<12>()?;
+    let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    Some([word(0), word(4), word(8)])
 }
 
 impl fmt::Debug for Dataplane {
