@@ -93,10 +93,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Crowd {
-    /// Lets `users` come and go and two connections stay, while `work` is done.
+    /// Lets `users` come and go and two connections stay, while `work` is done. With each visit of a user come
+    /// somebody new and `in_clear` others without TLS.
     ///
     /// Everybody must be served, and whoever has a session must be known at home. Panics otherwise.
-    pub fn around(town: &Town, users: usize, work: impl FnOnce(&Self)) {
+    pub fn around(town: &Town, users: usize, in_clear: usize, work: impl FnOnce(&Self)) {
         /// Ends a crowd, also when a test fails.
         struct End<'c>(&'c Crowd);
         impl Drop for End<'_> {
@@ -109,7 +110,7 @@ impl Crowd {
             let crowd = &crowd;
             let _end = End(crowd);
             for number in 0..users {
-                scope.spawn(move || crowd.come_and_go(town, number));
+                scope.spawn(move || crowd.come_and_go(town, number, in_clear));
             }
             for family in Family::BOTH {
                 scope.spawn(move || crowd.stay(town, family));
@@ -164,7 +165,7 @@ impl Crowd {
     }
 
     /// One user comes back, by turns of families, and must always land at home; others are new each time.
-    fn come_and_go(&self, town: &Town, number: usize) {
+    fn come_and_go(&self, town: &Town, number: usize, in_clear: usize) {
         let version = Version::BOTH[number % 2];
         let (mut user, mut home) = (town.user(version), None::<String>);
         let mut turn = number;
@@ -181,7 +182,8 @@ impl Crowd {
                     (user, home) = (town.user(version), None);
                 }
             }
-            for secure in [true, false, false] {
+            for newcomer in 0..=in_clear {
+                let secure = newcomer == 0;
                 let began = Instant::now();
                 let done =
                     if secure { town.visit(&town.user(version), turn) } else { town.visit_in_clear(turn) };
@@ -191,7 +193,7 @@ impl Crowd {
                     Err(problem) => self.problem(format!("newcomer: {problem}")),
                 }
             }
-            self.visits.fetch_add(4, Ordering::Relaxed);
+            self.visits.fetch_add(2 + in_clear as u64, Ordering::Relaxed);
         }
     }
 

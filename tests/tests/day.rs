@@ -67,7 +67,7 @@ fn a_day_under_load() {
     let state = |daemon: &Daemon, number: usize| daemon.backends().expect("backends")[number].state.clone();
 
     let began = Instant::now();
-    Crowd::around(town, 6, |crowd| {
+    Crowd::around(town, 6, 2, |crowd| {
         let pass = || {
             sleep(WHILE);
             crowd.go_on();

@@ -118,7 +118,7 @@ fn names(pins: &Pins, folder: &str) -> Vec<String> {
 /// Lets clients come and go while something is done to the daemon; all must be served, and come home.
 fn under_load(scene: &mut Scene, work: impl FnOnce(&mut Daemon, &str, &Town, &Crowd)) {
     let Scene { daemon, text, town, .. } = scene;
-    Crowd::around(town, 4, |crowd| work(daemon, text, town, crowd));
+    Crowd::around(town, 4, 0, |crowd| work(daemon, text, town, crowd));
 }
 
 fn web() -> Service {
