@@ -141,7 +141,7 @@ reasons! {
         BadChecksum = 70 "bad_checksum",
         /// Data before the first segment; the client sends it again.
         BeforeFirst = 71 "before_first",
-        /// Two packets at the same stash slot at the same time.
+        /// Another packet was at the same stash slot for too long; it comes again.
         StashBusy = 72 "stash_busy",
         /// Both stash slots of the flow are taken by others.
         StashFull = 73 "stash_full",

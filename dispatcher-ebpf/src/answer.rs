@@ -50,7 +50,13 @@ pub fn packet(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
         }
         // Our ACK or the data were lost: once more.
         options::read(frame, p)?;
-        return replay(frame, p, flow);
+        return stash::locked(flow.slot, |slot| {
+            let key = client_key(flow, p)?;
+            if slot.key == *key && stash::is_leaving(slot) {
+                return Verdict(Reason::StashBusy);
+            }
+            replay(frame, p, flow, slot)
+        });
     }
     if control::has_payload(frame, p) {
         responded(p, flow);
@@ -85,11 +91,23 @@ fn client_key(flow: &Flow, p: &Parsed) -> Result<&'static FlowKey, Reason> {
 /// A packet of a backend on a flow whose SYN it was sent.
 #[inline(never)]
 fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
+    let key = client_key(flow, p)?;
+    let index = flows::get(key).ok_or(Reason::BadAnswer)?.slot;
+    // The client's CPU may be sending the SYN again at this moment.
+    stash::locked(index, |slot| to_syn_locked(frame, p, flow, slot, index))
+}
+
+/// [`to_syn`] while no other CPU changes the flow.
+#[inline(always)]
+fn to_syn_locked(frame: &Frame, p: &Parsed, flow: &mut Flow, slot: &mut Slot, index: u32) -> Verdict {
     let tcp = frame.view().ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
     // SAFETY: `ptr` checked the bounds.
     let (flags, seq, ack) = unsafe { ((*tcp).flags, u32::from_be((*tcp).seq), u32::from_be((*tcp).ack)) };
     let key = client_key(flow, p)?;
     let forward = flows::get(key).ok_or(Reason::BadAnswer)?;
+    if forward.slot != index || flow.flags & FLAG_SYN_SENT == 0 {
+        return Verdict(Reason::StashBusy);
+    }
     // Of several backends that were tried for one client, only the last one's answer counts.
     let awaited = forward.flags & FLAG_SYN_SENT != 0 && forward.backend == flow.backend;
     if flags & RST != 0 {
@@ -108,7 +126,6 @@ fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
     options::read(frame, p)?;
     let parsed = &scratch()?.parsed;
     let frontend = services::frontend(flow.frontend as u32)?;
-    let slot = stash::slot(forward.slot)?;
     let ours = slot.key == *key && slot.stage == STAGE_BOUND;
 
     let isn = forward.seq_add;
@@ -173,14 +190,13 @@ fn to_syn(frame: &Frame, p: &Parsed, flow: &mut Flow) -> Verdict {
         slot.emitted = 0;
         slot.stage = STAGE_REPLAYED;
     }
-    replay(frame, p, flow)
+    replay(frame, p, flow, slot)
 }
 
 /// Sends the stashed data, or a bare ACK when they are gone: then the client's retransmission
 /// brings them.
 #[inline(never)]
-fn replay(frame: &Frame, p: &Parsed, flow: &Flow) -> Verdict {
-    let slot = stash::slot(flow.slot)?;
+fn replay(frame: &Frame, p: &Parsed, flow: &Flow, slot: &mut Slot) -> Verdict {
     let key = client_key(flow, p)?;
     if slot.key == *key && slot.stage == STAGE_REPLAYED {
         if globals()?.flags & GLOBAL_NO_CLONES != 0 {

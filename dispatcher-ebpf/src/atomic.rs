@@ -21,6 +21,13 @@ impl Word {
         unsafe { atomic_xadd::<u32, u32, { SeqCst }>(self.0, number) }
     }
 
+    /// True when it is 0 now.
+    #[inline(always)]
+    pub fn is_zero(self) -> bool {
+        // SAFETY: as in `add`.
+        unsafe { self.0.read_volatile() == 0 }
+    }
+
     /// From 0 to 1; false when it is 1 already.
     #[inline(always)]
     pub fn try_lock(self) -> bool {

@@ -39,13 +39,28 @@ pub const ANY: u32 = u32::MAX;
 /// Binds a slot whose content is enough to decide: to `pick`, or where its session or the table
 /// says. A slot that is bound already has its SYN sent again, to another backend if this one does
 /// not answer; one that the daemon left alone for too long goes by the table.
-#[inline(never)]
+#[inline(always)]
 pub fn bind(frame: &Frame, slot: &mut Slot, index: u32, pick: u32) -> Verdict {
+    // A flow that awaits its backend is changed by whoever has the lock of its slot.
+    let earlier = stash::dispatcher_lock_earlier(index);
+    if earlier == stash::NOT_LOCKED {
+        return Verdict(Reason::StashBusy);
+    }
+    let verdict = bind_locked(frame, slot, index, pick);
+    stash::dispatcher_unlock_earlier(index, earlier);
+    verdict
+}
+
+/// [`bind`] of a flow that no other CPU changes.
+#[inline(never)]
+fn bind_locked(frame: &Frame, slot: &mut Slot, index: u32, pick: u32) -> Verdict {
     let frontend = services::frontend(slot.frontend)?;
     let mut avoid = ANY;
-    if let Some(flow) = flows::get(&slot.key)
-        && flow.flags & FLAG_SYN_SENT != 0
-    {
+    if let Some(flow) = flows::get(&slot.key) {
+        if flow.flags & FLAG_SYN_SENT == 0 {
+            // It was answered a moment ago: what the client sends again finds it.
+            return Verdict(Reason::StashBusy);
+        }
         let limit = if flow.marks & MARK_HIT != 0 { TRIES_HIT_MAX } else { TRIES_MAX };
         if flow.tries < limit && services::endpoint_up(flow.backend, slot.key.src.is_v4()).is_some() {
             return repeat(frame, slot, index, flow);

@@ -55,20 +55,27 @@ static STAGES: ProgramArray = ProgramArray::with_max_entries(abi::STAGE_PROGRAMS
 #[xdp]
 fn dispatcher(ctx: XdpContext) -> u32 {
     let verdict = pipeline::run(&Frame::new(&ctx));
+    go_on(&ctx, verdict);
+    finish(verdict)
+}
+
+/// Hands the frame to another program, if the verdict asks for it (see [`pipeline::stage`]).
+#[inline(always)]
+fn go_on(ctx: &XdpContext, verdict: Verdict) {
     if verdict.is(Reason::NoStage)
         && let Ok(scratch) = globals::scratch()
     {
         // Does not return, unless the array lacks the stage.
         // SAFETY: a program of the same type, by its context.
-        unsafe { STAGES.tail_call(&ctx, scratch.stage) };
+        unsafe { STAGES.tail_call(ctx, scratch.stage) };
     }
-    finish(verdict)
 }
 
 /// First data of a connection, or the first packet of an l4 flow; called by `dispatcher`.
 #[xdp]
 fn first_data(ctx: XdpContext) -> u32 {
     let verdict = pipeline::first_data(&Frame::new(&ctx));
+    go_on(&ctx, verdict);
     log_drop(&ctx, verdict);
     finish(verdict)
 }

@@ -8,7 +8,7 @@
 
 use dispatcher_common::{
     abi::{STAGE_DATAGRAM, STAGE_FIRST_DATA},
-    flow::{FLAG_QUIC, FLAG_TO_BACKEND, FLAGS_SLOW, Flow},
+    flow::{FLAG_QUIC, FLAG_SYN_SENT, FLAG_TO_BACKEND, FLAGS_SLOW, Flow},
     globals::Globals,
     reason::Reason,
     service::MODE_L4,
@@ -276,5 +276,14 @@ pub fn datagram(frame: &Frame) -> Verdict {
 pub fn answer(frame: &Frame) -> Verdict {
     let p = parse_again(frame)?;
     let Some(flow) = flows::get(&p.key) else { return Verdict(Reason::BackendOther) };
+    if flow.flags & FLAG_TO_BACKEND != 0 {
+        // The backend answered while this segment was on its way to the stash.
+        if flow.flags & FLAG_SYN_SENT != 0 {
+            return Verdict(Reason::StashBusy);
+        }
+        let tcp = frame.view().ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
+        // SAFETY: `ptr` checked the bounds.
+        return control::conclude(frame, p, flow, unsafe { (*tcp).flags });
+    }
     crate::answer::packet(frame, p, flow)
 }

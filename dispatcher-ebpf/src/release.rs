@@ -17,8 +17,7 @@ pub fn next(frame: &Frame) -> Verdict {
     let number = Word::new(unsafe { &mut (*cursor).slot }).add(1);
     let release = RELEASES.get(number).ok_or(Reason::Internal)?;
     let index = release.slot;
-    let slot = stash::slot(index)?;
-    stash::locked(slot, |slot| {
+    stash::locked(index, |slot| {
         if slot.key != release.flow || slot.stage != STAGE_HELD {
             return Verdict(Reason::StaleRelease);
         }

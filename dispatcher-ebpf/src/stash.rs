@@ -2,8 +2,9 @@
 
 use aya_ebpf::{macros::map, maps::Array};
 use dispatcher_common::{
-    abi, cookie,
-    flow::{FlowKey, Link, MARK_SECURE},
+    abi::{self, STAGE_ANSWER},
+    cookie,
+    flow::{FLAG_SYN_SENT, FlowKey, Link, MARK_SECURE},
     globals::GLOBAL_NO_CLONES,
     opaque::opaque,
     proxy::ROOM,
@@ -20,10 +21,12 @@ use crate::{
     atomic::Word,
     bind,
     emit::sum_bytes,
-    globals::{globals, now_ns, scratch},
+    flows,
+    globals::{exact_ns, globals, now_ns, scratch},
     http, options,
     packet::{Frame, Ipv4, Ipv6, Tcp},
     parse::{Parsed, packet_end},
+    pipeline,
     reply::{self, pseudo},
     services, syn,
     verdict::Verdict,
@@ -34,6 +37,12 @@ static STASH: Array<Slot> = Array::with_max_entries(abi::DEFAULT_STASH_SLOTS, 0)
 
 /// Segments after which a hello that still is not whole is bound by what was seen.
 const SEGMENTS_MAX: u32 = 32;
+/// Clones that have not left by then never will, nanoseconds.
+const LEAVING_LIMIT_NS: u64 = 100_000_000;
+/// How long is waited for a slot that another CPU works on, nanoseconds, and the looks at its lock that
+/// this takes at most.
+const LOCK_LIMIT_NS: u64 = 20_000;
+const LOCK_TRIES: u32 = 500;
 /// A held hello whose client retransmits after so long goes by the table, nanoseconds.
 const HELD_LIMIT_NS: u64 = 100_000_000;
 
@@ -48,16 +57,66 @@ pub fn slot(index: u32) -> Result<&'static mut Slot, Reason> {
     Ok(unsafe { &mut *slot })
 }
 
-/// Runs `work` with the slot locked, or not at all when another CPU has it.
+/// Runs `work` with the slot locked, or not at all when another CPU keeps it.
+///
+/// The lock covers the slot, and the flow that awaits its backend with this slot.
 #[inline(always)]
-pub fn locked(slot: &mut Slot, work: impl FnOnce(&mut Slot) -> Verdict) -> Verdict {
-    let lock = Word::new(&mut slot.lock);
-    if !lock.try_lock() {
+pub fn locked(index: u32, work: impl FnOnce(&mut Slot) -> Verdict) -> Verdict {
+    let slot = slot(index)?;
+    if dispatcher_lock_slot(index) == 0 {
         return Verdict(Reason::StashBusy);
     }
     let result = work(slot);
-    lock.unlock();
+    Word::new(&mut slot.lock).unlock();
     result
+}
+
+/// Locks a slot. 0 when another CPU does not leave it: less time is needed for a segment than is waited.
+///
+/// Exported, so that the verifier checks it once and not for every way that leads here.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn dispatcher_lock_slot(index: u32) -> u32 {
+    let Ok(slot) = slot(index) else { return 0 };
+    let lock = Word::new(&mut slot.lock);
+    if lock.try_lock() {
+        return 1;
+    }
+    let began = exact_ns();
+    for _ in 0..LOCK_TRIES {
+        if lock.is_zero() && lock.try_lock() {
+            return 1;
+        }
+        if exact_ns().wrapping_sub(began) > LOCK_LIMIT_NS {
+            break;
+        }
+    }
+    0
+}
+
+/// What [`dispatcher_lock_earlier`] says when another CPU has the slot.
+pub const NOT_LOCKED: u32 = u32::MAX;
+
+/// Locks the slot that the flow of a locked slot has, which may be an earlier one, and returns it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn dispatcher_lock_earlier(index: u32) -> u32 {
+    let Ok(slot) = slot(index) else { return NOT_LOCKED };
+    let Some(flow) = flows::get(&slot.key) else { return index };
+    let earlier = flow.slot;
+    if earlier == index || dispatcher_lock_slot(earlier) != 0 { earlier } else { NOT_LOCKED }
+}
+
+/// Undoes [`dispatcher_lock_earlier`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn dispatcher_unlock_earlier(index: u32, earlier: u32) -> u32 {
+    if earlier != index
+        && let Ok(slot) = slot(earlier)
+    {
+        Word::new(&mut slot.lock).unlock();
+    }
+    0
 }
 
 /// A hash of a flow, for the choice of slots and table entries. Not secret: the cookie has been
@@ -116,7 +175,12 @@ pub struct Segment {
     now: u64,
     seq: u32,
     ack: u32,
+    /// The slot, and whether it has this connection's data.
     index: u32,
+    known: u32,
+    /// For a new slot: the client's ISN, and what its cookie carries.
+    isn: u32,
+    options: u32,
 }
 
 /// Takes a segment of a connection that is not established.
@@ -133,7 +197,7 @@ pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
         return verdict;
     }
     // Too much waits for the daemon.
-    locked(slot, |slot| bind::bind(frame, slot, index, bind::ANY))
+    locked(index, |slot| bind::bind(frame, slot, index, bind::ANY))
 }
 
 /// Keeps the segment in the connection's slot, or in a new one, and binds it if there is enough of it.
@@ -160,57 +224,91 @@ fn collect(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
     let our_isn = segment.ack.wrapping_sub(1);
 
     let hash = mix(&p.key);
-    let first = hash as u32 & globals.stash_mask;
+    let mut index = hash as u32 & globals.stash_mask;
     let second = (hash >> 32) as u32 & globals.stash_mask;
-    for index in [first, second] {
-        let slot = slot(index)?;
-        if slot.key == p.key
-            && slot.cookie == our_isn
-            && slot.stage != STAGE_FREE
-            && slot.stage != STAGE_REPLAYED
-        {
-            segment.index = index;
-            return locked(slot, |slot| {
-                let verdict = take(frame, p, slot, segment);
-                if verdict.is(ENOUGH) { bind::bind(frame, slot, index, bind::ANY) } else { verdict }
-            });
-        }
+    let mut known = keeps(slot(index)?, p, our_isn);
+    if !known && keeps(slot(second)?, p, our_isn) {
+        known = true;
+        index = second;
     }
+    if !known {
+        if is_answered(&p.key) {
+            return pipeline::stage(STAGE_ANSWER);
+        }
+        // Our SYN-ACK's timestamp was the client's ISN: each segment tells its own place. Without
+        // timestamps only the first can be told.
+        let told = parsed.ts != 0 && (segment.seq.wrapping_sub(parsed.tsecr) as usize) < PAYLOAD_MAX;
+        let isn = if told { parsed.tsecr } else { segment.seq.wrapping_sub(1) };
+        let mut options = cookie::Options { mss: 0, wscale: 0, sack: false };
+        let worth = syn::check(globals, &p.key, isn, our_isn, &mut options);
+        if worth == syn::ADDRESS && parsed.ts == 0 {
+            return Verdict(Reason::BeforeFirst);
+        }
+        if worth != syn::FULL {
+            // Not ours, or of a flow that was forgotten.
+            reply::reset(frame, p)?;
+            return Verdict(Reason::ResetClient);
+        }
+        if !is_free(slot(index)?, p, segment.now) {
+            index = second;
+            if !is_free(slot(index)?, p, segment.now) {
+                return Verdict(Reason::StashFull);
+            }
+        }
+        segment.isn = isn;
+        segment.options = u32::from(options.pack());
+    }
+    segment.index = index;
+    segment.known = u32::from(known);
+    keep(frame, p, frontend)
+}
 
-    // Our SYN-ACK's timestamp was the client's ISN: each segment tells its own place. Without
-    // timestamps only the first can be told.
-    let told = parsed.ts != 0 && (segment.seq.wrapping_sub(parsed.tsecr) as usize) < PAYLOAD_MAX;
-    let isn = if told { parsed.tsecr } else { segment.seq.wrapping_sub(1) };
-    let mut options = cookie::Options { mss: 0, wscale: 0, sack: false };
-    let worth = syn::check(globals, &p.key, isn, our_isn, &mut options);
-    if worth == syn::ADDRESS && parsed.ts == 0 {
-        return Verdict(Reason::BeforeFirst);
-    }
-    if worth != syn::FULL {
-        // Not ours, or of a flow that was forgotten.
-        reply::reset(frame, p)?;
-        return Verdict(Reason::ResetClient);
-    }
-    for index in [first, second] {
-        let slot = slot(index)?;
-        let free = slot.stage == STAGE_FREE
-            || slot.stage == STAGE_REPLAYED && is_sent(slot)
-            || slot.key == p.key
-            || segment.now.wrapping_sub(slot.stamp) > SLOT_LIFE_NS;
-        if free {
-            segment.index = index;
-            return locked(slot, |slot| {
-                claim(frame, p, slot, isn, our_isn);
-                slot.frontend = frontend;
-                slot.mss = cookie::mss_of(options.mss);
-                slot.wscale = options.wscale;
-                slot.sack = options.sack as u8;
-                let verdict = take(frame, p, slot, segment);
-                if verdict.is(ENOUGH) { bind::bind(frame, slot, index, bind::ANY) } else { verdict }
-            });
+/// Puts a segment to its slot, which was found.
+#[inline(always)]
+fn keep(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
+    let segment = &scratch()?.segment;
+    let index = segment.index;
+    let known = segment.known != 0;
+    let our_isn = segment.ack.wrapping_sub(1);
+    locked(index, |slot| {
+        let still = if known { keeps(slot, p, our_isn) } else { is_free(slot, p, segment.now) };
+        if !still {
+            // Another CPU had the slot in the meantime. Its backend has answered, or it is another flow's.
+            return if known { pipeline::stage(STAGE_ANSWER) } else { Verdict(Reason::StashBusy) };
         }
-    }
-    Verdict(Reason::StashFull)
+        if !known {
+            let options = cookie::Options::unpack(segment.options as u8);
+            claim(frame, p, slot, segment.isn, our_isn);
+            slot.frontend = frontend;
+            slot.mss = cookie::mss_of(options.mss);
+            slot.wscale = options.wscale;
+            slot.sack = options.sack as u8;
+        }
+        let verdict = take(frame, p, slot, segment);
+        if verdict.is(ENOUGH) { bind::bind(frame, slot, index, bind::ANY) } else { verdict }
+    })
+}
+
+/// True when the slot has what a connection sent so far, and waits for more or for a backend.
+#[inline(always)]
+fn keeps(slot: &Slot, p: &Parsed, our_isn: u32) -> bool {
+    slot.key == p.key && slot.cookie == our_isn && slot.stage != STAGE_FREE && slot.stage != STAGE_REPLAYED
+}
+
+/// True when a flow may take the slot.
+#[inline(always)]
+fn is_free(slot: &Slot, p: &Parsed, now: u64) -> bool {
+    let replayed = slot.stage == STAGE_REPLAYED;
+    slot.stage == STAGE_FREE
+        || replayed && is_sent(slot)
+        || !replayed && slot.key == p.key
+        || now.wrapping_sub(slot.stamp) > SLOT_LIFE_NS
+}
+
+/// True when a backend answers for this flow: what its client sends needs no slot any more.
+#[inline(always)]
+fn is_answered(key: &FlowKey) -> bool {
+    flows::get(key).is_some_and(|flow| flow.flags & FLAG_SYN_SENT == 0)
 }
 
 /// True when nothing of a replayed slot is on its way any more: its clones have passed, as many as it takes.
@@ -219,6 +317,12 @@ fn is_sent(slot: &Slot) -> bool {
     let all = (ROOM as u32).wrapping_add(slot.len).wrapping_sub(slot.start);
     let clones = slot.emitted / EMITTED;
     clones >= abi::REPLAY_WIDTH || clones.wrapping_mul(slot.chunk) >= all
+}
+
+/// True when a replayed slot's clones are on their way: those that still are after so long were lost.
+#[inline(always)]
+pub fn is_leaving(slot: &Slot) -> bool {
+    slot.stage == STAGE_REPLAYED && !is_sent(slot) && now_ns().wrapping_sub(slot.stamp) < LEAVING_LIMIT_NS
 }
 
 /// Makes a slot this flow's.

@@ -786,14 +786,20 @@ impl Dataplane {
             test_run(fd.as_fd(), frame, ifindex, repeat, flags)
                 .map_err(|source| Error::Run { program: program.to_owned(), source })?
         };
-        if let Some([mark, index, again]) = first_words(&run.data_out)
+        self.let_clones_leave(&run.data_out)?;
+        Ok(run)
+    }
+
+    /// Notes that all clones of a frame have left, if the program would have cloned it.
+    pub fn let_clones_leave(&self, frame: &[u8]) -> Result<(), Error> {
+        if let Some([mark, index, again]) = first_words(frame)
             && (mark, again) == (abi::REPLAY_MARK, abi::REPLAY_MARK)
         {
             let mut slot = self.stash().get(index)?;
             slot.emitted = abi::REPLAY_WIDTH * EMITTED;
             self.stash().set(index, slot)?;
         }
-        Ok(run)
+        Ok(())
     }
 
     /// A descriptor of a program, for those who run it themselves.

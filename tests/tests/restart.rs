@@ -118,7 +118,7 @@ fn names(pins: &Pins, folder: &str) -> Vec<String> {
 /// Lets clients come and go while something is done to the daemon; all must be served, and come home.
 fn under_load(scene: &mut Scene, work: impl FnOnce(&mut Daemon, &str, &Town, &Crowd)) {
     let Scene { daemon, text, town, .. } = scene;
-    Crowd::around(town, 4, 0, |crowd| work(daemon, text, town, crowd));
+    Crowd::around(town, 4, 2, |crowd| work(daemon, text, town, crowd));
 }
 
 fn web() -> Service {
@@ -168,10 +168,10 @@ fn restarts(attach: &str, service: &Service, ends: &[fn(&mut Daemon) -> anyhow::
     assert_eq!(names(&scene.pins, "links").len(), scene.town.topology.interfaces().len());
     // A hello that was held when the daemon ended has gone by the table: the frame with which the next daemon
     // answers it all the same is its own.
-    // And one that came while the client's next segment was put to its hello is repeated by the client.
-    // So is one that found no slot, of which these scenarios have few.
+    // And a packet that found its slot taken for long, or no slot, of which these scenarios have few, is repeated.
     let fine = [Reason::StaleRelease, Reason::StashBusy, Reason::StashFull].map(Reason::name);
     let mut drops = scene.daemon.drops().expect("counters");
+    println!("dropped: {drops:?}");
     drops.retain(|(name, _)| !fine.contains(&name.as_str()));
     assert_eq!(drops, [], "packets were dropped");
 }

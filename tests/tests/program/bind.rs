@@ -356,10 +356,12 @@ fn without_timestamps_a_later_segment_waits_for_the_first() {
     let _ = machine.expect("the second again", &second, Reason::BoundHit);
 }
 
+/// With timestamps never; without, a cookie has twelve bits against it.
 #[test]
-fn a_later_segment_is_never_taken_for_the_first() {
+fn a_later_segment_is_not_taken_for_the_first() {
     let machine = machine();
     let hello = client_hello(&[3; 32], 1500);
+    let mut taken = 0;
     for port in 40_000..40_600 {
         let bare = port % 2 == 0;
         let mut talk = Talk::new(Service::Plain, Family::V4, port);
@@ -370,8 +372,12 @@ fn a_later_segment_is_never_taken_for_the_first() {
         let second = talk.data(1000, &hello[1000..]);
         let reason = machine.run(&second.frame()).expect("a verdict").reason;
         let fine: &[_] = if bare { &[Reason::BeforeFirst] } else { &[Reason::Stashed, Reason::StashFull] };
-        assert!(fine.contains(&reason), "port {port}: {reason:?}");
+        let wrong = bare && reason == Reason::BoundNonsecure;
+        taken += u32::from(wrong);
+        assert!(wrong || fine.contains(&reason), "port {port}: {reason:?}");
     }
+    // Of 300 with a chance of one in 4096: more than three once in 800,000 runs.
+    assert!(taken <= 3, "{taken} were taken for the first");
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod icmp;
 mod l4;
 mod life;
 mod quic;
+mod races;
 mod tickets;
 mod verdicts;
 
