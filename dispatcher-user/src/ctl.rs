@@ -236,6 +236,8 @@ enum BackendCommand {
         #[arg(long, value_name = "TIME", value_parser = duration)]
         deadline: Option<u32>,
         /// Wait until its last connection has ended, and say meanwhile how many are left
+        ///
+        /// Exits with 4 where the deadline, or the operator, ended connections; with 0 where all ended by themselves.
         #[arg(long)]
         wait: bool,
     },
@@ -287,6 +289,8 @@ pub enum Exit {
     Usage = 2,
     /// No daemon answers.
     Unreachable = 3,
+    /// The deadline of a drain that was waited for ended connections.
+    Cut = 4,
 }
 
 impl From<Exit> for ExitCode {
@@ -335,6 +339,14 @@ pub enum Error {
     /// A configuration cannot be read, or is not good.
     #[error(transparent)]
     Config(#[from] config::Error),
+    /// Connections were left when a drain was over.
+    #[error("{backend} went offline, which ended {}", counted(*open, "connection"))]
+    Cut {
+        /// SERVICE/NAME.
+        backend: String,
+        /// How many there were when they were last counted.
+        open: u64,
+    },
     /// Pins cannot be removed.
     #[error(transparent)]
     Detach(#[from] dataplane::Error),
@@ -355,6 +367,7 @@ impl Error {
     pub fn exit(&self) -> Exit {
         match self {
             Self::Unreachable { .. } => Exit::Unreachable,
+            Self::Cut { .. } => Exit::Cut,
             Self::Protocol(_)
             | Self::Refused(_)
             | Self::Explain(_)
@@ -383,7 +396,7 @@ async fn answer(
     hints: &mut dyn Write,
     width: Option<u16>,
 ) -> Result<(), Error> {
-    let ask = Client { socket: &args.socket };
+    let ask = Client { socket: &args.socket, patience: PATIENCE };
     let json = args.json;
     let form = if json { Form::Json } else { Form::Table(width) };
     match &args.command {
@@ -423,10 +436,12 @@ async fn answer(
                 Some(change) => ask.patch(&path, &change).await?,
                 None => ask.get(&path).await?,
             };
+            let mut cut = None;
             if let Some(BackendCommand::Drain { wait: true, .. }) = command {
-                answer = drained(&ask, &path, answer, hints).await?;
+                (answer, cut) = drained(&ask, &path, answer, hints).await?;
             }
-            show(out, form, answer.as_slice(), backends)
+            show(out, form, answer.as_slice(), backends)?;
+            cut.map_or(Ok(()), Err)
         }
         Command::Sessions { command } => {
             let answer: Vec<api::Session> = match command {
@@ -552,29 +567,46 @@ async fn answer(
 /// Says that there may be more.
 fn cut(shown: usize, limit: usize, hints: &mut dyn Write) -> Result<(), Error> {
     if shown == limit {
-        writeln!(hints, "dispatcherctl: the first {limit}; --limit says how many")?;
+        writeln!(hints, "dispatcherctl: the first {limit}, there may be more: `--limit N` lists up to N")?;
     }
     Ok(())
 }
 
-/// Waits for the last connection of a backend that drains.
+/// Waits for the last connection of a backend that drains. An error beside the answer tells of connections that
+/// did not end by themselves.
 async fn drained(
     ask: &Client<'_>,
     path: &str,
     mut answer: Vec<api::Backend>,
     hints: &mut dyn Write,
-) -> Result<Vec<api::Backend>, Error> {
+) -> Result<(Vec<api::Backend>, Option<Error>), Error> {
+    let (mut last, mut told) = (0, String::new());
     while let Some(one) = answer.first() {
-        let Some(open) = one.open.filter(|open| *open > 0) else { break };
-        let left = one.deadline_seconds.map(|left| format!(", {left} s left")).unwrap_or_default();
-        writeln!(hints, "{}/{}: {}{left}", one.service, one.name, counted(open as usize, "connection"))?;
-        if one.state == "up" {
-            return Err(Error::Refused(format!("{}/{} was enabled again", one.service, one.name)));
+        let backend = format!("{}/{}", one.service, one.name);
+        let open = one.open.unwrap_or(0);
+        if one.state == "offline" {
+            let open = last.max(open);
+            return Ok((answer, (open > 0).then_some(Error::Cut { backend, open })));
         }
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        if open == 0 {
+            break;
+        }
+        let left = one.deadline_seconds.map(|left| format!(", {left} s left")).unwrap_or_default();
+        let line = format!("{backend}: {}{left}", counted(open, "connection"));
+        if line != told {
+            writeln!(hints, "{line}")?;
+            told = line;
+        }
+        if one.state == "up" {
+            return Err(Error::Refused(format!("{backend} was enabled again")));
+        }
+        last = open;
+        // Near the end what is counted last is what is cut.
+        let pause = if one.deadline_seconds.is_some_and(|left| left <= 1) { 100 } else { 1000 };
+        tokio::time::sleep(Duration::from_millis(pause)).await;
         answer = ask.get(path).await?;
     }
-    Ok(answer)
+    Ok((answer, None))
 }
 
 /// Says whether a file is good. One that is not is an error, which with JSON is told there too.
@@ -673,6 +705,8 @@ fn escaped(text: &str) -> String {
 
 struct Client<'c> {
     socket: &'c Path,
+    /// How long an answer may take to begin.
+    patience: Duration,
 }
 
 impl Client<'_> {
@@ -726,9 +760,9 @@ impl Client<'_> {
     async fn open(&self, method: Method, path: &str, body: Bytes) -> Result<Incoming, Error> {
         let silent = || Error::Unreachable {
             path: self.socket.to_owned(),
-            source: io::Error::new(io::ErrorKind::TimedOut, format!("no answer in {} s", PATIENCE.as_secs())),
+            source: io::Error::new(io::ErrorKind::TimedOut, format!("no answer in {:?}", self.patience)),
         };
-        tokio::time::timeout(PATIENCE, self.ask(method, path, body)).await.map_err(|_| silent())?
+        tokio::time::timeout(self.patience, self.ask(method, path, body)).await.map_err(|_| silent())?
     }
 
     async fn ask(&self, method: Method, path: &str, body: Bytes) -> Result<Incoming, Error> {

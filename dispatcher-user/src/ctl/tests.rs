@@ -1,3 +1,10 @@
+use std::{
+    io::{BufRead as _, BufReader},
+    os::unix::net::UnixListener,
+    sync::atomic::{AtomicU32, Ordering},
+    thread::JoinHandle,
+};
+
 use super::*;
 
 fn parse(line: &str) -> Result<Args, clap::Error> {
@@ -47,6 +54,146 @@ fn command_lines() {
     ] {
         assert_eq!(parse(line).expect_err(line).exit_code(), i32::from(Exit::Usage as u8), "{line}");
     }
+}
+
+/// A socket of one test, with somebody behind it who answers each request with the next of these and then goes.
+struct Told {
+    socket: PathBuf,
+    /// Ends with the requests' first lines.
+    server: JoinHandle<Vec<String>>,
+}
+
+fn socket() -> PathBuf {
+    static COUNTER: AtomicU32 = AtomicU32::new(0);
+    let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+    std::env::temp_dir().join(format!("dispatcherctl-{}-{number}.sock", std::process::id()))
+}
+
+fn told(answers: Vec<String>) -> Told {
+    let socket = socket();
+    let listener = UnixListener::bind(&socket).expect("a socket");
+    let server = std::thread::spawn(move || {
+        let one = |body: &String| {
+            let (mut stream, _) = listener.accept().expect("a request");
+            let mut request = BufReader::new(stream.try_clone().expect("a second handle")).lines();
+            let first = request.next().expect("a line").expect("a text");
+            let _head = request.map(|line| line.expect("a text")).take_while(|line| !line.is_empty()).count();
+            write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len()).expect("told");
+            first
+        };
+        answers.iter().map(one).collect()
+    });
+    Told { socket, server }
+}
+
+impl Told {
+    /// What a command line prints, what it hints at, and how it ends; and what it asked for.
+    fn run(self, line: &str) -> (Result<(), Error>, String, String, Vec<String>) {
+        let args =
+            parse(&format!("dispatcherctl --socket {} {line}", self.socket.display())).expect("parses");
+        let (mut out, mut hints) = (Vec::new(), Vec::new());
+        let result = run(&args, &mut out, &mut hints, None);
+        let text = |bytes| String::from_utf8(bytes).expect("a text");
+        let asked = self.server.join().expect("all was asked");
+        std::fs::remove_file(&self.socket).expect("removes");
+        (result, text(out), text(hints), asked)
+    }
+}
+
+#[test]
+fn a_daemon_that_never_answers_is_given_up() {
+    let socket = socket();
+    // The kernel accepts, nobody reads.
+    let listener = UnixListener::bind(&socket).expect("a socket");
+    let client = Client { socket: &socket, patience: Duration::from_millis(50) };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let asked = runtime.block_on(async {
+        let asked = client.get::<api::Status>("/v1/status");
+        tokio::time::timeout(Duration::from_secs(20), asked).await.expect("it gives up")
+    });
+    let error = asked.expect_err("no answer");
+    let said = error.to_string();
+    assert_eq!(error.exit(), Exit::Unreachable);
+    assert!(said.contains("no answer in 50ms") && said.contains("dispatcherd hangs"), "{said}");
+    drop(listener);
+    std::fs::remove_file(&socket).expect("removes");
+}
+
+#[test]
+fn a_list_that_is_cut_says_so() {
+    let flow = |port: u16| api::Flow {
+        client: ([192, 0, 2, 7], port).into(),
+        vip: ([192, 0, 2, 1], 443).into(),
+        protocol: config::Protocol::Tcp,
+        service: "web".into(),
+        backend: "a".into(),
+        state: "established".into(),
+        age_seconds: 1,
+        secure: true,
+        hit: true,
+    };
+    let list = |count: u16| serde_json::to_string(&(0..count).map(flow).collect::<Vec<_>>()).expect("json");
+    let hint = "dispatcherctl: the first 3, there may be more: `--limit N` lists up to N\n";
+    for (command, count, hinted) in
+        [("flows --limit 3", 3, hint), ("--json flows --limit 3", 3, hint), ("flows --limit 3", 2, "")]
+    {
+        let (result, out, hints, asked) = told(vec![list(count)]).run(command);
+        assert!(result.is_ok());
+        assert_eq!(
+            (hints.as_str(), asked[0].as_str()),
+            (hinted, "GET /v1/flows?limit=3 HTTP/1.1"),
+            "{command}"
+        );
+        assert_eq!(out.matches("192.0.2.7:").count(), usize::from(count), "{out}");
+    }
+}
+
+#[test]
+fn a_drain_that_cuts_connections_has_a_code_of_its_own() {
+    let backend = |state: &str, open: u64, left: Option<u64>| {
+        let backend = api::Backend {
+            name: "a".into(),
+            service: "web".into(),
+            id: 1,
+            index: 0,
+            addresses: Vec::new(),
+            state: state.into(),
+            deadline_seconds: left,
+            reason: None,
+            weight: 1,
+            share: 0.0,
+            open: Some(open),
+            connections: 3,
+            hits: 0,
+            misses: 0,
+            fresh: 0,
+            nonsecure: 0,
+            established: 0,
+            refused: 0,
+            learned: 0,
+            connect_ms: None,
+            response_ms: None,
+        };
+        serde_json::to_string(&[backend]).expect("json")
+    };
+    let drain = "backend web/a drain --wait --deadline 1s";
+    let answers =
+        [backend("drain", 3, Some(1)), backend("drain", 2, Some(0)), backend("offline", 0, None)].to_vec();
+    let (result, out, hints, asked) = told(answers).run(drain);
+    let error = result.expect_err("two were cut");
+    assert_eq!(
+        (error.exit(), error.to_string().as_str()),
+        (Exit::Cut, "web/a went offline, which ended 2 connections")
+    );
+    assert!(
+        out.contains("offline") && asked[0].starts_with("PATCH ") && asked[2].starts_with("GET "),
+        "{out}"
+    );
+    assert_eq!(hints, "web/a: 3 connections, 1 s left\nweb/a: 2 connections, 0 s left\n");
+
+    let answers = [backend("drain", 1, Some(1)), backend("drain", 0, Some(0))].to_vec();
+    let (result, out, ..) = told(answers).run(drain);
+    assert!(result.is_ok() && out.contains("drain"), "{out}");
 }
 
 #[test]
