@@ -17,8 +17,8 @@ use std::{
 };
 
 use redb::{
-    Builder, Database, DatabaseError, ReadableDatabase as _, StorageBackend, StorageError, TableDefinition,
-    TableError,
+    Builder, Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, StorageBackend,
+    StorageError, TableDefinition, TableError,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -148,27 +148,48 @@ impl Store {
     /// Works with the open file. After a failure it must be closed, because the crate refuses to go on.
     fn with<T>(&self, work: impl FnOnce(&Database) -> Result<T, redb::Error>) -> Result<T, Error> {
         let mut open_one = lock(&self.database);
+        // One that was moved away, or removed, would be written where nobody looks for it.
+        if let Some((moved, _)) = open_one.as_ref().filter(|(_, known)| *known != identity(&self.path)) {
+            log::warn!(
+                "state file {}: it was moved or removed; what the operator said is written to the one there now",
+                self.path.display()
+            );
+            let another = identified(&self.path)?;
+            carry(moved, &another.0).map_err(self.broken())?;
+            *open_one = Some(another);
+        }
         let (database, identity) = match open_one.take() {
-            // One that was moved away, or removed, would be written where nobody looks for it.
-            Some((database, identity)) if identity == self::identity(&self.path) => (database, identity),
-            Some(_) => {
-                log::warn!(
-                    "state file {}: it was moved or removed; another one is made",
-                    self.path.display()
-                );
-                identified(&self.path)?
-            }
+            Some(open) => open,
             None => identified(&self.path)?,
         };
-        let done = work(&database).map_err(|error| {
-            if let redb::Error::Io(source) = error {
-                return failed(&self.path, "using it")(source);
-            }
-            Error::Damaged { path: self.path.clone(), reason: error.to_string() }
-        })?;
+        let done = work(&database).map_err(self.broken())?;
         *open_one = Some((database, identity));
         Ok(done)
     }
+
+    fn broken(&self) -> impl FnOnce(redb::Error) -> Error {
+        |error| match error {
+            redb::Error::Io(source) => failed(&self.path, "using it")(source),
+            error => Error::Damaged { path: self.path.clone(), reason: error.to_string() },
+        }
+    }
+}
+
+/// Writes the documents of one file into another. Sessions are in the maps, and are saved again in time.
+fn carry(from: &Database, to: &Database) -> Result<(), redb::Error> {
+    let (from, to) = (from.begin_read()?, to.begin_write()?);
+    match from.open_table(DOCUMENTS) {
+        Ok(documents) => {
+            let mut copies = to.open_table(DOCUMENTS)?;
+            for document in documents.iter()? {
+                let (name, bytes) = document?;
+                copies.insert(name.value(), bytes.value())?;
+            }
+        }
+        Err(TableError::TableDoesNotExist(_)) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    }
+    Ok(to.commit()?)
 }
 
 /// Device and number of a file; nothing where there is none.

@@ -81,6 +81,43 @@ fn what_is_no_state_file_is_left_alone() {
 }
 
 #[test]
+fn a_file_that_is_moved_away_is_made_again_with_what_was_said() {
+    let folder = Folder::new();
+    let store = Store::open(&folder.file()).expect("opens");
+    store.keep("a", &1).expect("kept");
+    store.keep("b", &2).expect("kept");
+    let read = |path: &Path, name| {
+        let store = Store::open(path).expect("opens");
+        store.document::<u32>(name).expect("readable")
+    };
+    // Moved away: the next write is for a new one.
+    let away = folder.0.join("away");
+    fs::rename(folder.file(), &away).expect("moved");
+    store.keep("a", &3).expect("kept");
+    assert_eq!(
+        (read(&away, "a"), read(&away, "b")),
+        (Some(1), Some(2)),
+        "the old one is as it was, and free"
+    );
+    assert_eq!(mode(&folder.file()), 0o600);
+    assert_eq!(store.document::<u32>("b").expect("readable"), Some(2), "it was not said again");
+    // Another one in its place: what is in force counts.
+    fs::rename(&away, folder.file()).expect("moved back");
+    assert_eq!(store.document::<u32>("a").expect("readable"), Some(3));
+    // Removed, where no new one can be made: nothing is forgotten.
+    fs::remove_file(folder.file()).expect("removed");
+    fs::create_dir(folder.file()).expect("in the way");
+    let said = store.keep("c", &4).expect_err("no place").to_string();
+    assert!(said.contains("is no state file") && said.contains("move it away"), "{said}");
+    fs::remove_dir(folder.file()).expect("out of the way");
+    store.keep("c", &4).expect("kept");
+    drop(store);
+    for (name, value) in [("a", 3), ("b", 2), ("c", 4)] {
+        assert_eq!(read(&folder.file(), name), Some(value), "{name}");
+    }
+}
+
+#[test]
 fn a_damaged_file_is_moved_aside() {
     let folder = Folder::new();
     let aside = folder.0.join("state.redb.damaged");
