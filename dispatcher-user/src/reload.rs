@@ -121,17 +121,6 @@ pub(crate) async fn amend(
     keep(shared, &amendments).await?;
     base.amendments = amendments;
     install(shared, &old, new, &base.amendments).await?;
-    for service in &shared.config().services {
-        let takes = |backend: &Backend| backend.state == AdminState::Enabled && backend.weight > 0;
-        let before = old.services.iter().find(|one| one.id == service.id);
-        let changed = before.is_none_or(|before| before.backends != service.backends);
-        if changed && !service.backends.iter().any(takes) {
-            log::warn!(
-                "no backend of service {} takes new sessions: clients without one get a RST",
-                service.name
-            );
-        }
-    }
     Ok(true)
 }
 
@@ -194,10 +183,22 @@ async fn install(
         }
     }
     match written {
-        Ok(None) => Ok(()),
-        Ok(Some(error)) => Err(Error::Maps(error)),
-        Err(_) => Err(Error::Panic),
+        Ok(None) => {}
+        Ok(Some(error)) => return Err(Error::Maps(error)),
+        Err(_) => return Err(Error::Panic),
     }
+    for service in &shared.config().services {
+        let takes = |backend: &Backend| backend.state == AdminState::Enabled && backend.weight > 0;
+        let before = old.services.iter().find(|one| one.id == service.id);
+        let changed = before.is_none_or(|before| before.backends != service.backends);
+        if changed && !service.backends.iter().any(takes) {
+            log::warn!(
+                "no backend of service {} takes new sessions: clients without one get a RST",
+                service.name
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Addresses of all backends.
