@@ -25,7 +25,7 @@ use crate::{
     api,
     balancer::Balance,
     counted,
-    dataplane::{AttachMode, Capacities},
+    dataplane::{AttachMode, Capacities, MAX_BACKENDS, is_mount_point},
 };
 
 mod amended;
@@ -523,26 +523,37 @@ impl Config {
     /// The first capacity that is too small for the services.
     #[must_use]
     pub fn shortage(&self, capacities: &Capacities) -> Option<Shortage> {
-        let (mut frontends, mut backends, mut table, mut sources) = (0_u64, 0_u64, 0_u64, 0_u64);
-        for service in &self.services {
-            frontends += service.vips.len() as u64;
-            backends += service.backends.len() as u64;
-            table += service.vips.len() as u64 * u64::from(service.table_size) * 2;
-            if let Source::Dispatcher { addresses, .. } = &service.source {
-                sources += addresses.len() as u64;
-            }
-        }
-        let cookies: BTreeSet<&str> = self.services.iter().filter_map(Service::cookie).collect();
-        let all = [
-            ("frontends", frontends, capacities.frontends),
-            ("backends", backends, capacities.backends),
-            ("lb_table", table, capacities.lb_table),
-            ("sources", sources, capacities.sources),
-            ("cookies", cookies.len() as u64, capacities.cookies),
-        ];
-        let mut all = all.into_iter().map(|(name, need, have)| Shortage { name, have, need });
-        all.find(|one| one.need > u64::from(one.have))
+        shortages(&self.services, capacities).next()
     }
+}
+
+/// The capacities that are too small for services.
+fn shortages(services: &[Service], capacities: &Capacities) -> impl Iterator<Item = Shortage> + use<> {
+    let (mut frontends, mut backends, mut table, mut sources) = (0_u64, 0_u64, 0_u64, 0_u64);
+    for service in services {
+        frontends += service.vips.len() as u64;
+        backends += service.backends.len() as u64;
+        table += service.vips.len() as u64 * u64::from(service.table_size) * 2;
+        if let Source::Dispatcher { addresses, .. } = &service.source {
+            sources += addresses.len() as u64;
+        }
+    }
+    let cookies: BTreeSet<&str> = services.iter().filter_map(Service::cookie).collect();
+    let all = [
+        ("frontends", frontends, capacities.frontends),
+        ("backends", backends, capacities.backends),
+        ("lb_table", table, capacities.lb_table),
+        ("sources", sources, capacities.sources),
+        ("cookies", cookies.len() as u64, capacities.cookies),
+    ];
+    all.into_iter()
+        .map(|(name, need, have)| Shortage { name, have, need })
+        .filter(|one| one.need > u64::from(one.have))
+}
+
+/// The first prime number from here on.
+fn prime(from: u32) -> u32 {
+    (from..).find(|n| is_prime(*n)).unwrap_or(4093)
 }
 
 type Span = Range<usize>;
@@ -620,9 +631,14 @@ impl Text<'_> {
             return Ok(None);
         }
         let value = Path::new(text);
+        if is_mount_point(value) {
+            let problem = format!(
+                "\"{text}\" is the whole BPF file system, which others use too; give a folder in it, such as \"{DEFAULT_PIN}\", or \"none\""
+            );
+            return Err(self.error(path.span(), "pin", problem));
+        }
         // Neither steps upward nor a BPF file system's own rule: no dots in names.
-        let top = value.components().eq(Path::new("/sys/fs/bpf").components());
-        if !value.is_absolute() || value.file_name().is_none() || text.contains('.') || top {
+        if !value.is_absolute() || value.file_name().is_none() || text.contains('.') {
             let problem = format!(
                 "\"{text}\" is no folder in a BPF file system; give an absolute path without dots, such as \"{DEFAULT_PIN}\", or \"none\""
             );
@@ -1063,21 +1079,12 @@ impl Text<'_> {
     fn table_size(&self, raw: &raw::Service) -> Result<u32, Error> {
         let span = raw.table_size.as_ref().map_or_else(|| raw.name.span(), Spanned::span);
         let refused = |problem| Err(self.error(span, "service.table_size", problem));
-        let prime = |from: u32| (from..).find(|n| is_prime(*n)).unwrap_or(4093);
         let value = match &raw.table_size {
             Some(size) => self.number(size, "service.table_size", TABLE_SIZE)?,
             None => 4093,
         };
         if !is_prime(value) {
             return refused(format!("{value} is not a prime number; use {}", prime(value)));
-        }
-        let backends = raw.backend.len();
-        if (value as usize) < backends {
-            // So that weights are told apart: a hundred entries a backend, as far as the range goes.
-            let enough = prime((backends * 100).clamp(4093, 1 << 20) as u32);
-            return refused(format!(
-                "{value} entries are fewer than the {backends} backends; set it to {enough}"
-            ));
         }
         Ok(value)
     }
@@ -1241,30 +1248,57 @@ impl Text<'_> {
         Err(self.error(span, place.key(), problem))
     }
 
-    /// Everything must fit the maps.
+    /// Backends must fit their service's table, and everything the maps. One error says all that is to be raised.
     fn check_sizes(&self, raw: &raw::File, config: &Config) -> Result<(), Error> {
-        let Some(Shortage { name, have, need }) = config.shortage(&config.capacities) else { return Ok(()) };
+        // Place, key, what is wrong and what to do, and that in brief.
+        let mut short: Vec<(Span, String, String, String)> = Vec::new();
+        // With tables that are large enough.
+        let mut services = config.services.clone();
+        for (raw, service) in raw.service.iter().zip(&mut services) {
+            let (size, backends) = (service.table_size, service.backends.len());
+            if backends <= size as usize {
+                continue;
+            }
+            // So that weights are told apart: a hundred entries a backend, as far as the range goes.
+            let enough = prime((backends * 100).clamp(4093, 1 << 20) as u32);
+            service.table_size = enough;
+            let span = raw.table_size.as_ref().map_or_else(|| raw.name.span(), Spanned::span);
+            let problem =
+                format!("{size} entries are fewer than the {backends} backends; set it to {enough}");
+            let brief = format!("table_size of service {} to {enough}", service.name);
+            short.push((span, "service.table_size".to_owned(), problem, brief));
+        }
         let none = raw::Capacity::default();
         let raw::Capacity { frontends, backends, lb_table, sources, cookies, .. } =
             raw.capacity.as_ref().unwrap_or(&none);
-        let given = [
-            ("frontends", frontends),
-            ("backends", backends),
-            ("lb_table", lb_table),
-            ("sources", sources),
-            ("cookies", cookies),
-        ];
-        let given = given.into_iter().find(|(one, _)| *one == name).and_then(|(_, given)| given.as_ref());
         let last = raw.service.last().map_or(0..0, |service| service.name.span());
-        let span = given.map_or(last, Spanned::span);
-        let problem = if name == "backends" && need > 16_384 {
-            format!("{need} backends are more than the 16384 that one dispatcher keeps; split them")
-        } else {
-            format!(
+        for Shortage { name, have, need } in shortages(&services, &config.capacities) {
+            let given = [
+                ("frontends", frontends),
+                ("backends", backends),
+                ("lb_table", lb_table),
+                ("sources", sources),
+                ("cookies", cookies),
+            ];
+            let given = given.into_iter().find(|(one, _)| *one == name).and_then(|(_, given)| given.as_ref());
+            let span = given.map_or_else(|| last.clone(), Spanned::span);
+            let key = format!("capacity.{name}");
+            if name == "backends" && need > u64::from(MAX_BACKENDS) {
+                let problem = format!(
+                    "{need} backends are more than the {MAX_BACKENDS} that one dispatcher keeps; split them"
+                );
+                return Err(self.error(span, &key, problem));
+            }
+            let problem = format!(
                 "{have} is too small, the services need {need}; set it to {need} or more under [capacity]"
-            )
-        };
-        Err(self.error(span, &format!("capacity.{name}"), problem))
+            );
+            let brief = format!("{key} to {need}");
+            short.push((span, key, problem, brief));
+        }
+        let mut short = short.into_iter();
+        let Some((span, key, problem, _)) = short.next() else { return Ok(()) };
+        let rest: String = short.map(|(.., brief)| format!(", and {brief}")).collect();
+        Err(self.error(span, &key, problem + &rest))
     }
 }
 

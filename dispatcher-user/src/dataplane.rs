@@ -39,8 +39,10 @@ mod test_run;
 
 use anchor::Anchor;
 use pins::Pins;
+pub(crate) use pins::is_mount_point;
 use syscall::Link;
 
+pub(crate) use capacity::MAX_BACKENDS;
 pub use capacity::{Capacities, memory_bytes};
 pub use pins::remove as remove_pins;
 pub use sessions::{Sessions, Swept};

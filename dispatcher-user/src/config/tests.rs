@@ -101,6 +101,8 @@ fn mistakes_name_line_key_and_remedy() {
         ("[[service]]", "control = \"run/x\"\n[[service]]", 4, "control", "absolute path"),
         ("[[service]]", "pin = \"run/x\"\n[[service]]", 4, "pin", "absolute path without dots"),
         ("[[service]]", "pin = \"/sys/fs/bpf/a.b\"\n[[service]]", 4, "pin", "or \"none\""),
+        ("[[service]]", "pin = \"/sys/fs/bpf\"\n[[service]]", 4, "pin", "give a folder in it, such as"),
+        ("[[service]]", "pin = \"/sys/fs/bpf/\"\n[[service]]", 4, "pin", "which others use too"),
         ("[[service]]", "pin = false\n[[service]]", 4, "pin", "in quotes"),
         ("[[service]]", "state = \"state.redb\"\n[[service]]", 4, "state", "absolute path"),
         ("[[service]]", "state = \"/var/lib/\"\n[[service]]", 4, "state", "or \"none\""),
@@ -815,13 +817,18 @@ fn more_backends_than_table_entries_are_refused() {
     };
     let (line, key, problem) = invalid(&file("", ""));
     assert_eq!((line, key.as_str()), (5, "service.table_size"));
-    assert!(
-        problem.contains("4093 entries are fewer than the 10000 backends; set it to 1000003"),
-        "{problem}"
+    assert_eq!(
+        problem,
+        "4093 entries are fewer than the 10000 backends; set it to 1000003, and capacity.backends to 10000, and \
+         capacity.lb_table to 2000006"
     );
     let (line, key, problem) = invalid(&file("table_size = 1000003", ""));
     assert_eq!((line, key.as_str()), (5, "capacity.backends"));
-    assert!(problem.contains("set it to 10000"), "{problem}");
+    assert_eq!(
+        problem,
+        "4096 is too small, the services need 10000; set it to 10000 or more under [capacity], and \
+         capacity.lb_table to 2000006"
+    );
     let (line, key, problem) = invalid(&file("table_size = 1000003", "backends = 10000"));
     assert_eq!((line, key.as_str()), (5, "capacity.lb_table"));
     assert!(problem.contains("set it to 2000006"), "{problem}");

@@ -199,7 +199,7 @@ impl fmt::Display for Definition {
 /// Most names of cookies; one takes 64 KiB.
 const MAX_COOKIES: u32 = 1024;
 /// Most backends that one dispatcher keeps.
-pub(super) const MAX_BACKENDS: u32 = 16_384;
+pub(crate) const MAX_BACKENDS: u32 = 16_384;
 
 /// What the kernel adds to an element of a hash map (`struct htab_elem`, Linux 6.x).
 const HASH_ELEMENT: u64 = 48;

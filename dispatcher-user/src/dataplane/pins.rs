@@ -139,13 +139,17 @@ impl Pins {
                 found.insert(name, MapInfo::from_pin(&path).map_err(map_error(name, "opening its pin"))?);
             }
         }
-        let Some(globals) = found.get(abi::MAP_GLOBALS) else {
-            self.clear()?;
-            return Ok(None);
-        };
-        match self.abi(globals.value_size())? {
-            // Whoever made them did not come to an end.
+        let theirs = found.get(abi::MAP_GLOBALS).map(|globals| self.abi(globals.value_size())).transpose()?;
+        match theirs.unwrap_or(0) {
+            // Whoever made them did not come to an end, or somebody removed the map that tells.
             0 => {
+                if !found.is_empty() {
+                    log::warn!(
+                        "the maps in {} are not whole: {} is missing, or was never filled; all of them are made anew: connections end, and sessions but those in the state file",
+                        self.folder.display(),
+                        abi::MAP_GLOBALS
+                    );
+                }
                 self.clear()?;
                 return Ok(None);
             }
@@ -318,6 +322,11 @@ pub fn remove(folder: &Path) -> Result<Vec<String>, Error> {
         }
         return Ok(done);
     }
+    if is_mount_point(folder) {
+        let reason =
+            "that is where the whole file system is, which others use too; give the folder in it".to_owned();
+        return Err(Error::NoFileSystem { folder: folder.to_owned(), reason });
+    }
     if !is_bpf(folder) {
         let reason = "that is no BPF file system, so nothing is removed from it".to_owned();
         return Err(Error::NoFileSystem { folder: folder.to_owned(), reason });
@@ -346,8 +355,22 @@ pub fn remove(folder: &Path) -> Result<Vec<String>, Error> {
             done.push(format!("removed {}", folder.display()));
         }
     }
-    fs::remove_dir(folder).map_err(failed(folder, "removing"))?;
+    let others = entries(folder)?;
+    if others.is_empty() {
+        fs::remove_dir(folder).map_err(failed(folder, "removing"))?;
+    } else {
+        let names: Vec<String> = others.iter().map(|path| path.display().to_string()).collect();
+        let (names, folder) = (names.join(", "), folder.display());
+        done.push(format!(
+            "left {folder}, as dispatcherd did not make {names}: nothing runs because of that; if nobody needs it, remove it with `rm -r`"
+        ));
+    }
     Ok(done)
+}
+
+/// True of the place where everybody expects the BPF file system: it is nobody's own.
+pub(crate) fn is_mount_point(folder: &Path) -> bool {
+    folder.components().eq(Path::new(MOUNT_POINT).components())
 }
 
 fn lock(folder: &Path) -> Result<File, Error> {
@@ -492,5 +515,9 @@ mod tests {
         refusal(Pins::open(&folder.join("pins")).expect_err("no BPF file system"));
         refusal(remove(&folder).expect_err("no BPF file system"));
         assert!(remove(&folder.join("no-such-folder")).expect("nothing to do").is_empty());
+        for all in ["/sys/fs/bpf", "/sys/fs/bpf/"] {
+            let said = remove(Path::new(all)).expect_err("others are there").to_string();
+            assert!(said.contains("which others use too; give the folder in it"), "{said}");
+        }
     }
 }
