@@ -3,7 +3,7 @@
 use std::{
     io::{Read, Write},
     net::{Ipv4Addr, SocketAddr},
-    os::unix::net::UnixStream,
+    os::unix::{fs::PermissionsExt as _, net::UnixStream, process::CommandExt as _},
     path::Path,
     process::Command,
     sync::mpsc,
@@ -409,4 +409,55 @@ fn an_address_for_metrics_that_is_taken_is_told() {
         said.contains("metrics: listening on 127.0.0.1:9100") && said.contains("another address"),
         "{said}"
     );
+}
+
+/// The socket's mode keeps others out. Where somebody has opened it to all, the daemon asks who comes.
+#[test]
+fn who_is_neither_root_nor_of_the_group_is_refused() {
+    const NOBODY: u32 = 65_534;
+    let netns = Netns::new("control").expect("a namespace");
+    let folder = Folder::new().expect("a folder");
+    // A copy, as the build's folder may be closed to others.
+    let copy = folder.path().join("dispatcherctl");
+    std::fs::copy(program("dispatcherctl").expect("dispatcherctl"), &copy).expect("a copy");
+    let asks = |daemon: &Daemon, group: u32| {
+        let mut command = Command::new(&copy);
+        command.arg("--socket").arg(daemon.socket()).arg("status").uid(NOBODY).gid(group);
+        let output = command.output().expect("starts");
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let text = format!("{UNPINNED}\ninterfaces = [\"lo\"]\nattach = \"generic\"\n");
+    let mut daemon = Daemon::start_with(&netns, &text).expect("dispatcherd");
+    let (code, said) = asks(&daemon, NOBODY);
+    assert!(
+        code == Some(3) && said.contains("run as root, or as a member of the daemon's control_group"),
+        "{said}"
+    );
+    let all = std::fs::Permissions::from_mode(0o666);
+    std::fs::set_permissions(daemon.socket(), all).expect("open to all");
+    let (code, said) = asks(&daemon, NOBODY);
+    let refusal = "only root may ask, or, if control_group names a group, its members";
+    assert_eq!((code, said.as_str()), (Some(1), format!("dispatcherctl: {refusal}\n").as_str()));
+    let of_nobody = std::thread::scope(|scope| {
+        let asks = || {
+            // SAFETY: a system call with integers only; unlike libc's function it changes this thread alone.
+            assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) }, 0);
+            ask(&daemon, "GET", "/v1/status", "")
+        };
+        scope.spawn(asks).join().expect("an answer")
+    });
+    assert_eq!(of_nobody, (403, json!({ "error": refusal }).to_string()));
+    assert!(daemon.process().log().contains("user 65534 is not root; refused"), "{}", daemon.process().log());
+    assert_eq!(ask(&daemon, "GET", "/v1/status", "").0, 200, "root may");
+
+    daemon.stop().expect("ends");
+    let groups = std::fs::read_to_string("/etc/group").expect("groups");
+    let line =
+        groups.lines().find(|line| line.starts_with("daemon:")).expect("a group that every system has");
+    let member = line.split(':').nth(2).expect("a number").parse().expect("a number");
+    daemon.again(&netns, &format!("control_group = \"daemon\"\n{text}")).expect("dispatcherd again");
+    let (code, said) = asks(&daemon, member);
+    assert_eq!((code, said.as_str()), (Some(0), ""), "a member may");
+    let (code, said) = asks(&daemon, NOBODY);
+    assert!(code == Some(3) && said.contains("control_group"), "{said}");
 }

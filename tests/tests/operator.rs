@@ -7,9 +7,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use dispatcher_common::reason::Reason;
 use dispatcher_tests::{
+    daemon::config,
     http,
-    stage::{PORT, Stage},
+    stage::{PORT, Stage, web},
     tls::{Identity, Line, User, Version},
     topology::Family,
 };
@@ -120,6 +122,50 @@ fn a_drain_is_waited_for() {
     });
     let told = backend(&stage, &["web/b2"]);
     assert_eq!((told.state.as_str(), told.open), ("drain", Some(0)));
+}
+
+#[test]
+fn a_drain_that_is_waited_for_tells_what_its_deadline_cut() {
+    let stage = Stage::usual();
+    let mut open = stay(&stage, "b2");
+    let cut = stage.daemon.told(&["backend", "web/b2", "drain", "--wait", "--deadline", "2s"]);
+    let said = format!("{:#}", cut.expect_err("one was open"));
+    assert!(
+        said.contains("exit status: 4") && said.contains("web/b2 went offline, which ended 1 connection"),
+        "{said}"
+    );
+    is_over(&mut open);
+    // Nobody is there: that is good at once.
+    let told =
+        stage.daemon.told(&["backend", "web/b3", "drain", "--wait", "--deadline", "1h"]).expect("drained");
+    assert!(told.contains("drain"), "{told}");
+}
+
+#[test]
+fn that_nobody_takes_new_sessions_is_told() {
+    let mut stage = Stage::usual();
+    let told = |stage: &mut Stage, times| {
+        let line = "no backend of service web takes new sessions: clients without one get a RST";
+        let found = |stage: &mut Stage| stage.daemon.process().log().matches(line).count();
+        until("it is not told", || found(stage) >= times);
+        assert_eq!(found(stage), times);
+    };
+    let _ = backend(&stage, &["web/b1", "drain"]);
+    let _ = backend(&stage, &["web/b2", "offline"]);
+    assert_eq!(newcomers(&stage), BTreeSet::from(["b3".to_owned()]));
+    told(&mut stage, 0);
+    let _ = backend(&stage, &["web/b3", "weight", "0"]);
+    told(&mut stage, 1);
+    is_over(&mut Line::new(stage.connect(Family::V4, 0).expect("connects")));
+    assert!(stage.daemon.counter(Reason::ResetNoBackend).expect("a counter") > 0);
+    let _ = backend(&stage, &["web/b1", "enable"]);
+    assert_eq!(newcomers(&stage), BTreeSet::from(["b1".to_owned()]));
+    told(&mut stage, 1);
+    // The same by the file.
+    let all = web().each("state = \"drain\"");
+    stage.daemon.rewrite(&config(&stage.topology, "native", &[all])).expect("written");
+    let _: api::Reload = stage.daemon.ask(&["reload"]).expect("reloaded");
+    told(&mut stage, 2);
 }
 
 #[test]

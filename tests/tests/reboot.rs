@@ -151,6 +151,29 @@ fn sessions_are_restored_after_a_crash_from_the_last_time_they_were_saved() {
 }
 
 #[test]
+fn a_state_file_that_is_moved_away_takes_nothing_with_it() {
+    let mut scene = Scene::new(None);
+    let users = scene.users(3);
+    let drain = ["backend", "web/b1", "drain"];
+    scene.stage.daemon.ask::<serde_json::Value>(&drain).expect("drains");
+    let save = |scene: &Scene| scene.stage.daemon.told(&["sessions", "save"]).expect("saved");
+    let saved = save(&scene);
+    assert!(!scene.said("it was moved or removed"));
+    let away = scene.folder.path().join("away");
+    fs::rename(scene.file(), &away).expect("moved");
+    assert_eq!(save(&scene), saved, "as many, into a new file");
+    let line = format!("state file {}: it was moved or removed", scene.file().display());
+    assert!(scene.said(&line));
+    assert!(away.exists() && scene.file().exists());
+    // Nothing that was said or learned before is missing after a start from the new one.
+    scene.stage.daemon.kill().expect("killed");
+    scene.start();
+    assert!(scene.said("restored 3 sessions") && scene.said("by the operator: "));
+    assert_eq!(scene.stage.daemon.backends().expect("backends")[0].state, "drain");
+    scene.come_home(&users);
+}
+
+#[test]
 fn what_is_pinned_comes_first() {
     let pins = Pins::new();
     let mut scene = Scene::new(Some(&pins));

@@ -6,7 +6,7 @@ use aya::maps::{Array, Map, MapData};
 use dispatcher_common::{abi, globals::Globals, reason::Reason};
 use dispatcher_tests::{
     daemon::{Daemon, Folder, Pins, Process, Service, UNPINNED, config, program},
-    netns::Netns,
+    netns::{Netns, execute},
     tls::{Authority, Manners, Server, User, Version, visit_in_clear},
     topology::{Family, Plan, Topology},
     town::{Crowd, Town, until},
@@ -213,6 +213,93 @@ fn detach_leaves_nothing() {
     assert!(said.contains("nothing is pinned"), "{said}");
     scene.again();
     scene.town.visit(&user, 0).expect("a new start");
+}
+
+/// A daemon on a loopback, with one service and its pins.
+fn small(netns: &Netns) -> (Daemon, Pins, String) {
+    let pins = Pins::new();
+    let text = pins.within(&format!(
+        "{UNPINNED}\ninterfaces = [\"lo\"]\nattach = \"generic\"\n\n[[service]]\nname = \"web\"\nvip = \"192.0.2.1:443\"\n\n\
+         [[service.backend]]\nname = \"a\"\naddress = \"10.0.0.1:443\"\n"
+    ));
+    (Daemon::start_with(netns, &text).expect("dispatcherd"), pins, text)
+}
+
+/// `ip netns exec` hides the host's BPF file system; whoever inherits it finds the pins.
+#[test]
+fn detach_in_another_mount_namespace() {
+    let netns = Netns::new("restart").expect("a namespace");
+    let (mut daemon, pins, _) = small(&netns);
+    daemon.stop().expect("ends");
+    let program = program("dispatcherctl").expect("dispatcherctl");
+    let mut hidden = std::process::Command::new("ip");
+    hidden.args(["netns", "exec", netns.name()]).arg(&program).args(["detach", "--pin"]).arg(pins.path());
+    let said = format!("{:#}", execute(&mut hidden, None).expect_err("it cannot see them"));
+    assert!(
+        said.contains("`ip netns exec` makes one") && said.contains("nsenter --net=/run/netns/"),
+        "{said}"
+    );
+    assert!(program_of(&netns, "lo").is_some() && pins.path().exists(), "nothing was done");
+    let mut inherited = netns.command("unshare");
+    inherited.args(["--mount", "--"]).arg(&program).args(["detach", "--pin"]).arg(pins.path());
+    let said = execute(&mut inherited, None).expect("detached");
+    assert!(said.contains("detached from lo") && said.contains("/maps"), "{said}");
+    assert!(program_of(&netns, "lo").is_none() && !pins.path().exists());
+}
+
+#[test]
+fn detach_leaves_what_is_not_ours() {
+    let netns = Netns::new("restart").expect("a namespace");
+    let (mut daemon, pins, _) = small(&netns);
+    daemon.stop().expect("ends");
+    let (theirs, folder) = (pins.path().join("theirs"), pins.path().join("things"));
+    Array::<MapData, u64>::create(1, 0).expect("a map").pin(&theirs).expect("pins");
+    std::fs::create_dir(&folder).expect("a folder");
+    let said = detach(&netns, &pins).expect("detached");
+    let left = format!(
+        "left {}, as dispatcherd did not make {}, {}: ",
+        pins.path().display(),
+        theirs.display(),
+        folder.display()
+    );
+    assert!(said.contains("detached from lo") && said.contains(&left) && said.contains("`rm -r`"), "{said}");
+    assert_eq!(program_of(&netns, "lo"), None);
+    assert_eq!(names(&pins, ""), ["theirs", "things"]);
+    let said = detach(&netns, &pins).expect("nothing more to do");
+    assert!(said.starts_with(&left), "{said}");
+    std::fs::remove_file(theirs).expect("removes");
+    std::fs::remove_dir(folder).expect("removes");
+    let _ = detach(&netns, &pins).expect("the folder goes");
+    assert!(!pins.path().exists());
+}
+
+#[test]
+fn a_pinned_map_that_is_missing_begins_empty() {
+    let netns = Netns::new("restart").expect("a namespace");
+    let (mut daemon, pins, text) = small(&netns);
+    let pin = ["sessions", "pin", "0a0b", "--service", "web", "--backend", "a"];
+    let known = |daemon: &Daemon| daemon.sessions().expect("sessions").len();
+    for (map, kept, line) in [
+        ("REASONS", 1, "REASONS is missing in"),
+        ("SESSIONS", 0, "SESSIONS is missing in"),
+        ("GLOBALS", 0, "are not whole: GLOBALS is missing"),
+    ] {
+        let _: Vec<api::Session> = daemon.ask(&pin).expect("pinned");
+        let all = names(&pins, "maps");
+        assert!(all.iter().any(|one| one == map), "{all:?}");
+        daemon.stop().expect("ends");
+        let before = program_of(&netns, "lo").expect("it runs");
+        std::fs::remove_file(pins.path().join("maps").join(map)).expect("removes");
+        daemon.again(&netns, &text).expect("dispatcherd again");
+        let log = daemon.process().log();
+        assert_eq!(log.matches("is missing").count(), 1, "{log}");
+        assert!(log.contains("WARN") && log.contains(line), "{map}: {log}");
+        assert_eq!(known(&daemon), kept, "{map}");
+        assert_eq!(names(&pins, "maps"), all, "{map}: it is there again");
+        assert_eq!((names(&pins, "").len(), names(&pins, "links").len()), (3, 1), "one generation, one link");
+        assert!(program_of(&netns, "lo").is_some_and(|now| now != before), "{map}: new programs");
+        assert_eq!(daemon.status().expect("status").interfaces.len(), 1);
+    }
 }
 
 #[test]
