@@ -168,9 +168,11 @@ impl Store {
     }
 
     fn broken(&self) -> impl FnOnce(redb::Error) -> Error {
-        |error| match error {
-            redb::Error::Io(source) => failed(&self.path, "using it")(source),
-            error => Error::Damaged { path: self.path.clone(), reason: error.to_string() },
+        |error| {
+            if let redb::Error::Io(source) = error {
+                return failed(&self.path, "using it")(source);
+            }
+            Error::Damaged { path: self.path.clone(), reason: error.to_string() }
         }
     }
 }
