@@ -580,6 +580,15 @@ fn pinned_maps_keep_their_sizes() {
     ] {
         assert!(log.contains(line), "{line} is missing in: {log}");
     }
+    let shown = scene.daemon.told(&["config", "show"]).expect("shown");
+    let note = "# capacity.sessions: the pinned map keeps 65536; the file says 131072, which takes `dispatcherctl detach`";
+    assert!(shown.starts_with(note) && shown.contains("\nsessions = 65536\n"), "{shown}");
+    assert!(!shown.contains("capacity.flows:"), "{shown}");
+    let json: serde_json::Value = scene.daemon.ask(&["config", "show"]).expect("shown");
+    assert_eq!(
+        (&json["capacity"]["sessions"], &json["capacity"]["stash_slots"]),
+        (&65536.into(), &1024.into())
+    );
     scene.come_home(&users);
     scene.daemon.stop().expect("ends");
     detach(scene.netns(), &scene.pins).expect("detached");
