@@ -10,7 +10,7 @@ use std::{
 };
 
 use clap::{Parser, Subcommand};
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, presets};
 use dispatcher_common::{addr::Addr, http};
 use http_body_util::{BodyExt as _, Full};
 use hyper::{
@@ -37,6 +37,9 @@ pub struct Args {
     /// Answer in JSON; names of fields are stable
     #[arg(long, global = true)]
     json: bool,
+    /// Tables with all columns, however narrow the terminal is
+    #[arg(long, global = true)]
+    wide: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -398,7 +401,7 @@ async fn answer(
 ) -> Result<(), Error> {
     let ask = Client { socket: &args.socket, patience: PATIENCE };
     let json = args.json;
-    let form = if json { Form::Json } else { Form::Table(width) };
+    let form = if json { Form::Json } else { Form::Table(width.filter(|_| !args.wide)) };
     match &args.command {
         Command::Status => show(out, form, &ask.get::<api::Status>("/v1/status").await?, status),
         Command::Services => {
@@ -854,15 +857,60 @@ fn trace_line(traced: &Traced) -> String {
 #[derive(Clone, Copy, Debug)]
 enum Form {
     Json,
-    /// As tables no wider than so many columns, where that is known: long cells go over several lines.
+    /// As tables no wider than so many columns, where that is known: those that can be spared are left out, then
+    /// long cells go over several lines.
     Table(Option<u16>),
 }
 
-fn show<T: Serialize + ?Sized>(
+/// An answer as a table.
+struct Sheet {
+    table: Table,
+    /// Columns that can be left out, the least important first.
+    spare: &'static [&'static str],
+}
+
+impl From<Table> for Sheet {
+    fn from(table: Table) -> Self {
+        Self { table, spare: &[] }
+    }
+}
+
+impl Sheet {
+    /// Makes it fit as far as that goes; returns which columns are left out.
+    fn fit(&mut self, width: u16) -> Vec<&'static str> {
+        let mut left_out = Vec::new();
+        let titles: Vec<String> = self
+            .table
+            .header()
+            .into_iter()
+            .flat_map(|row| row.cell_iter())
+            .map(|cell| cell.content())
+            .collect();
+        let mut widths = self.table.column_max_content_widths();
+        for (column, width) in self.table.column_iter().zip(&mut widths) {
+            *width += column.padding_width();
+        }
+        for name in self.spare {
+            if widths.iter().sum::<u16>() <= width {
+                break;
+            }
+            let Some(at) = titles.iter().position(|title| title.eq_ignore_ascii_case(name)) else { continue };
+            if let (Some(column), Some(width)) = (self.table.column_mut(at), widths.get_mut(at)) {
+                column.set_constraint(ColumnConstraint::Hidden);
+                *width = 0;
+                left_out.push(*name);
+            }
+        }
+        self.table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width);
+        left_out
+    }
+}
+
+fn show<T: Serialize + ?Sized, S: Into<Sheet>>(
     out: &mut dyn Write,
     form: Form,
     answer: &T,
-    table: impl FnOnce(&T) -> Table,
+    table: impl FnOnce(&T) -> S,
 ) -> Result<(), Error> {
     match form {
         Form::Json => {
@@ -871,18 +919,25 @@ fn show<T: Serialize + ?Sized>(
             writeln!(out, "{text}")?;
         }
         Form::Table(width) => {
-            let mut table = table(answer);
-            if let Some(width) = width {
-                table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width);
+            let mut sheet = table(answer).into();
+            let left_out = width.map(|width| sheet.fit(width)).unwrap_or_default();
+            writeln!(out, "{}", sheet.table.trim_fmt())?;
+            if !left_out.is_empty() {
+                writeln!(out, "(left out: {}; --wide or --json shows all)", left_out.join(", "))?;
             }
-            writeln!(out, "{}", table.trim_fmt())?;
         }
     }
     Ok(out.flush()?)
 }
 
-/// A table without lines; columns of numbers, from `numbers` on, are set to the right.
-fn table(header: &[&str], numbers: usize, rows: impl IntoIterator<Item = Vec<String>>) -> Table {
+/// A table without lines; columns of numbers, from `numbers` on, are set to the right. Where it is too wide, columns
+/// of `spare` are left out, the first first.
+fn table(
+    header: &[&str],
+    numbers: usize,
+    spare: &'static [&'static str],
+    rows: impl IntoIterator<Item = Vec<String>>,
+) -> Sheet {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(header.iter().map(|name| name.to_uppercase()));
@@ -893,7 +948,7 @@ fn table(header: &[&str], numbers: usize, rows: impl IntoIterator<Item = Vec<Str
     if let Some(first) = table.column_mut(0) {
         first.set_padding((0, 1));
     }
-    table
+    Sheet { table, spare }
 }
 
 fn status(status: &api::Status) -> Table {
@@ -935,7 +990,7 @@ fn status(status: &api::Status) -> Table {
     table
 }
 
-fn services(services: &[api::Service]) -> Table {
+fn services(services: &[api::Service]) -> Sheet {
     let header =
         ["name", "vips", "protocol", "mode", "miss", "source", "balance", "refused", "backends", "up"];
     let row = |one: &api::Service| {
@@ -952,10 +1007,10 @@ fn services(services: &[api::Service]) -> Table {
             one.backends_up.to_string(),
         ]
     };
-    table(&header, 8, services.iter().map(row))
+    table(&header, 8, &["refused", "source", "miss", "balance", "mode"], services.iter().map(row))
 }
 
-fn backends(backends: &[api::Backend]) -> Table {
+fn backends(backends: &[api::Backend]) -> Sheet {
     let header = [
         "service",
         "name",
@@ -1003,10 +1058,27 @@ fn backends(backends: &[api::Backend]) -> Table {
             ms(one.response_ms),
         ]
     };
-    table(&header, 5, backends.iter().map(row))
+    table(
+        &header,
+        5,
+        &[
+            "learned",
+            "refused",
+            "estab",
+            "nonsecure",
+            "fresh",
+            "misses",
+            "hits",
+            "connect",
+            "response",
+            "share",
+            "conns",
+        ],
+        backends.iter().map(row),
+    )
 }
 
-fn sessions(sessions: &[api::Session]) -> Table {
+fn sessions(sessions: &[api::Session]) -> Sheet {
     let header =
         ["id", "kind", "service", "backend", "state", "tunnel", "class", "hits", "age", "idle", "expires"];
     let row = |one: &api::Session| {
@@ -1024,7 +1096,7 @@ fn sessions(sessions: &[api::Session]) -> Table {
             one.expires_in_seconds.map_or_else(|| "never".to_owned(), |seconds| age(seconds.into())),
         ]
     };
-    table(&header, 5, sessions.iter().map(row))
+    table(&header, 5, &["class", "tunnel", "age", "expires", "hits"], sessions.iter().map(row))
 }
 
 /// What a reload changes, a line each.
@@ -1046,10 +1118,13 @@ fn detached(what: &api::Detached) -> Table {
     for line in if what.done.is_empty() { nothing() } else { what.done.clone() } {
         table.add_row([line]);
     }
+    if let Some(first) = table.column_mut(0) {
+        first.set_padding((0, 1));
+    }
     table
 }
 
-fn identities(identities: &[api::Identity]) -> Table {
+fn identities(identities: &[api::Identity]) -> Sheet {
     let header = ["service", "backend", "name", "state", "keys", "versions", "shared with", "looked", "note"];
     let some = |list: &[String]| if list.is_empty() { "-".to_owned() } else { list.join(",") };
     let row = |one: &api::Identity| {
@@ -1065,10 +1140,10 @@ fn identities(identities: &[api::Identity]) -> Table {
             one.note.clone().unwrap_or_else(|| "-".to_owned()),
         ]
     };
-    table(&header, 9, identities.iter().map(row))
+    table(&header, 9, &["looked", "versions", "shared with"], identities.iter().map(row))
 }
 
-fn flows(flows: &[api::Flow]) -> Table {
+fn flows(flows: &[api::Flow]) -> Sheet {
     let header = ["client", "vip", "proto", "service", "backend", "state", "secure", "hit", "age"];
     let yes = |value| if value { "yes" } else { "no" }.to_owned();
     let row = |one: &api::Flow| {
@@ -1084,10 +1159,10 @@ fn flows(flows: &[api::Flow]) -> Table {
             age(one.age_seconds.into()),
         ]
     };
-    table(&header, 8, flows.iter().map(row))
+    table(&header, 8, &["hit", "secure", "proto"], flows.iter().map(row))
 }
 
-fn counters(now: &api::Counters, before: Option<&api::Counters>, all: bool) -> Table {
+fn counters(now: &api::Counters, before: Option<&api::Counters>, all: bool) -> Sheet {
     let difference = |one: &api::Counter| {
         let old = before?.reasons.iter().find(|old| old.number == one.number)?;
         Some(one.packets.saturating_sub(old.packets).to_string())
@@ -1102,7 +1177,7 @@ fn counters(now: &api::Counters, before: Option<&api::Counters>, all: bool) -> T
         row.extend(difference(one));
         row
     };
-    table(&header, 3, now.reasons.iter().filter(|one| all || one.packets > 0).map(row))
+    table(&header, 3, &[], now.reasons.iter().filter(|one| all || one.packets > 0).map(row))
 }
 
 fn list<T: ToString>(items: &[T]) -> String {

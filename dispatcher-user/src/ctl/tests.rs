@@ -148,34 +148,35 @@ fn a_list_that_is_cut_says_so() {
     }
 }
 
+fn backend(state: &str, open: u64, left: Option<u64>) -> api::Backend {
+    api::Backend {
+        name: "a".into(),
+        service: "web".into(),
+        id: 1,
+        index: 0,
+        addresses: Vec::new(),
+        state: state.into(),
+        deadline_seconds: left,
+        reason: None,
+        weight: 1,
+        share: 0.0,
+        open: Some(open),
+        connections: 3,
+        hits: 0,
+        misses: 0,
+        fresh: 0,
+        nonsecure: 0,
+        established: 0,
+        refused: 0,
+        learned: 0,
+        connect_ms: None,
+        response_ms: None,
+    }
+}
+
 #[test]
 fn a_drain_that_cuts_connections_has_a_code_of_its_own() {
-    let backend = |state: &str, open: u64, left: Option<u64>| {
-        let backend = api::Backend {
-            name: "a".into(),
-            service: "web".into(),
-            id: 1,
-            index: 0,
-            addresses: Vec::new(),
-            state: state.into(),
-            deadline_seconds: left,
-            reason: None,
-            weight: 1,
-            share: 0.0,
-            open: Some(open),
-            connections: 3,
-            hits: 0,
-            misses: 0,
-            fresh: 0,
-            nonsecure: 0,
-            established: 0,
-            refused: 0,
-            learned: 0,
-            connect_ms: None,
-            response_ms: None,
-        };
-        serde_json::to_string(&[backend]).expect("json")
-    };
+    let backend = |state, open, left| serde_json::to_string(&[backend(state, open, left)]).expect("json");
     let drain = "backend web/a drain --wait --deadline 1s";
     let answers =
         [backend("drain", 3, Some(1)), backend("drain", 2, Some(0)), backend("offline", 0, None)].to_vec();
@@ -304,6 +305,63 @@ fn tables_fit_the_terminal() {
     assert!(widest(None) > 80, "a pipe gets whole lines");
     assert!(widest(Some(60)) <= 60);
     assert_eq!(widest(Some(200)), widest(None));
+}
+
+#[test]
+fn a_narrow_terminal_gets_fewer_columns() {
+    let addresses =
+        vec!["10.0.0.1:443".parse().expect("an address"), "[fd00::1]:443".parse().expect("one too")];
+    let list = [api::Backend { addresses, ..backend("up", 0, None) }];
+    let table = |width| {
+        let mut out = Vec::new();
+        show(&mut out, Form::Table(width), list.as_slice(), backends).expect("prints");
+        String::from_utf8(out).expect("a text")
+    };
+    let whole = table(None);
+    // The last column has a space behind it that is not printed.
+    let natural = whole.lines().map(str::len).max().expect("lines") as u16 + 1;
+    assert_eq!(table(Some(natural)), whole, "it fits");
+    let header = |text: &str| text.lines().next().expect("a header").split_whitespace().count();
+    let mut before = header(&whole);
+    assert_eq!(before, 18);
+    for (width, left_out) in [
+        (natural - 1, "(left out: learned; --wide or --json shows all)"),
+        (
+            100,
+            "(left out: learned, refused, estab, nonsecure, fresh, misses, hits, connect; --wide or --json shows all)",
+        ),
+    ] {
+        let text = table(Some(width));
+        let lines: Vec<&str> = text.lines().collect();
+        let [head, row, last] = lines.as_slice() else { panic!("no cell is broken: {text}") };
+        assert!(head.len().max(row.len()) <= width.into(), "{text}");
+        assert_eq!(*last, left_out, "{text}");
+        assert!(header(&text) < before && row.contains("10.0.0.1:443,[fd00::1]:443"), "{text}");
+        before = header(&text);
+    }
+    // What cannot be spared is broken, not left out.
+    let text = table(Some(40));
+    assert!(text.lines().count() > 3 && header(&text) == 7, "{text}");
+    // The flag is as a terminal without an end.
+    let args = parse("dispatcherctl backends --wide").expect("parses");
+    assert!(args.wide);
+}
+
+/// Each name of a column that can be spared is a column.
+#[test]
+fn spare_columns_exist() {
+    let nothing = api::Counters { reasons: Vec::new() };
+    let sheets = [
+        services(&[]),
+        backends(&[]),
+        sessions(&[]),
+        identities(&[]),
+        flows(&[]),
+        counters(&nothing, None, true),
+    ];
+    for mut sheet in sheets {
+        assert_eq!(sheet.fit(1), sheet.spare);
+    }
 }
 
 #[test]
