@@ -215,21 +215,22 @@ fn detach_leaves_nothing() {
     scene.town.visit(&user, 0).expect("a new start");
 }
 
-/// A daemon on a loopback, with one service and its pins.
-fn small(netns: &Netns) -> (Daemon, Pins, String) {
+/// A daemon on a loopback, with one service, and its pins, which outlive it.
+fn small(netns: &Netns) -> (Pins, Daemon, String) {
     let pins = Pins::new();
     let text = pins.within(&format!(
         "{UNPINNED}\ninterfaces = [\"lo\"]\nattach = \"generic\"\n\n[[service]]\nname = \"web\"\nvip = \"192.0.2.1:443\"\n\n\
          [[service.backend]]\nname = \"a\"\naddress = \"10.0.0.1:443\"\n"
     ));
-    (Daemon::start_with(netns, &text).expect("dispatcherd"), pins, text)
+    let daemon = Daemon::start_with(netns, &text).expect("dispatcherd");
+    (pins, daemon, text)
 }
 
 /// `ip netns exec` hides the host's BPF file system; whoever inherits it finds the pins.
 #[test]
 fn detach_in_another_mount_namespace() {
     let netns = Netns::new("restart").expect("a namespace");
-    let (mut daemon, pins, _) = small(&netns);
+    let (pins, mut daemon, _) = small(&netns);
     daemon.stop().expect("ends");
     let program = program("dispatcherctl").expect("dispatcherctl");
     let mut hidden = std::process::Command::new("ip");
@@ -250,7 +251,7 @@ fn detach_in_another_mount_namespace() {
 #[test]
 fn detach_leaves_what_is_not_ours() {
     let netns = Netns::new("restart").expect("a namespace");
-    let (mut daemon, pins, _) = small(&netns);
+    let (pins, mut daemon, _) = small(&netns);
     daemon.stop().expect("ends");
     let (theirs, folder) = (pins.path().join("theirs"), pins.path().join("things"));
     Array::<MapData, u64>::create(1, 0).expect("a map").pin(&theirs).expect("pins");
@@ -276,7 +277,7 @@ fn detach_leaves_what_is_not_ours() {
 #[test]
 fn a_pinned_map_that_is_missing_begins_empty() {
     let netns = Netns::new("restart").expect("a namespace");
-    let (mut daemon, pins, text) = small(&netns);
+    let (pins, mut daemon, text) = small(&netns);
     let pin = ["sessions", "pin", "0a0b", "--service", "web", "--backend", "a"];
     let known = |daemon: &Daemon| daemon.sessions().expect("sessions").len();
     for (map, kept, line) in [
