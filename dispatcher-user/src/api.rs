@@ -229,6 +229,71 @@ pub struct Session {
     pub expires_in_seconds: Option<u32>,
 }
 
+/// An element of `GET /v1/tunnels`: an established TLS connection to a backend, an SSL context.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Tunnel {
+    /// Its number, as sessions name it.
+    pub id: u32,
+    /// Service.
+    pub service: String,
+    /// Name of the backend.
+    pub backend: String,
+    /// Our address and port.
+    #[schema(value_type = String)]
+    pub source: SocketAddr,
+    /// The backend's address and port.
+    #[schema(value_type = String)]
+    pub destination: SocketAddr,
+    /// TLS version, such as `TLSv1_3`.
+    pub version: String,
+    /// Cipher suite, such as `TLS13_AES_256_GCM_SHA384`.
+    pub cipher_suite: String,
+    /// Group of the key exchange, such as `X25519MLKEM768`; null where there was none.
+    pub group: Option<String>,
+    /// HTTP version by ALPN; null for none, which is HTTP/1.1.
+    pub alpn: Option<String>,
+    /// Seconds since its handshake.
+    pub age_seconds: u64,
+    /// Sessions whose last request went through it.
+    pub sessions: u32,
+    /// Requests so far.
+    pub requests: u64,
+    /// Requests that are not answered yet.
+    pub in_flight: usize,
+    /// Bytes sent, before encryption.
+    pub sent_bytes: u64,
+    /// Bytes received, after decryption.
+    pub received_bytes: u64,
+    /// `open`, or `retiring`: it takes no new requests.
+    pub state: String,
+}
+
+/// An element of `GET /v1/tunnels/backends`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct TunnelBackend {
+    /// Service.
+    pub service: String,
+    /// Name of the backend.
+    pub backend: String,
+    /// Tunnels that take requests.
+    pub established: usize,
+    /// TLS handshakes made so far.
+    pub handshakes: u64,
+    /// Attempts that failed.
+    pub failed: u64,
+    /// Why attempts fail; null where they do not.
+    pub error: Option<String>,
+    /// Seconds since they began to fail.
+    pub failing_for_seconds: Option<u64>,
+}
+
+/// Answer of `POST /v1/tunnels/rotate`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Rotated {
+    /// Tunnels that will be replaced.
+    pub tunnels: usize,
+}
+
 /// An element of `GET /v1/identities`: what is known of a backend's session tickets.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Identity {

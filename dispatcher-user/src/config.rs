@@ -33,6 +33,7 @@ mod changes;
 mod health;
 mod raw;
 mod schema;
+mod terminate;
 mod written;
 
 use self::raw::Spanned;
@@ -42,6 +43,7 @@ pub use self::{
     changes::{Changes, changes},
     health::{Health, HttpCheck},
     schema::schema,
+    terminate::{DEFAULT_COOKIE, KeyPair, Terminate, Tunnels},
 };
 
 /// Where `dispatcherd` listens for `dispatcherctl`.
@@ -177,6 +179,8 @@ pub struct Service {
     pub health: Option<Health>,
     /// Seconds in which the weight of a backend that comes up grows to all of it; 0: at once.
     pub slow_start: u32,
+    /// How clients and backends are served where TLS ends here, with [`Mode::Terminate`].
+    pub terminate: Option<Terminate>,
     /// Length of the server ID in QUIC connection IDs of configuration n, 0 where there is none.
     pub quic_lb: [u8; 8],
     /// The backends.
@@ -184,6 +188,12 @@ pub struct Service {
 }
 
 impl Service {
+    /// VIPs that the data path serves.
+    #[must_use]
+    pub fn frontends(&self) -> &[SocketAddr] {
+        if self.terminate.is_some() { &[] } else { &self.vips }
+    }
+
     /// Name of the cookie that sessions in clear are known by.
     #[must_use]
     pub fn cookie(&self) -> Option<&str> {
@@ -320,6 +330,8 @@ pub enum Mode {
     Passthrough,
     /// By its first packet.
     L4,
+    /// TLS ends here: each request is bound by itself.
+    Terminate,
 }
 
 /// Who picks the backend when a session identifier is not known.
@@ -531,14 +543,15 @@ impl Config {
 fn shortages(services: &[Service], capacities: &Capacities) -> impl Iterator<Item = Shortage> + use<> {
     let (mut frontends, mut backends, mut table, mut sources) = (0_u64, 0_u64, 0_u64, 0_u64);
     for service in services {
-        frontends += service.vips.len() as u64;
+        frontends += service.frontends().len() as u64;
         backends += service.backends.len() as u64;
-        table += service.vips.len() as u64 * u64::from(service.table_size) * 2;
+        table += service.frontends().len() as u64 * u64::from(service.table_size) * 2;
         if let Source::Dispatcher { addresses, .. } = &service.source {
             sources += addresses.len() as u64;
         }
     }
-    let cookies: BTreeSet<&str> = services.iter().filter_map(Service::cookie).collect();
+    let ours = services.iter().filter(|service| service.terminate.is_none());
+    let cookies: BTreeSet<&str> = ours.filter_map(Service::cookie).collect();
     let all = [
         ("frontends", frontends, capacities.frontends),
         ("backends", backends, capacities.backends),
@@ -802,6 +815,7 @@ impl Text<'_> {
         let backends = raw.backend.iter().map(|backend| self.backend(&name, backend));
         let backends = backends.collect::<Result<Vec<_>, _>>()?;
         let affinity = self.affinity(raw, mode, protocol)?;
+        let terminate = self.terminate(raw, mode, miss)?;
         let number = |value: &raw::Number, key: &str, default: u32, range: RangeInclusive<i64>| match value {
             Some(value) => self.number(value, key, range),
             None => Ok(default),
@@ -815,7 +829,8 @@ impl Text<'_> {
             source: self.source(raw)?,
             proxy_protocol,
             balance: balance.unwrap_or_default(),
-            table_size: self.table_size(raw)?,
+            // One that has no frontend has no table.
+            table_size: if mode == Mode::Terminate { 4093 } else { self.table_size(raw)? },
             session_ttl: self.duration(raw.session_ttl.as_ref(), "service.session_ttl", 3600)?,
             provisional_ttl: self.duration(raw.provisional_ttl.as_ref(), "service.provisional_ttl", 10)?,
             wscale: number(&raw.wscale, "service.wscale", 7, WSCALE)? as u8,
@@ -827,6 +842,7 @@ impl Text<'_> {
             health: self.health(raw)?,
             slow_start: self.duration(raw.slow_start.as_ref(), "service.slow_start", 0)?,
             quic_lb: self.quic_lb(raw, &affinity, &backends)?,
+            terminate,
             affinity,
             backends,
             name,
@@ -840,6 +856,7 @@ impl Text<'_> {
             return Ok(match mode {
                 Mode::Passthrough => vec![Affinity::TlsTicket, Affinity::TlsSessionId],
                 Mode::L4 => Vec::new(),
+                Mode::Terminate => Self::default_affinity(),
             });
         };
         if mode == Mode::L4 && protocol == Protocol::Tcp {
@@ -855,6 +872,12 @@ impl Text<'_> {
                 let problem = format!(
                     "\"{text}\" does not go with protocol = \"{}\": \"quic-cid\" is for \"udp\", and the only one there; remove it",
                     if protocol == Protocol::Udp { "udp" } else { "tcp" }
+                );
+                return Err(self.error(span, "service.affinity", problem));
+            }
+            if mode == Mode::Terminate && !matches!(one, Affinity::HttpCookie(_)) {
+                let problem = format!(
+                    "\"{text}\" does not go with mode = \"terminate\", which knows sessions by a cookie: \"http-cookie:NAME\""
                 );
                 return Err(self.error(span, "service.affinity", problem));
             }
@@ -1006,7 +1029,7 @@ impl Text<'_> {
                 problem,
             ));
         }
-        for vip in &service.vips {
+        for vip in service.frontends() {
             if !backends.iter().any(|backend| backend.address(vip.is_ipv4()).is_some()) {
                 let family = if vip.is_ipv4() { "IPv4" } else { "IPv6" };
                 let span = self.element(&raw.vip, &vip.to_string());
@@ -1314,7 +1337,8 @@ const SERVER_ID: RangeInclusive<i64> = 1..=SERVER_ID_MAX as i64;
 const ATTACH: [(&str, AttachMode); 3] =
     [("auto", AttachMode::Auto), ("native", AttachMode::Native), ("generic", AttachMode::Generic)];
 const PROTOCOLS: [(&str, Protocol); 2] = [("tcp", Protocol::Tcp), ("udp", Protocol::Udp)];
-const MODES: [(&str, Mode); 2] = [("passthrough", Mode::Passthrough), ("l4", Mode::L4)];
+const MODES: [(&str, Mode); 3] =
+    [("passthrough", Mode::Passthrough), ("l4", Mode::L4), ("terminate", Mode::Terminate)];
 const MISSES: [(&str, Miss); 2] = [("table", Miss::Table), ("daemon", Miss::Daemon)];
 /// In the order of `session::TICKET_FORMATS`.
 const KEY_NAMES: [(&str, Option<u32>); 4] = [

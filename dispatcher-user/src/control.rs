@@ -70,6 +70,7 @@ pub(crate) mod metrics;
 mod saved;
 mod settings;
 pub(crate) mod trace;
+mod tunnels;
 
 /// What can go wrong with the socket.
 #[derive(Debug, thiserror::Error)]
@@ -268,6 +269,10 @@ fn resources() -> OpenApiRouter<Arc<Shared>> {
         .routes(routes!(settings::config))
         .routes(routes!(settings::config_toml))
         .routes(routes!(trace::trace))
+        .routes(routes!(tunnels::tunnels))
+        .routes(routes!(tunnels::tunnel, tunnels::close))
+        .routes(routes!(tunnels::rotate))
+        .routes(routes!(tunnels::backends))
         .routes(routes!(metrics::metrics))
         .routes(routes!(description))
 }
@@ -320,7 +325,8 @@ impl From<reload::Error> for Failure {
             | reload::Error::Config(_)
             | reload::Error::Restart(_)
             | reload::Error::Shortage(_)
-            | reload::Error::Interface(_) => StatusCode::CONFLICT,
+            | reload::Error::Interface(_)
+            | reload::Error::Terminate(_) => StatusCode::CONFLICT,
             reload::Error::Store(_) => StatusCode::INSUFFICIENT_STORAGE,
             reload::Error::Maps(_) | reload::Error::Panic => StatusCode::INTERNAL_SERVER_ERROR,
         };

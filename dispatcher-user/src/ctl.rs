@@ -100,6 +100,11 @@ enum Command {
     },
     /// What is known of the backends' session tickets: which keys seal them, and who shares them
     Identities,
+    /// Established TLS connections to the backends of services with mode = "terminate"
+    Tunnels {
+        #[command(subcommand)]
+        command: Option<tunnels::Command>,
+    },
     /// Connections: client, VIP, backend and state of each
     Flows {
         /// Stop after so many
@@ -446,6 +451,7 @@ async fn answer(
             show(out, form, answer.as_slice(), backends)?;
             cut.map_or(Ok(()), Err)
         }
+        Command::Tunnels { command } => tunnels::run(command.as_ref(), &ask, out, form).await,
         Command::Sessions { command } => {
             let answer: Vec<api::Session> = match command {
                 Sessions::List { service, backend, limit } => {
@@ -1197,6 +1203,8 @@ fn age(seconds: u64) -> String {
         _ => format!("{}d{:02}h", seconds / 86400, seconds / 3600 % 24),
     }
 }
+
+mod tunnels;
 
 #[cfg(test)]
 mod tests;

@@ -29,6 +29,7 @@ use crate::{
     saved,
     state::{Base, Shared},
     store::{self, Store},
+    terminate,
 };
 
 /// Sign of life: a quarter of the age at which the data path gives us up.
@@ -73,6 +74,9 @@ pub enum Error {
         /// What the services need.
         need: u64,
     },
+    /// A service that ends TLS.
+    #[error(transparent)]
+    Terminate(#[from] terminate::Error),
     /// The address of the metrics.
     #[error("metrics: listening on {at}: {source}; set another address with `metrics`, or stop who has it")]
     Metrics {
@@ -135,9 +139,9 @@ pub fn run(
             return Err(error);
         }
     };
-    let Prepared { actual, mut socket, scrapes, runtime } = prepared;
+    let Prepared { actual, mut socket, scrapes, ending, runtime } = prepared;
     let shared = Arc::new(Shared::new(config, base, options.source, dataplane, actual, store));
-    let result = runtime.block_on(serve(shared, &mut socket, scrapes, out, shutdown));
+    let result = runtime.block_on(serve(shared, &mut socket, scrapes, ending, out, shutdown));
     // A walk through a map may be under way; nothing is lost with it.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
@@ -166,6 +170,7 @@ struct Prepared {
     actual: Actual,
     socket: Socket,
     scrapes: Option<TcpListener>,
+    ending: terminate::Prepared,
     runtime: Runtime,
 }
 
@@ -211,6 +216,12 @@ fn prepare(
         Ok::<_, Error>(listener)
     });
     let scrapes = scrapes.transpose()?;
+    let ending = terminate::prepare(config)?;
+    for service in config.services.iter().filter(|service| service.terminate.is_some()) {
+        for vip in &service.vips {
+            say(out, &format!("service {}: https://{vip}", service.name));
+        }
+    }
     for interface in &config.interfaces {
         let mode = dataplane.attach(&interface.name, interface.attach)?;
         say(out, &format!("attached to {} ({mode})", interface.name));
@@ -231,7 +242,7 @@ fn prepare(
         .enable_all()
         .build()
         .map_err(Error::Runtime)?;
-    Ok(Prepared { actual, socket, scrapes, runtime })
+    Ok(Prepared { actual, socket, scrapes, ending, runtime })
 }
 
 /// Before a packet is seen, the sessions that were saved. Without them it goes on all the same. Returns the
@@ -287,6 +298,7 @@ async fn serve(
     shared: Arc<Shared>,
     socket: &mut Socket,
     scrapes: Option<TcpListener>,
+    ending: terminate::Prepared,
     out: &mut (dyn Write + Send),
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
@@ -328,6 +340,8 @@ async fn serve(
     tasks.spawn(reload::deadlines(Arc::clone(&shared)));
     tasks.spawn(health::serve(Arc::clone(&shared)));
     tasks.spawn(saved::serve(Arc::clone(&shared)));
+    shared.terminator.install(&shared, ending);
+    tasks.spawn(terminate::serve(Arc::clone(&shared)));
     if let Some(listener) = scrapes {
         let serve = control::metrics::serve(Arc::clone(&shared), listener);
         tasks.spawn(async move { ("serving metrics", ended(serve.await)) });
@@ -347,6 +361,7 @@ async fn serve(
             Err(error) => Error::Task { task: "a task", reason: error.to_string() },
         }),
     };
+    terminate::shutdown(&shared).await;
     tasks.shutdown().await;
     save(&shared, out).await;
     if let Some(folder) = shared.dataplane.pinned() {

@@ -25,6 +25,8 @@ mod saved;
 mod slow_start;
 mod state;
 pub mod store;
+pub mod terminate;
+pub mod tunnels;
 
 /// An error with those of its causes that it does not name itself, on one line.
 #[must_use]

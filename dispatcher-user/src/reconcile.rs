@@ -432,7 +432,7 @@ impl<'c> Plan<'_, 'c> {
     fn filter(&mut self) {
         let mut addresses = BTreeSet::new();
         for service in &self.config().services {
-            addresses.extend(service.vips.iter().map(SocketAddr::ip));
+            addresses.extend(service.frontends().iter().map(SocketAddr::ip));
             addresses
                 .extend(service.backends.iter().flat_map(Backend::addresses).map(|address| address.ip()));
         }
@@ -443,7 +443,8 @@ impl<'c> Plan<'_, 'c> {
 
     /// Makes an automaton for each name of a cookie, in a place that no frontend points to.
     fn cookies(&mut self) {
-        let wanted: BTreeSet<&str> = self.config().services.iter().filter_map(Service::cookie).collect();
+        let ours = self.config().services.iter().filter(|service| service.terminate.is_none());
+        let wanted: BTreeSet<&str> = ours.filter_map(Service::cookie).collect();
         let mut used: BTreeSet<u32> =
             self.next.frontends.values().filter_map(|slot| slot.frontend.cookie.checked_sub(1)).collect();
         for (index, name) in (0..).zip(&self.next.cookies) {
@@ -487,7 +488,7 @@ impl<'c> Plan<'_, 'c> {
     fn frontends(&mut self, sources: &BTreeMap<(u32, bool), (u32, u32)>) {
         for service in &self.config().services {
             let mut tables: BTreeMap<bool, Table> = BTreeMap::new();
-            for address in &service.vips {
+            for address in service.frontends() {
                 let vip = (*address, service.protocol.number());
                 let v4 = address.is_ipv4();
                 let table = tables
@@ -547,7 +548,7 @@ impl<'c> Plan<'_, 'c> {
         let services = &self.config().services;
         let wanted: BTreeSet<Vip> = services
             .iter()
-            .flat_map(|service| service.vips.iter().map(|vip| (*vip, service.protocol.number())))
+            .flat_map(|service| service.frontends().iter().map(|vip| (*vip, service.protocol.number())))
             .collect();
         let gone: Vec<Vip> =
             self.next.frontends.keys().filter(|vip| !wanted.contains(vip)).copied().collect();
@@ -592,8 +593,9 @@ fn rendered(service: &Service, (address, proto): Vip, (source_base, source_len):
         port: address.port().to_be(),
         proto,
         mode: match service.mode {
-            Mode::Passthrough => MODE_PASSTHROUGH,
             Mode::L4 => MODE_L4,
+            // The data path has no frontend of a service that ends TLS.
+            Mode::Passthrough | Mode::Terminate => MODE_PASSTHROUGH,
         },
         service: service.id,
         flags,
@@ -641,12 +643,47 @@ pub struct Pool {
     pub known: BTreeMap<u32, u32>,
 }
 
+/// Who may be picked where a service ends TLS: whatever family a backend is reached by, and where.
+#[must_use]
+pub fn pool_of_all(
+    desired: &Desired<'_>,
+    actual: &Actual,
+    service: &Service,
+) -> (Pool, BTreeMap<u32, SocketAddr>) {
+    let mut takers = candidates(desired, actual, service, false);
+    for one in candidates(desired, actual, service, true) {
+        if !takers.iter().any(|other| other.id == one.id) {
+            takers.push(one);
+        }
+    }
+    let (mut known, mut addresses) = (BTreeMap::new(), BTreeMap::new());
+    for backend in &service.backends {
+        let Some(slot) = actual.backends.get(&backend.id) else { continue };
+        let up = |address: &SocketAddr| {
+            let flags = actual.endpoint(backend.id, address.is_ipv4()).flags;
+            flags & BACKEND_UP != 0
+        };
+        if let Some(address) = backend.addresses().find(up) {
+            known.insert(backend.id, slot.index);
+            addresses.insert(backend.id, address);
+        }
+    }
+    let pool = Pool {
+        service: service.name.clone(),
+        balance: service.balance,
+        provisional_ttl: service.provisional_ttl,
+        candidates: takers,
+        known,
+    };
+    (pool, addresses)
+}
+
 /// The pools, by frontend index.
 #[must_use]
 pub fn pools(desired: &Desired<'_>, actual: &Actual) -> BTreeMap<u32, Pool> {
     let mut pools = BTreeMap::new();
     for service in &desired.config.services {
-        for vip in &service.vips {
+        for vip in service.frontends() {
             let Some(slot) = actual.frontends.get(&(*vip, service.protocol.number())) else { continue };
             let v4 = vip.is_ipv4();
             let known = service.backends.iter().filter_map(|backend| {

@@ -15,7 +15,7 @@ use crate::{
     dataplane,
     reconcile::Reach,
     state::{Base, Shared},
-    store,
+    store, terminate,
 };
 
 /// How long new backends may take to be reached before the configuration is put in force without them.
@@ -65,6 +65,8 @@ pub(crate) enum Error {
         "{0}; the configuration is in force, but the maps are behind it: this is tried again with the next change"
     )]
     Maps(dataplane::Error),
+    #[error("{0}; nothing was changed")]
+    Terminate(terminate::Error),
     #[error("a task of dispatcherd panicked; its log says why")]
     Panic,
 }
@@ -88,6 +90,7 @@ pub(crate) async fn reload(shared: &Arc<Shared>, dry_run: bool) -> Result<api::R
     for interface in &coming {
         dataplane::find_interface(&interface.name).map_err(Error::Interface)?;
     }
+    let ending = shared.terminator.prepare(&new).map_err(Error::Terminate)?;
     if dry_run {
         return Ok(api::Reload { applied: false, changes: lines });
     }
@@ -98,6 +101,7 @@ pub(crate) async fn reload(shared: &Arc<Shared>, dry_run: bool) -> Result<api::R
     keep(shared, &Amendments::default()).await?;
     *base = Base { file: new.clone(), amendments: Amendments::default() };
     install(shared, &old, new, &base.amendments).await?;
+    shared.terminator.install(shared, ending);
     log::info!("reloaded {}: {} changes", source.path.display(), lines.len());
     Ok(api::Reload { applied: true, changes: lines })
 }

@@ -25,6 +25,7 @@ use crate::{
     response_times::ResponseTimes,
     slow_start::{self, SlowStart},
     store::Store,
+    terminate::{Reached, Terminator},
 };
 
 /// Pools by frontend index, and how often loads were counted.
@@ -47,6 +48,7 @@ pub(crate) struct Shared {
     pub(crate) trace: Trace,
     pub(crate) discovery: Discovery,
     pub(crate) suspects: Suspects,
+    pub(crate) terminator: Terminator,
     state: Mutex<State>,
     pools: Mutex<Pools>,
 }
@@ -121,6 +123,7 @@ impl Shared {
             trace: Trace::default(),
             discovery: Discovery::default(),
             suspects: Suspects::default(),
+            terminator: Terminator::default(),
             state: Mutex::new(state),
             pools: Mutex::default(),
         }
@@ -163,6 +166,12 @@ impl Shared {
         state.slow_start.follow(&takers, Instant::now());
         let changes = reconcile::diff(&state.desired(config), &state.actual);
         let failed = changes.iter().find_map(|change| state.actual.apply(change, &self.dataplane).err());
+        let ends = config.services.iter().filter(|service| service.terminate.is_some());
+        let reached = ends.map(|service| {
+            let (pool, addresses) = reconcile::pool_of_all(&state.desired(config), &state.actual, service);
+            (service.id, Reached { pool, addresses })
+        });
+        self.terminator.find(reached.collect());
         let pools = reconcile::pools(&state.desired(config), &state.actual);
         *self.pools.lock().unwrap_or_else(PoisonError::into_inner) = (Arc::new(pools), state.counted);
         failed

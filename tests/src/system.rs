@@ -32,7 +32,12 @@ pub struct Nginx {
 impl Nginx {
     /// Starts one that serves TLS on `port` without tickets, and waits until it listens.
     pub fn start(netns: &Netns, name: &str, port: u16, authority: &Authority) -> Result<Self> {
-        Self::with_keys(netns, name, port, authority, None)
+        Self::with_keys(netns, name, port, authority, None, "")
+    }
+
+    /// The same with HTTP/2.
+    pub fn with_http2(netns: &Netns, name: &str, port: u16, authority: &Authority) -> Result<Self> {
+        Self::with_keys(netns, name, port, authority, None, "http2")
     }
 
     /// The same with tickets: sealed with a key of its own, or with this one (80 bytes) and a certificate
@@ -44,7 +49,7 @@ impl Nginx {
         authority: &Authority,
         shared: Option<(&[u8; 80], &Credentials)>,
     ) -> Result<Self> {
-        Self::with_keys(netns, name, port, authority, Some(shared))
+        Self::with_keys(netns, name, port, authority, Some(shared), "")
     }
 
     fn with_keys(
@@ -53,6 +58,7 @@ impl Nginx {
         port: u16,
         authority: &Authority,
         tickets: Option<Option<(&[u8; 80], &Credentials)>>,
+        http: &str,
     ) -> Result<Self> {
         let folder = Folder::new()?;
         let own = authority.issue(name)?;
@@ -80,10 +86,11 @@ impl Nginx {
                client_body_temp_path {path}/body;\nproxy_temp_path {path}/proxy;\nfastcgi_temp_path {path}/fastcgi;\n\
                uwsgi_temp_path {path}/uwsgi;\nscgi_temp_path {path}/scgi;\n\
                server {{\n\
-                 listen {port} ssl;\nlisten [::]:{port} ssl;\n\
+                 listen {port} ssl {http};\nlisten [::]:{port} ssl {http};\n\
                  ssl_certificate {};\nssl_certificate_key {};\nssl_protocols TLSv1.2 TLSv1.3;\n\
                  ssl_session_cache shared:sessions:4m;\n{tickets}\nssl_session_timeout 10m;\n\
                  location / {{ return 200 '{identity}'; }}\n\
+                 location = /login {{ add_header Set-Cookie \"sid=$request_id; Path=/; HttpOnly\"; return 200 '{identity}'; }}\n\
                  location = /close {{ keepalive_timeout 0; return 200 '{identity}'; }}\n\
                  location = /page {{ keepalive_timeout 0; default_type text/html; return 200 '{PAGE}'; }}\n\
                }}\n\

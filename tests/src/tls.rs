@@ -96,6 +96,14 @@ impl Authority {
     }
 }
 
+impl Credentials {
+    /// The certificate, in DER.
+    #[must_use]
+    pub fn der(&self) -> &[u8] {
+        &self.certificate
+    }
+}
+
 impl std::fmt::Debug for Authority {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Authority")
@@ -242,6 +250,27 @@ impl Desk {
                 stream.flush()?;
                 continue;
             }
+            if path == "/hang" {
+                // Until the client goes, or patience ends.
+                let _ = std::io::BufRead::fill_buf(stream);
+                return Ok(());
+            }
+            if path == "/echo" {
+                let stream = stream.get_mut();
+                write!(
+                    stream,
+                    "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n"
+                )?;
+                stream.flush()?;
+                let mut line = [0; 5];
+                stream.read_exact(&mut line)?;
+                stream.write_all(&line)?;
+                return Ok(stream.flush()?);
+            }
+            let cookie = match path.strip_prefix("/login/") {
+                Some(value) => format!("Set-Cookie: sid={value}; Path=/\r\n"),
+                None => String::new(),
+            };
             let body = if method == "POST" {
                 http::hash(stream, head.length)?
             } else {
@@ -249,7 +278,11 @@ impl Desk {
             };
             let stream = stream.get_mut();
             let status = self.status.load(Ordering::Relaxed);
-            write!(stream, "HTTP/1.1 {status} As told\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
+            write!(
+                stream,
+                "HTTP/1.1 {status} As told\r\n{cookie}Content-Length: {}\r\n\r\n{body}",
+                body.len()
+            )?;
             stream.flush()?;
             if head.close {
                 return Ok(());

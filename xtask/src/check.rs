@@ -148,6 +148,8 @@ fn deny() -> Result<Outcome> {
             Ok(Outcome::Done)
         }
         Err(error) => {
+            // It reads the manifests of other platforms' crates too.
+            run_quietly(cargo().args(["fetch", "--locked"]), "crates cannot be fetched")?;
             let offline = ["--offline", "check", "licenses", "bans", "sources"];
             run_quietly(cargo_deny().args(offline), then)?;
             Ok(Outcome::Skipped(format!("advisories, whose database could not be fetched ({error:#})")))

@@ -11,6 +11,7 @@ use super::{
     TABLE_SIZE, TIMES, WEIGHT, WSCALE,
     health::CHECKS,
     schema::{duration, hexadecimal, name, one_of, within},
+    terminate::{ESTABLISHED, VERSIONS},
 };
 use crate::balancer::Balance;
 
@@ -183,7 +184,8 @@ pub(crate) struct Service {
     #[schemars(transform = one_of(&PROTOCOLS))]
     pub(super) protocol: Text,
     /// When a connection is bound: "passthrough" by its first data, so that TLS sessions stay on their
-    /// backend; "l4" by its first packet.
+    /// backend; "l4" by its first packet. "terminate": TLS ends here, and each request goes through an
+    /// established tunnel to the backend of its session.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = one_of(&MODES))]
     pub(super) mode: Text,
@@ -249,6 +251,12 @@ pub(crate) struct Service {
     /// Checks of each address of each backend.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) health: Option<Health>,
+    /// TLS and HTTP toward clients, with mode = "terminate".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) terminate: Option<Terminate>,
+    /// Established TLS connections to the backends, with mode = "terminate".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) tunnels: Option<Tunnels>,
     /// Connection IDs that name their server, in clear (draft-ietf-quic-load-balancers-21).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) quic_lb: Vec<QuicLb>,
@@ -312,6 +320,81 @@ pub(crate) struct Health {
     /// Status codes of good answers: "200-399", or a list of such.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) expect: Option<Spanned<OneOrMany>>,
+}
+
+/// TLS and HTTP toward clients.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Terminate {
+    /// Certificates; a client gets the first that is for the name it asks for, or the first of all.
+    #[serde(default)]
+    pub(super) certificates: Vec<KeyPair>,
+    /// Give clients that come without the session cookie one, unless the backend does; as a default only where
+    /// affinity names no cookie.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) assign_cookie: Option<bool>,
+    /// Time that a handshake, and then the header of a request, may take to come.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = duration)]
+    pub(super) header_timeout: Text,
+    /// Time that a backend may take to begin its answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = duration)]
+    pub(super) response_timeout: Text,
+    /// Time that a connection may stay without a request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = duration)]
+    pub(super) idle_timeout: Text,
+}
+
+/// Files of a certificate chain and of its key, PEM.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct KeyPair {
+    /// The chain, the server's own certificate first.
+    pub(super) certificate: Spanned<String>,
+    /// The private key; without it, it is in the file of the chain.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) key: Text,
+}
+
+/// Established TLS connections to the backends.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Tunnels {
+    /// The name that the backends' certificates must be for, and that is asked for by SNI; without one, the
+    /// backend's address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) server_name: Text,
+    /// File (PEM) with the certificates that are trusted; without one, those that this machine trusts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) roots: Text,
+    /// File (PEM) of our own certificate chain, for backends that ask for one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) certificate: Text,
+    /// File (PEM) of its key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) key: Text,
+    /// The oldest TLS version to use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = one_of(&VERSIONS))]
+    pub(super) min_version: Text,
+    /// Tunnels kept established ahead of need, to each backend.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(ESTABLISHED))]
+    pub(super) established: Number,
+    /// No more than so many to each backend, which HTTP/1.1 takes under load: one for each request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(ESTABLISHED))]
+    pub(super) most: Number,
+    /// Age at which a tunnel is replaced.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = duration)]
+    pub(super) max_age: Text,
+    /// Time that establishing one may take.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = duration)]
+    pub(super) timeout: Text,
 }
 
 /// Connection IDs of one configuration.

@@ -641,7 +641,8 @@ fn parse(name: &str, text: &str) -> Config {
 fn the_example_files_are_valid() {
     let names: BTreeSet<String> =
         examples().into_iter().map(|(name, text)| (parse(&name, &text), name).1).collect();
-    let wanted = ["cookie", "full", "l4", "minimal", "quic", "tickets"].map(|name| format!("{name}.toml"));
+    let wanted = ["cookie", "full", "l4", "minimal", "quic", "terminate", "tickets"]
+        .map(|name| format!("{name}.toml"));
     assert_eq!(names, BTreeSet::from(wanted));
 }
 
@@ -834,4 +835,48 @@ fn more_backends_than_table_entries_are_refused() {
     assert!(problem.contains("set it to 2000006"), "{problem}");
     let config = parse("large", &file("table_size = 1000003", "backends = 10000\nlb_table = 2000006"));
     assert_eq!(config.services[0].backends.len(), 10_000);
+}
+
+#[test]
+fn services_that_end_tls() {
+    let file = |lines: &str| {
+        format!(
+            "interfaces = [\"eth0\"]\n[[service]]\nname = \"web\"\nvip = \"192.0.2.1:443\"\n{lines}\n\
+             [[service.backend]]\nname = \"a\"\naddress = \"10.0.0.1:443\"\n"
+        )
+    };
+    const ENDS: &str = "mode = \"terminate\"\nterminate.certificates = [{ certificate = \"/a.pem\" }]";
+    let config = parse("terminate", &file(ENDS));
+    let service = &config.services[0];
+    let terminate = service.terminate.as_ref().expect("it ends TLS");
+    assert_eq!((service.cookie(), terminate.assign_cookie), (Some(DEFAULT_COOKIE), true));
+    assert_eq!(terminate.certificates[0].key, Path::new("/a.pem"));
+    assert_eq!(service.frontends(), []);
+    let named = parse("named", &file(&format!("{ENDS}\naffinity = \"http-cookie:sid\"")));
+    let terminate = named.services[0].terminate.as_ref().expect("it ends TLS");
+    assert!(!terminate.assign_cookie, "the backend sets it");
+    let more = |line: &str| format!("{ENDS}\n{line}");
+    for (lines, key, part) in [
+        ("mode = \"terminate\"".to_owned(), "service.terminate", "needs a [service.terminate] table"),
+        (
+            "mode = \"terminate\"\nterminate = {}".to_owned(),
+            "service.terminate.certificates",
+            "there is none",
+        ),
+        ("tunnels.most = 3".to_owned(), "service.tunnels", "goes with mode = \"terminate\" only"),
+        (more("miss = \"daemon\""), "service.miss", "always decides"),
+        (more("protocol = \"udp\""), "service.protocol", "l4"),
+        (more("affinity = \"tls-ticket\""), "service.affinity", "by a cookie"),
+        (more("proxy_protocol = \"v2\""), "service.proxy_protocol", "remove it"),
+        (more("tunnels.roots = \"ca.pem\""), "service.tunnels.roots", "an absolute path"),
+        (more("tunnels.server_name = \"10.0.0.1\""), "service.tunnels.server_name", "no host name"),
+        (more("tunnels.certificate = \"/a.pem\""), "service.tunnels.certificate", "go together"),
+        (more("tunnels = { established = 5, most = 4 }"), "service.tunnels.most", "fewer than the 5"),
+        (more("tunnels.min_version = \"1.1\""), "service.tunnels.min_version", "\"1.2\" or \"1.3\""),
+        (more("terminate.idle_timeout = \"0s\""), "service.terminate.idle_timeout", "no duration"),
+    ] {
+        let (_, found, problem) = invalid(&file(&lines));
+        assert_eq!(found, key, "{lines}: {problem}");
+        assert!(problem.contains(part), "{lines}: {problem}");
+    }
 }

@@ -3,10 +3,11 @@
 use std::net::SocketAddr;
 
 use super::{
-    ATTACH, Affinity, Backend, Config, Health, HttpCheck, Interface, KEY_NAMES, MISSES, MODES, Mode,
-    PROTOCOLS, PROXY, SOURCES, STATES, Service, Source, Tickets,
+    ATTACH, Affinity, Backend, Config, Health, HttpCheck, Interface, KEY_NAMES, KeyPair, MISSES, MODES, Mode,
+    PROTOCOLS, PROXY, SOURCES, STATES, Service, Source, Terminate, Tickets, Tunnels,
     health::CHECKS,
     raw::{self, OneOrMany, Spanned},
+    terminate::VERSIONS,
 };
 use crate::{api, balancer::Balance, dataplane::Capacities};
 
@@ -116,9 +117,12 @@ fn service(service: &Service) -> raw::Service {
         ticket,
         health,
         slow_start,
+        terminate,
         quic_lb,
         backends,
     } = service;
+    // What is for the data path only must not stand there for others.
+    let ours = terminate.is_none();
     let pool = match source {
         Source::Client => None,
         Source::Dispatcher { addresses, ports } => Some((addresses, ports)),
@@ -130,20 +134,22 @@ fn service(service: &Service) -> raw::Service {
         protocol: chosen(&PROTOCOLS, protocol),
         mode: chosen(&MODES, mode),
         miss: chosen(&MISSES, miss),
-        source: chosen(&SOURCES, &pool.is_some()),
+        source: ours.then(|| chosen(&SOURCES, &pool.is_some())).flatten(),
         source_addresses: pool.map(|(addresses, _)| list(addresses)),
         source_ports: pool.and_then(|(_, ports)| text(format!("{}-{}", ports.start(), ports.end()))),
-        proxy_protocol: chosen(&PROXY, proxy_protocol),
+        proxy_protocol: ours.then(|| chosen(&PROXY, proxy_protocol)).flatten(),
         balance: chosen(&Balance::NAMES, balance),
-        table_size: number(*table_size),
+        table_size: ours.then(|| number(*table_size)).flatten(),
         session_ttl: duration(*session_ttl),
         provisional_ttl: duration(*provisional_ttl),
-        wscale: number(*wscale),
-        mss: number(*mss),
-        timestamps: Some(*timestamps),
-        sack: Some(*sack),
+        wscale: ours.then(|| number(*wscale)).flatten(),
+        mss: ours.then(|| number(*mss)).flatten(),
+        timestamps: ours.then_some(*timestamps),
+        sack: ours.then_some(*sack),
         // An l4 service without one must not have the key.
         affinity: (*mode == Mode::Passthrough || !affinity.is_empty()).then(|| list(affinity)),
+        terminate: terminate.as_ref().map(ending),
+        tunnels: terminate.as_ref().map(|terminate| tunnels(&terminate.tunnels)),
         slow_start: duration(*slow_start),
         tickets: affinity.contains(&Affinity::TlsTicket).then(|| raw::Tickets {
             discovery: Some(tickets.is_some()),
@@ -182,6 +188,37 @@ fn check(health: &Health) -> raw::Health {
         path: http.as_ref().and_then(|http| text(&http.path)),
         host: http.as_ref().and_then(|http| http.host.as_ref().and_then(text)),
         expect: http.as_ref().map(codes),
+    }
+}
+
+fn ending(terminate: &Terminate) -> raw::Terminate {
+    let Terminate { certificates, assign_cookie, header_timeout, response_timeout, idle_timeout, tunnels: _ } =
+        terminate;
+    let pair = |KeyPair { certificate, key }: &KeyPair| raw::KeyPair {
+        certificate: certificate.to_string_lossy().into_owned().into(),
+        key: text(key.to_string_lossy()),
+    };
+    raw::Terminate {
+        certificates: certificates.iter().map(pair).collect(),
+        assign_cookie: Some(*assign_cookie),
+        header_timeout: duration(*header_timeout),
+        response_timeout: duration(*response_timeout),
+        idle_timeout: duration(*idle_timeout),
+    }
+}
+
+fn tunnels(tunnels: &Tunnels) -> raw::Tunnels {
+    let Tunnels { server_name, roots, client, only_tls13, established, most, max_age, timeout } = tunnels;
+    raw::Tunnels {
+        server_name: server_name.as_ref().and_then(text),
+        roots: roots.as_ref().and_then(|file| text(file.to_string_lossy())),
+        certificate: client.as_ref().and_then(|pair| text(pair.certificate.to_string_lossy())),
+        key: client.as_ref().and_then(|pair| text(pair.key.to_string_lossy())),
+        min_version: chosen(&VERSIONS, only_tls13),
+        established: number(*established),
+        most: number(*most),
+        max_age: duration(*max_age),
+        timeout: duration(*timeout),
     }
 }
 

@@ -70,7 +70,9 @@ pub(super) type Vips = HashMap<(SocketAddr, u8), usize>;
 pub(super) fn vips(config: &Config) -> Vips {
     let services = config.services.iter().enumerate();
     services
-        .flat_map(|(index, one)| one.vips.iter().map(move |vip| ((*vip, one.protocol.number()), index)))
+        .flat_map(|(index, one)| {
+            one.frontends().iter().map(move |vip| ((*vip, one.protocol.number()), index))
+        })
         .collect()
 }
 

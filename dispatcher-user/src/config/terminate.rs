@@ -1,0 +1,205 @@
+//! `mode = "terminate"`: `[service.terminate]`, TLS and HTTP toward clients, and `[service.tunnels]`, the
+//! established TLS connections to the backends.
+
+use std::{
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+};
+
+use rustls::pki_types::ServerName;
+
+use super::{Affinity, Error, Miss, Mode, Spanned, Text, raw};
+
+/// How a service that ends TLS here serves its clients, and reaches its backends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Terminate {
+    /// Certificates; a client gets the first that is for the name it asks for, or the first of all.
+    pub certificates: Vec<KeyPair>,
+    /// A client that comes without the session cookie is given one, unless the backend sets it.
+    pub assign_cookie: bool,
+    /// Seconds that a handshake, and then the header of a request, may take to come.
+    pub header_timeout: u32,
+    /// Seconds that a backend may take to begin its answer.
+    pub response_timeout: u32,
+    /// Seconds that a connection may stay without a request.
+    pub idle_timeout: u32,
+    /// The way to the backends.
+    pub tunnels: Tunnels,
+}
+
+/// Files of a certificate chain and of its key, PEM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyPair {
+    /// The chain, the server's own certificate first.
+    pub certificate: PathBuf,
+    /// The private key; may be the same file.
+    pub key: PathBuf,
+}
+
+/// Established TLS connections to each backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tunnels {
+    /// The name that certificates must be for, and that is asked for by SNI; without one the address is.
+    pub server_name: Option<String>,
+    /// File with the certificates that are trusted; without one those of this machine.
+    pub roots: Option<PathBuf>,
+    /// Who we are, to backends that ask.
+    pub client: Option<KeyPair>,
+    /// TLS 1.2 is refused.
+    pub only_tls13: bool,
+    /// Kept established ahead of need, to each backend.
+    pub established: u32,
+    /// No more than so many to each backend.
+    pub most: u32,
+    /// Seconds after which one is replaced.
+    pub max_age: u32,
+    /// Seconds that establishing one may take.
+    pub timeout: u32,
+}
+
+/// The cookie of services that name none.
+pub const DEFAULT_COOKIE: &str = "DISPATCHER";
+
+pub(super) const ESTABLISHED: RangeInclusive<i64> = 1..=1024;
+pub(super) const VERSIONS: [(&str, bool); 2] = [("1.2", false), ("1.3", true)];
+
+impl Text<'_> {
+    /// The cookie by which sessions are known where none is named.
+    pub(super) fn default_affinity() -> Vec<Affinity> {
+        vec![Affinity::HttpCookie(DEFAULT_COOKIE.to_owned())]
+    }
+
+    /// What a service of this mode has, and others must not have.
+    pub(super) fn terminate(
+        &self,
+        raw: &raw::Service,
+        mode: Mode,
+        miss: Miss,
+    ) -> Result<Option<Terminate>, Error> {
+        if mode != Mode::Terminate {
+            let given = [
+                (raw.terminate.as_ref().map(|_| ()), "service.terminate"),
+                (raw.tunnels.as_ref().map(|_| ()), "service.tunnels"),
+            ];
+            for (given, key) in given {
+                if given.is_some() {
+                    let problem = "goes with mode = \"terminate\" only; set that, or remove the table";
+                    return Err(self.error(raw.name.span(), key, problem));
+                }
+            }
+            return Ok(None);
+        }
+        for (span, key) in [
+            (raw.source.as_ref().map(Spanned::span), "service.source"),
+            (raw.proxy_protocol.as_ref().map(Spanned::span), "service.proxy_protocol"),
+            (raw.tickets.as_ref().map(|_| raw.name.span()), "service.tickets"),
+            (raw.table_size.as_ref().map(Spanned::span), "service.table_size"),
+            (raw.mss.as_ref().map(Spanned::span), "service.mss"),
+            (raw.wscale.as_ref().map(Spanned::span), "service.wscale"),
+            (raw.timestamps.map(|_| raw.name.span()), "service.timestamps"),
+            (raw.sack.map(|_| raw.name.span()), "service.sack"),
+        ] {
+            if let Some(span) = span {
+                let problem = "is for services of the data path; with mode = \"terminate\" the kernel's own TCP serves clients; remove it";
+                return Err(self.error(span, key, problem));
+            }
+        }
+        if miss == Miss::Daemon {
+            let span = raw.miss.as_ref().map_or_else(|| raw.name.span(), Spanned::span);
+            let problem = "with mode = \"terminate\" the daemon always decides; remove it";
+            return Err(self.error(span, "service.miss", problem));
+        }
+        let missing = |key: &str, problem: &str| Err(self.error(raw.name.span(), key, problem));
+        let Some(table) = &raw.terminate else {
+            return missing(
+                "service.terminate",
+                "mode = \"terminate\" needs a [service.terminate] table with certificates",
+            );
+        };
+        if table.certificates.is_empty() {
+            return missing(
+                "service.terminate.certificates",
+                "there is none; add certificates = [{ certificate = \"/etc/dispatcher/web.pem\", key = \"/etc/dispatcher/web.key\" }]",
+            );
+        }
+        let key = "service.terminate.certificates";
+        let certificates = table.certificates.iter().map(|one| self.key_pair(one, key));
+        let seconds = |text: &raw::Text, key: &str, default| {
+            self.duration(text.as_ref(), &format!("service.terminate.{key}"), default)
+        };
+        Ok(Some(Terminate {
+            certificates: certificates.collect::<Result<_, _>>()?,
+            assign_cookie: table.assign_cookie.unwrap_or(raw.affinity.is_none()),
+            header_timeout: seconds(&table.header_timeout, "header_timeout", 10)?,
+            response_timeout: seconds(&table.response_timeout, "response_timeout", 60)?,
+            idle_timeout: seconds(&table.idle_timeout, "idle_timeout", 60)?,
+            tunnels: self.tunnels(raw.tunnels.as_ref())?,
+        }))
+    }
+
+    fn tunnels(&self, raw: Option<&raw::Tunnels>) -> Result<Tunnels, Error> {
+        let none = raw::Tunnels::default();
+        let raw = raw.unwrap_or(&none);
+        if let Some(name) = &raw.server_name
+            && !matches!(ServerName::try_from(name.get_ref().as_str()), Ok(ServerName::DnsName(_)))
+        {
+            let problem = format!(
+                "\"{}\" is no host name; write the name in the backends' certificates, such as \"backend.example.com\"",
+                name.get_ref()
+            );
+            return Err(self.error(name.span(), "service.tunnels.server_name", problem));
+        }
+        let client = match (&raw.certificate, &raw.key) {
+            (None, None) => None,
+            (Some(certificate), Some(key)) => Some(KeyPair {
+                certificate: self.file(certificate, "service.tunnels.certificate")?,
+                key: self.file(key, "service.tunnels.key")?,
+            }),
+            (Some(one), None) | (None, Some(one)) => {
+                let problem = "certificate and key go together; give both, or none";
+                return Err(self.error(one.span(), "service.tunnels.certificate", problem));
+            }
+        };
+        let number = |value: &raw::Number, key: &str, default| match value {
+            Some(value) => self.number(value, &format!("service.tunnels.{key}"), ESTABLISHED),
+            None => Ok(default),
+        };
+        let established = number(&raw.established, "established", 4)?;
+        let most = number(&raw.most, "most", 64.max(established))?;
+        if most < established {
+            let span = raw.most.as_ref().map_or(0..0, Spanned::span);
+            let problem =
+                format!("{most} are fewer than the {established} of `established`; raise it, or lower that");
+            return Err(self.error(span, "service.tunnels.most", problem));
+        }
+        let version = self.choice(raw.min_version.as_ref(), "service.tunnels.min_version", &VERSIONS)?;
+        Ok(Tunnels {
+            server_name: raw.server_name.as_ref().map(|name| name.get_ref().clone()),
+            roots: raw.roots.as_ref().map(|file| self.file(file, "service.tunnels.roots")).transpose()?,
+            client,
+            only_tls13: version.unwrap_or_default(),
+            established,
+            most,
+            max_age: self.duration(raw.max_age.as_ref(), "service.tunnels.max_age", 3600)?,
+            timeout: self.duration(raw.timeout.as_ref(), "service.tunnels.timeout", 5)?,
+        })
+    }
+
+    fn key_pair(&self, raw: &raw::KeyPair, key: &str) -> Result<KeyPair, Error> {
+        let certificate = self.file(&raw.certificate, key)?;
+        let key = raw.key.as_ref().map_or_else(|| Ok(certificate.clone()), |file| self.file(file, key))?;
+        Ok(KeyPair { certificate, key })
+    }
+
+    fn file(&self, path: &Spanned<String>, key: &str) -> Result<PathBuf, Error> {
+        let value = Path::new(path.get_ref());
+        if !value.is_absolute() || value.file_name().is_none() || path.get_ref().ends_with('/') {
+            let problem = format!(
+                "\"{}\" is no file's path; give an absolute path, such as \"/etc/dispatcher/web.pem\"",
+                path.get_ref()
+            );
+            return Err(self.error(path.span(), key, problem));
+        }
+        Ok(value.to_owned())
+    }
+}

@@ -1,0 +1,159 @@
+//! Clients' connections: accepted, ended TLS, served until they are idle or the service goes.
+
+use std::{
+    net::{SocketAddr, TcpListener as StdListener},
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use hyper::service::service_fn;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Notify, watch},
+    time::{sleep, timeout},
+};
+use tokio_rustls::TlsAcceptor;
+
+use super::{Site, request, seconds};
+use crate::state::Shared;
+
+/// Requests of one HTTP/2 connection at a time.
+const STREAMS: u32 = 128;
+/// Longest header of a request, bytes.
+const HEADER: u32 = 64 << 10;
+
+/// What requests of one connection share.
+pub(super) struct Client {
+    pub(super) shared: Arc<Shared>,
+    site: watch::Receiver<Arc<Site>>,
+    pub(super) address: SocketAddr,
+    requests: AtomicU32,
+    /// Told when the last request under way has ended.
+    rest: Notify,
+}
+
+impl Client {
+    /// The service as it is now.
+    pub(super) fn site(&self) -> Arc<Site> {
+        Arc::clone(&self.site.borrow())
+    }
+}
+
+/// A request under way.
+pub(super) struct Busy(Arc<Client>);
+
+impl Busy {
+    pub(super) fn new(client: &Arc<Client>) -> Self {
+        client.requests.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(client))
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        if self.0.requests.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.0.rest.notify_one();
+        }
+    }
+}
+
+/// Accepts clients until the task is dropped.
+pub(super) async fn accept(
+    shared: Arc<Shared>,
+    site: watch::Receiver<Arc<Site>>,
+    vip: SocketAddr,
+    listener: StdListener,
+) {
+    let listener = match TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => return log::error!("{vip}: {error}; nobody is served there"),
+    };
+    loop {
+        match listener.accept().await {
+            Ok((stream, address)) => {
+                let (shared, site) = (Arc::clone(&shared), site.clone());
+                tokio::spawn(serve(shared, site, stream, address));
+            }
+            Err(error) => {
+                // Too many files, for example: those that are open end some time.
+                log::warn!("{vip}: accepting: {error}");
+                sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn serve(
+    shared: Arc<Shared>,
+    site: watch::Receiver<Arc<Site>>,
+    stream: TcpStream,
+    address: SocketAddr,
+) {
+    let mut closing = shared.terminator.closing.subscribe();
+    let now = Arc::clone(&site.borrow());
+    if let Err(error) = stream.set_nodelay(true) {
+        log::debug!("{address}: {error}");
+    }
+    let acceptor = TlsAcceptor::from(Arc::clone(&now.tls));
+    let stream = match timeout(seconds(now.terminate.header_timeout), acceptor.accept(stream)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => return log::debug!("{address}: handshake: {error}"),
+        Err(_) => return log::debug!("{address}: no handshake within {} s", now.terminate.header_timeout),
+    };
+    let client = Arc::new(Client { shared, site, address, requests: AtomicU32::new(0), rest: Notify::new() });
+    let service = service_fn(|request| request::answer(Arc::clone(&client), request));
+    let mut server = auto::Builder::new(TokioExecutor::new());
+    server.http1().timer(TokioTimer::new()).header_read_timeout(seconds(now.terminate.header_timeout));
+    server
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS)
+        .max_header_list_size(HEADER)
+        .adaptive_window(true)
+        .keep_alive_interval(Duration::from_secs(30));
+    let mut connection = pin!(server.serve_connection_with_upgrades(TokioIo::new(stream), service));
+    let mut site = client.site.clone();
+    let ended = async {
+        tokio::select! {
+            // The daemon ends, or the service does.
+            _ = closing.wait_for(|closing| *closing) => {}
+            () = async { while site.changed().await.is_ok() {} } => {}
+            () = idle(&client) => {}
+        }
+    };
+    let result = tokio::select! {
+        result = &mut connection => result,
+        () = ended => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = result {
+        log::debug!("{address}: {error}");
+    }
+}
+
+/// Ready when no request has come for as long as the service allows.
+async fn idle(client: &Client) {
+    loop {
+        if client.requests.load(Ordering::Relaxed) > 0 {
+            client.rest.notified().await;
+            continue;
+        }
+        let limit = seconds(client.site().terminate.idle_timeout);
+        // A request that begins meanwhile ends it all at its end.
+        if timeout(limit, client.rest.notified()).await.is_err()
+            && client.requests.load(Ordering::Relaxed) == 0
+        {
+            return;
+        }
+    }
+}

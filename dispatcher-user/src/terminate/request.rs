@@ -1,0 +1,420 @@
+//! One request: session, backend, tunnel, answer.
+
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use dispatcher_common::session::SessionKey;
+use http_body_util::{BodyExt as _, Empty, Full};
+use hyper::{
+    HeaderMap, Method, Request, Response, StatusCode, Uri, Version,
+    body::{Body as _, Frame, Incoming, SizeHint},
+    header::{
+        CACHE_CONTROL, CONNECTION, CONTENT_TYPE, FORWARDED, HOST, HeaderName, HeaderValue, SET_COOKIE, TE,
+        TRAILER, TRANSFER_ENCODING, UPGRADE,
+    },
+    http::{request::Parts, uri::Authority},
+    upgrade::OnUpgrade,
+};
+use hyper_util::rt::TokioIo;
+use tokio::time::timeout_at;
+
+use super::{
+    Reached, Site,
+    connection::{Busy, Client},
+    session::{self, Binding},
+};
+use crate::tunnels::{Body, BoxError, Lease, SendError};
+
+/// Tunnels that one request is offered to.
+const TRIES: usize = 5;
+/// Longest answer that is read before it is passed on, bytes.
+const SHORT: u64 = 16 << 10;
+/// How long a request waits for a tunnel.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+/// Of one connection only (RFC 9110 section 7.6.1), beside those that `Connection` names.
+const HOP_BY_HOP: [HeaderName; 6] = [
+    CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    TE,
+    TRANSFER_ENCODING,
+    UPGRADE,
+];
+
+/// What a client is told when a request fails.
+struct Failure {
+    status: StatusCode,
+    problem: String,
+}
+
+fn failure(status: StatusCode, problem: impl Into<String>) -> Failure {
+    Failure { status, problem: problem.into() }
+}
+
+/// Answers a request, whatever happens.
+pub(super) async fn answer(
+    client: Arc<Client>,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Infallible> {
+    let busy = Busy::new(&client);
+    let site = client.site();
+    let id = request_id();
+    let began = Instant::now();
+    let what = format!("{} {}", request.method(), request.uri().path());
+    let answer = match pass_on(&client, &site, request, &id).await {
+        Ok(response) => response,
+        Err(Failure { status, problem }) => {
+            log::debug!(
+                "{} {}: {what}: {status}: {problem} (request {id})",
+                site.service.name,
+                client.address
+            );
+            page(status, &problem, &id)
+        }
+    };
+    log::debug!(
+        "{} {}: {what}: {} after {} ms (request {id})",
+        site.service.name,
+        client.address,
+        answer.status().as_u16(),
+        began.elapsed().as_millis()
+    );
+    Ok(answer.map(|body| Watched { body, _busy: busy }.boxed_unsync()))
+}
+
+/// A body whose request is under way until it has been read, or is dropped.
+struct Watched {
+    body: Body,
+    _busy: Busy,
+}
+
+impl hyper::body::Body for Watched {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+fn request_id() -> String {
+    session::new_value().unwrap_or_default()
+}
+
+fn page(status: StatusCode, problem: &str, id: &str) -> Response<Body> {
+    let text = format!("{status}: {problem} (request {id})\n");
+    let mut response =
+        Response::new(Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed_unsync());
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    if let Ok(id) = HeaderValue::from_str(id) {
+        headers.insert(REQUEST_ID, id);
+    }
+    response
+}
+
+async fn pass_on(
+    client: &Arc<Client>,
+    site: &Arc<Site>,
+    mut request: Request<Incoming>,
+    id: &str,
+) -> Result<Response<Body>, Failure> {
+    let authority = check(&request)?;
+    let upgraded = wants_upgrade(&request).then(|| hyper::upgrade::on(&mut request));
+    let (mut head, body) = request.into_parts();
+    let protocol = upgraded.is_some().then(|| head.headers.get(UPGRADE).cloned()).flatten();
+    strip(&mut head.headers);
+    tell(client, &mut head.headers, &authority, id);
+    let given = session::of_request(&head.headers, &site.cookie).map(|value| session::key(site, value));
+    let assigned = if given.is_none() && site.terminate.assign_cookie { session::new_value() } else { None };
+    let key = given.or_else(|| assigned.as_ref().map(|value| session::key(site, value.as_bytes())));
+    // One that we gave, and that comes back, is no invention of the client's.
+    let confirmed = given.is_some() && site.terminate.assign_cookie;
+    let empty = body.is_end_stream();
+    let mut body = Some(if empty { nothing() } else { body.map_err(BoxError::from).boxed_unsync() });
+    let repeatable = empty && head.method.is_safe();
+    let mut avoid = Vec::new();
+    let mut tries = 0;
+    loop {
+        let (lease, backend) = lease(client, site, key.as_ref(), confirmed, &avoid).await?;
+        let tunnel = lease.id();
+        let request = form(&head, &authority, &lease, protocol.as_ref(), body.take().unwrap_or_else(nothing));
+        let deadline = tokio::time::Instant::now() + super::seconds(site.terminate.response_timeout);
+        let sent = timeout_at(deadline, exchange(lease, request, repeatable)).await;
+        let (error, request) = match sent {
+            Ok(Ok(response)) => {
+                let binding = Binding { backend, tunnel, confirmed: true };
+                return finish(client, site, response, upgraded, assigned, binding);
+            }
+            Ok(Err(error)) => error,
+            Err(_) => {
+                let limit = site.terminate.response_timeout;
+                return Err(failure(
+                    StatusCode::GATEWAY_TIMEOUT,
+                    format!("the backend did not answer within {limit} s"),
+                ));
+            }
+        };
+        tries += 1;
+        // Another tunnel to the same backend, where there is one.
+        if client.shared.terminator.tunnels.load(backend).established == 0 {
+            avoid.push(backend);
+        }
+        let unsent = request.is_some();
+        body = request.map(|request| request.into_body());
+        if error.is_user() {
+            return Err(failure(StatusCode::BAD_REQUEST, "the request's body cannot be read"));
+        }
+        if tries >= TRIES || !(unsent || repeatable) {
+            return Err(failure(
+                StatusCode::BAD_GATEWAY,
+                format!("the backend's tunnel failed: {}", crate::one_line(&error)),
+            ));
+        }
+    }
+}
+
+/// Sends a request and takes the answer. A short answer to a request that can be repeated is read to its end: a
+/// tunnel that ends on the way costs nothing then.
+async fn exchange(
+    lease: Lease,
+    request: Request<Body>,
+    repeatable: bool,
+) -> Result<Response<Body>, (hyper::Error, Option<Request<Body>>)> {
+    let sent = lease.send(request).await;
+    let response =
+        sent.map_err(|SendError { error, request, .. }| (error, request.map(|request| *request)))?;
+    let (head, reply) = response.into_parts();
+    let short = reply.size_hint().upper().is_some_and(|length| length <= SHORT);
+    if !(repeatable && short) || head.status == StatusCode::SWITCHING_PROTOCOLS {
+        return Ok(Response::from_parts(head, reply.map_err(BoxError::from).boxed_unsync()));
+    }
+    let whole = reply.collect().await.map_err(|error| (error, None))?;
+    Ok(Response::from_parts(head, whole.map_err(|never| match never {}).boxed_unsync()))
+}
+
+/// What may be passed on at all; returns for whom it is.
+fn check(request: &Request<Incoming>) -> Result<Authority, Failure> {
+    let refuse = |problem: &str| failure(StatusCode::BAD_REQUEST, problem);
+    if request.method() == Method::CONNECT {
+        return Err(failure(StatusCode::METHOD_NOT_ALLOWED, "CONNECT is not served here"));
+    }
+    let headers = request.headers();
+    if headers.get_all(HOST).iter().count() > 1 {
+        return Err(refuse("there is more than one Host"));
+    }
+    let host = headers.get(HOST).map(|host| Authority::try_from(host.as_bytes()));
+    let host = host.transpose().map_err(|_| refuse("the Host cannot be read"))?;
+    match (request.uri().authority(), host) {
+        (Some(authority), _) => Ok(authority.clone()),
+        (None, Some(host)) => Ok(host),
+        (None, None) => Err(refuse("there is no Host")),
+    }
+}
+
+fn wants_upgrade(request: &Request<Incoming>) -> bool {
+    let asks = |name: &[u8]| name.trim_ascii().eq_ignore_ascii_case(b"upgrade");
+    let mut lines = request.headers().get_all(CONNECTION).into_iter();
+    request.version() == Version::HTTP_11
+        && request.headers().contains_key(UPGRADE)
+        && lines.any(|line| line.as_bytes().split(|byte| *byte == b',').any(asks))
+}
+
+/// Removes what is for one connection only.
+fn strip(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = headers
+        .get_all(CONNECTION)
+        .into_iter()
+        .flat_map(|line| line.as_bytes().split(|byte| *byte == b','))
+        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
+        .collect();
+    for name in named.iter().chain(&HOP_BY_HOP) {
+        headers.remove(name);
+    }
+}
+
+/// Tells the backend whom the request is from. What the client said of that itself is not believed.
+fn tell(client: &Client, headers: &mut HeaderMap, authority: &Authority, id: &str) {
+    let ip = client.address.ip();
+    let quoted = if ip.is_ipv6() { format!("\"[{ip}]\"") } else { ip.to_string() };
+    for (name, value) in [
+        (FORWARDED_FOR, ip.to_string()),
+        (FORWARDED_PROTO, "https".to_owned()),
+        (FORWARDED_HOST, authority.to_string()),
+        (FORWARDED, format!("for={quoted};host=\"{authority}\";proto=https")),
+        (REQUEST_ID, id.to_owned()),
+    ] {
+        match HeaderValue::try_from(value) {
+            Ok(value) => drop(headers.insert(name, value)),
+            Err(_) => drop(headers.remove(name)),
+        }
+    }
+    headers.remove(TRAILER);
+}
+
+fn nothing() -> Body {
+    Empty::new().map_err(|never| match never {}).boxed_unsync()
+}
+
+/// A tunnel to the session's backend, or to the balancer's choice.
+async fn lease(
+    client: &Client,
+    site: &Site,
+    key: Option<&SessionKey>,
+    confirmed: bool,
+    avoid: &[u32],
+) -> Result<(Lease, u32), Failure> {
+    let unavailable = |problem: String| failure(StatusCode::SERVICE_UNAVAILABLE, problem);
+    let terminator = &client.shared.terminator;
+    let sessions = client.shared.dataplane.sessions();
+    let broken = |error: crate::dataplane::Error| {
+        log::error!("{error}");
+        failure(StatusCode::INTERNAL_SERVER_ERROR, "the session table cannot be read")
+    };
+    let Some(reached) = terminator.reached(site.service.id) else {
+        return Err(unavailable("no backend of this service can be reached".to_owned()));
+    };
+    let known = key.map(|key| session::find(sessions, key, &reached)).transpose().map_err(broken)?.flatten();
+    let usable = |backend: u32| !avoid.contains(&backend) && !terminator.tunnels.load(backend).failing;
+    let known = known.filter(|(_, backend)| usable(*backend));
+    let mut wanted = known.map_or(0, |(session, _)| session.tunnel);
+    let mut backend = match known {
+        Some((_, backend)) => backend,
+        None => terminator
+            .pick(&site.service, &reached.pool, client.address.ip(), avoid)
+            .map(|one| one.id)
+            .ok_or_else(|| unavailable(nobody(client, &reached)))?,
+    };
+    loop {
+        let lease = terminator.tunnels.wait(backend, wanted, PATIENCE).await;
+        let lease = lease.map_err(|error| {
+            // Names and addresses of backends are not for clients.
+            log::debug!("{error}");
+            unavailable("no tunnel to a backend was free in time".to_owned())
+        })?;
+        let Some(key) = key else { return Ok((lease, backend)) };
+        let binding = Binding { backend, tunnel: lease.id(), confirmed: confirmed && known.is_some() };
+        let bound = session::bind(sessions, key, binding, site, &reached).map_err(broken)?;
+        if bound == backend || !usable(bound) {
+            return Ok((lease, backend));
+        }
+        // Another first request of this session was faster.
+        (backend, wanted) = (bound, 0);
+    }
+}
+
+/// Why no backend can be asked.
+fn nobody(client: &Client, reached: &Reached) -> String {
+    let known = |backend: &u32| reached.addresses.contains_key(backend);
+    let all = client.shared.terminator.tunnels.backends();
+    match all.into_iter().filter(|one| known(&one.backend)).find_map(|one| one.error) {
+        // The reason is for the operator: clients learn no names.
+        Some((error, _)) => {
+            log::debug!("no tunnel: {error}");
+            "no tunnel to a backend of this service can be made".to_owned()
+        }
+        None => "no backend of this service takes requests".to_owned(),
+    }
+}
+
+/// The request as the tunnel's HTTP version writes it.
+fn form(
+    head: &Parts,
+    authority: &Authority,
+    lease: &Lease,
+    protocol: Option<&HeaderValue>,
+    body: Body,
+) -> Request<Body> {
+    let mut request = Request::new(body);
+    *request.method_mut() = head.method.clone();
+    *request.headers_mut() = head.headers.clone();
+    let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
+    if lease.is_http2() {
+        let uri = Uri::builder().scheme("https").authority(authority.clone()).path_and_query(path).build();
+        *request.uri_mut() = uri.unwrap_or_default();
+        *request.version_mut() = Version::HTTP_2;
+        request.headers_mut().remove(HOST);
+        return request;
+    }
+    *request.uri_mut() = path.parse().unwrap_or_default();
+    if let Ok(host) = HeaderValue::from_str(authority.as_str()) {
+        request.headers_mut().insert(HOST, host);
+    }
+    if let Some(protocol) = protocol {
+        request.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        request.headers_mut().insert(UPGRADE, protocol.clone());
+    }
+    request
+}
+
+/// Takes note of what the backend answered, and makes it the client's answer.
+fn finish(
+    client: &Arc<Client>,
+    site: &Site,
+    mut response: Response<Body>,
+    upgraded: Option<OnUpgrade>,
+    assigned: Option<String>,
+    binding: Binding,
+) -> Result<Response<Body>, Failure> {
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        let Some(from) = upgraded else {
+            return Err(failure(StatusCode::BAD_GATEWAY, "the backend switched protocols unasked"));
+        };
+        let to = hyper::upgrade::on(&mut response);
+        let busy = Busy::new(client);
+        tokio::spawn(async move {
+            let _busy = busy;
+            if let Ok((from, to)) = tokio::try_join!(from, to) {
+                // Whoever ends it, the other side hears of it.
+                drop(tokio::io::copy_bidirectional(&mut TokioIo::new(from), &mut TokioIo::new(to)).await);
+            }
+        });
+        return Ok(response.map(|_| nothing()));
+    }
+    strip(response.headers_mut());
+    let mut sets = false;
+    let reached = client.shared.terminator.reached(site.service.id);
+    for line in response.headers().get_all(SET_COOKIE) {
+        let Some(value) = session::of_set_cookie(line, &site.cookie) else { continue };
+        sets = true;
+        let Some(reached) = &reached else { continue };
+        let key = session::key(site, value);
+        if let Err(error) = session::bind(client.shared.dataplane.sessions(), &key, binding, site, reached) {
+            log::error!("{error}");
+        }
+    }
+    if let Some(value) = assigned
+        && !sets
+    {
+        let line = format!("{}={value}; Path=/; Secure; HttpOnly; SameSite=Lax", site.cookie);
+        if let Ok(line) = HeaderValue::try_from(line) {
+            response.headers_mut().append(SET_COOKIE, line);
+        }
+    }
+    *response.version_mut() = Version::default();
+    Ok(response)
+}

@@ -1,0 +1,165 @@
+//! Sessions of requests: the cookie's value leads to backend and tunnel, by the same table as in the data path.
+
+use std::net::IpAddr;
+
+use dispatcher_common::{
+    http,
+    session::{KIND_COOKIE, STATE_CONFIRMED, STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey},
+};
+use hyper::{HeaderMap, header::COOKIE, http::HeaderValue};
+
+use super::{Reached, Site};
+use crate::dataplane::{Error, Sessions, monotonic_seconds};
+
+/// Random bytes of a session that we give.
+const ID: usize = 16;
+
+/// The value of a cookie in a request: of several the first that is not empty.
+pub(super) fn of_request<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h [u8]> {
+    let pairs =
+        headers.get_all(COOKIE).into_iter().flat_map(|line| line.as_bytes().split(|byte| *byte == b';'));
+    pairs.filter_map(|pair| value(pair, name)).find(|value| !value.is_empty())
+}
+
+/// The value of a cookie that a response sets.
+pub(super) fn of_set_cookie<'h>(line: &'h HeaderValue, name: &str) -> Option<&'h [u8]> {
+    let pair = line.as_bytes().split(|byte| *byte == b';').next()?;
+    value(pair, name).filter(|value| !value.is_empty())
+}
+
+/// As in the data path, a value ends before a blank.
+fn value<'h>(pair: &'h [u8], name: &str) -> Option<&'h [u8]> {
+    let pair = pair.trim_ascii_start();
+    let rest = pair.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
+    rest.split(|byte| matches!(byte, b' ' | b'\t')).next()
+}
+
+/// The key of a session.
+pub(super) fn key(site: &Site, value: &[u8]) -> SessionKey {
+    let id = http::cookie_id(value);
+    SessionKey::new(site.service.id, KIND_COOKIE, &id).unwrap_or_default()
+}
+
+/// A new session's value: 128 random bits, hexadecimal.
+pub(super) fn new_value() -> Option<String> {
+    let mut id = [0; ID];
+    getrandom::fill(&mut id).ok()?;
+    Some(crate::api::to_hex(&id))
+}
+
+/// The session and its backend, where it has one that can be reached.
+pub(super) fn find(
+    sessions: &Sessions,
+    key: &SessionKey,
+    reached: &Reached,
+) -> Result<Option<(Session, u32)>, Error> {
+    let now = monotonic_seconds();
+    let usable = |session: Session| {
+        let backend = session.ids().find(|id| reached.pool.known.contains_key(id))?;
+        (!session.expired(now)).then_some((session, backend))
+    };
+    Ok(sessions.all(key)?.find_map(usable))
+}
+
+/// What is written of a session.
+#[derive(Clone, Copy)]
+pub(super) struct Binding {
+    pub(super) backend: u32,
+    pub(super) tunnel: u32,
+    /// The backend set the cookie, or we did: not only the client says so.
+    pub(super) confirmed: bool,
+}
+
+/// Notes that a session uses a backend and a tunnel. Of two racing first requests both go to the first one's
+/// backend, which is returned.
+pub(super) fn bind(
+    sessions: &Sessions,
+    key: &SessionKey,
+    binding: Binding,
+    site: &Site,
+    reached: &Reached,
+) -> Result<u32, Error> {
+    let Binding { backend, tunnel, confirmed } = binding;
+    let now = monotonic_seconds();
+    let expires = now.saturating_add(site.service.session_ttl).max(1);
+    if let Some((old, known)) = find(sessions, key, reached)? {
+        // What one backend has set, another does not take away while the first can be reached.
+        if known != backend {
+            return Ok(known);
+        }
+        let state = if confirmed && old.state == STATE_PROVISIONAL { STATE_CONFIRMED } else { old.state };
+        let expires = if old.expires == 0 { 0 } else { expires };
+        let hits = old.hits.wrapping_add(1);
+        sessions.insert(*key, Session { tunnel, state, used: now, expires, hits, ..old })?;
+        return Ok(backend);
+    }
+    let state = if confirmed { STATE_CONFIRMED } else { STATE_PROVISIONAL };
+    let new = Session { tunnel, state, created: now, used: now, expires, hits: 1, ..Session::of(backend) };
+    if sessions.insert_new(*key, new)? {
+        return Ok(backend);
+    }
+    match find(sessions, key, reached)? {
+        Some((_, winner)) => Ok(winner),
+        None if sessions.get(key)?.is_some_and(|old| old.state == STATE_PINNED) => Ok(backend),
+        // Expired, or its backend is gone.
+        None => sessions.insert(*key, new).map(|()| backend),
+    }
+}
+
+/// A hash of a client's address: one client keeps its backend with consistent hashing.
+pub(super) fn hash(client: IpAddr) -> u64 {
+    let fold = |bytes: &[u8]| {
+        bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        })
+    };
+    match client {
+        IpAddr::V4(ip) => fold(&ip.octets()),
+        IpAddr::V6(ip) => fold(&ip.octets()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(lines: &[&'static str]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for line in lines {
+            headers.append(COOKIE, HeaderValue::from_static(line));
+        }
+        headers
+    }
+
+    #[test]
+    fn the_first_cookie_of_the_name_counts() {
+        for (lines, found) in [
+            (&["a=1; SID=x; SID=y"][..], Some(&b"x"[..])),
+            (&["SID=x"], Some(b"x")),
+            (&["a=SID=x"], None),
+            (&["SIDE=x", "b=2;SID=z"], Some(b"z")),
+            (&["SID=; SID=y"], Some(b"y")),
+            (&["sid=x"], None),
+            (&["SID=a b"], Some(b"a")),
+            (&["SID"], None),
+            (&[], None),
+        ] {
+            assert_eq!(of_request(&headers(lines), "SID"), found, "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn a_set_cookie_names_one() {
+        let line = |text| HeaderValue::from_static(text);
+        assert_eq!(of_set_cookie(&line("SID=x; Path=/; HttpOnly"), "SID"), Some(&b"x"[..]));
+        assert_eq!(of_set_cookie(&line("a=1; SID=x"), "SID"), None);
+        assert_eq!(of_set_cookie(&line("SID=; Max-Age=0"), "SID"), None);
+    }
+
+    #[test]
+    fn given_values_differ() {
+        let (one, other) = (new_value().expect("random"), new_value().expect("random"));
+        assert_eq!(one.len(), 32);
+        assert_ne!(one, other);
+    }
+}

@@ -1,0 +1,303 @@
+//! The tunnel manager: TLS connections to the backends, established ahead of need.
+//!
+//! A tunnel is one TLS connection to one backend. Requests are sent over it: many at once if the backend
+//! chose `h2` by ALPN, else one at a time with HTTP/1.1 keep-alive. A request only ever takes a tunnel that
+//! is established already, or waits until there is one: no handshake is part of a request.
+//!
+//! - [`Tunnels`] follows the wanted backends. Each has a `pool::Pool` with one task, the keeper, that opens,
+//!   replaces and retires tunnels.
+//! - `tunnel::Tunnel` is what is known about one connection. It is listed as long as its
+//!   `tunnel::Wire` lives, whoever holds that.
+//! - [`Lease`] is the right to send one request.
+//!
+//! Lock order: the map of pools, then a pool, then the list of tunnels. No lock is held across an await.
+
+mod lease;
+mod pool;
+#[cfg(test)]
+mod tests;
+mod tunnel;
+
+use std::collections::HashMap;
+use std::error::Error;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use http_body_util::combinators::UnsyncBoxBody;
+use rustls::pki_types::ServerName;
+
+pub use lease::{Lease, Reply, SendError};
+
+use pool::Pool;
+use tunnel::Registry;
+
+/// Why a body breaks off.
+pub type BoxError = Box<dyn Error + Send + Sync>;
+/// The body of a request that is sent over a tunnel.
+pub type Body = UnsyncBoxBody<Bytes, BoxError>;
+
+/// How tunnels to a backend are made. Targets with the same `Arc` have the same settings.
+pub struct Settings {
+    /// Verification, ALPN, client certificate and resumption, as the caller set them.
+    pub tls: Arc<rustls::ClientConfig>,
+    /// The name the backend's certificate must be valid for.
+    pub name: ServerName<'static>,
+    /// Tunnels kept established ahead of need; at least one is kept.
+    pub established: usize,
+    /// The most tunnels under load, not counting those that are being replaced. More than `established` are
+    /// opened when no tunnel could take another request.
+    pub most: usize,
+    /// A tunnel of this age, less up to a tenth at random, is replaced.
+    pub max_age: Duration,
+    /// Bound of one attempt: TCP connect, TLS handshake and, for HTTP/2, the peer's settings.
+    pub timeout: Duration,
+}
+
+/// A backend to which tunnels are wanted.
+#[derive(Clone)]
+pub struct Target {
+    /// Stable id, not 0, unique among the targets.
+    pub backend: u32,
+    /// `service/backend`, for logs and lists.
+    pub name: String,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// How to connect.
+    pub settings: Arc<Settings>,
+}
+
+impl Target {
+    fn is_same(&self, other: &Target) -> bool {
+        self.name == other.name
+            && self.address == other.address
+            && Arc::ptr_eq(&self.settings, &other.settings)
+    }
+}
+
+/// Whether a tunnel takes new requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It takes requests, or will as soon as the peer sent its HTTP/2 settings.
+    Open,
+    /// It takes no more: it is being replaced, closed, or was upgraded to another protocol. What is in flight
+    /// goes on.
+    Retiring,
+}
+
+/// One SSL context: a live tunnel as [`Tunnels::list`] shows it.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// Unique while the manager lives, not 0.
+    pub id: u32,
+    /// The backend's id.
+    pub backend: u32,
+    /// The backend's name.
+    pub name: String,
+    /// Our end.
+    pub source: SocketAddr,
+    /// The backend's end.
+    pub destination: SocketAddr,
+    /// Protocol version, as rustls names it, e.g. `TLSv1_3`.
+    pub version: &'static str,
+    /// Cipher suite, e.g. `TLS13_AES_256_GCM_SHA384`.
+    pub cipher_suite: &'static str,
+    /// Key-exchange group, e.g. `X25519MLKEM768`; none if a session was resumed without one.
+    pub group: Option<&'static str>,
+    /// The protocol chosen by ALPN.
+    pub alpn: Option<String>,
+    /// Time since the handshake.
+    pub age: Duration,
+    /// Plaintext bytes sent into TLS.
+    pub sent: u64,
+    /// Plaintext bytes received out of TLS.
+    pub received: u64,
+    /// Requests so far.
+    pub requests: u64,
+    /// Requests in flight; an upgraded connection counts as one.
+    pub in_flight: usize,
+    /// Whether it takes new requests.
+    pub state: State,
+}
+
+/// What the tunnels of one backend have to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Established tunnels that take requests.
+    pub established: usize,
+    /// Requests in flight over them.
+    pub in_flight: usize,
+    /// None is established, and attempts fail.
+    pub failing: bool,
+}
+
+/// How the tunnels of one backend do.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// The backend's id.
+    pub backend: u32,
+    /// The backend's name.
+    pub name: String,
+    /// Established tunnels that take requests.
+    pub established: usize,
+    /// The last error and since when attempts fail. Gone when a later tunnel is used or has held for a second,
+    /// or when none is missing any more.
+    pub error: Option<(String, SystemTime)>,
+    /// TLS handshakes made.
+    pub handshakes: u64,
+    /// Attempts that gave no tunnel, and tunnels that ended within a second of their handshake unused.
+    pub failed: u64,
+}
+
+/// Why [`Tunnels::wait`] gave no tunnel.
+#[derive(Debug, thiserror::Error)]
+pub enum Unavailable {
+    /// The backend is not, or no longer, among the targets.
+    #[error("no tunnels are kept to backend {0}: it is not part of the configuration")]
+    Unknown(u32),
+    /// The queue is full.
+    #[error("{name}: {waiting} requests wait for a tunnel already; allow more tunnels or add backends")]
+    Crowded {
+        /// The backend's name.
+        name: String,
+        /// Length of the queue.
+        waiting: usize,
+    },
+    /// None could take the request in time.
+    #[error("{name}: no tunnel could take the request within {patience:?}; {}", .error.as_deref().unwrap_or("all are busy or still connecting"))]
+    Late {
+        /// The backend's name.
+        name: String,
+        /// How long the caller was ready to wait.
+        patience: Duration,
+        /// The last connect error, if attempts fail.
+        error: Option<String>,
+    },
+}
+
+/// The manager of all tunnels. Its methods must be called within a tokio runtime.
+///
+/// When it is dropped, all tunnels are retired and the tasks end.
+#[derive(Default)]
+pub struct Tunnels {
+    pools: RwLock<HashMap<u32, Arc<Pool>>>,
+    registry: Arc<Registry>,
+}
+
+impl Tunnels {
+    /// A manager without targets.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// Sets what should be. New backends start to be connected. Those that are gone, or whose name, address or
+    /// settings changed, are retired: requests in flight finish, then the tunnels close. Who waits for a
+    /// changed backend goes on waiting for the new tunnels.
+    pub fn follow(&self, targets: Vec<Target>) {
+        let mut pools = self.pools.write().unwrap_or_else(PoisonError::into_inner);
+        let mut former = std::mem::take(&mut *pools);
+        for target in targets {
+            let backend = target.backend;
+            let pool = match former.remove(&backend) {
+                Some(pool) if pool.target.is_same(&target) => pool,
+                old => {
+                    let waiting = old.map(|old| old.end()).unwrap_or_default();
+                    Pool::start(target, Arc::clone(&self.registry), waiting)
+                }
+            };
+            if let Some(twin) = pools.insert(backend, pool) {
+                twin.end();
+            }
+        }
+        for gone in former.into_values() {
+            gone.end();
+        }
+    }
+
+    /// A tunnel right now: the `wanted` one if it is of that backend and can take a request, else the one with
+    /// the fewest requests in flight. 0 wants none in particular.
+    pub fn take(&self, backend: u32, wanted: u32) -> Option<Lease> {
+        self.pools().get(&backend)?.take(wanted)
+    }
+
+    /// As [`take`](Self::take), but waits for its turn, first come, first served, for at most `patience`.
+    pub async fn wait(&self, backend: u32, wanted: u32, patience: Duration) -> Result<Lease, Unavailable> {
+        let turn = match self.pools().get(&backend) {
+            Some(pool) => pool.queue(wanted)?,
+            None => return Err(Unavailable::Unknown(backend)),
+        };
+        match tokio::time::timeout(patience, turn).await {
+            Ok(lease) => lease.map_err(|_gone| Unavailable::Unknown(backend)),
+            Err(_elapsed) => Err(match self.pools().get(&backend) {
+                Some(pool) => {
+                    let Status { name, error, .. } = pool.status();
+                    Unavailable::Late { name, patience, error: error.map(|(text, _)| text) }
+                }
+                None => Unavailable::Unknown(backend),
+            }),
+        }
+    }
+
+    /// The live tunnels, ordered by id.
+    pub fn list(&self) -> Vec<Context> {
+        self.registry.all().iter().map(|tunnel| tunnel.context()).collect()
+    }
+
+    /// The followed backends, ordered by id.
+    pub fn backends(&self) -> Vec<Status> {
+        let mut all: Vec<Status> = self.pools().values().map(|pool| pool.status()).collect();
+        all.sort_by_key(|status| status.backend);
+        all
+    }
+
+    /// What a backend's tunnels have to do; nothing of one that is not followed.
+    pub fn load(&self, backend: u32) -> Load {
+        self.pools().get(&backend).map(|pool| pool.load()).unwrap_or_default()
+    }
+
+    /// Closes a tunnel at once: its requests in flight fail, and it is replaced. False if there is none.
+    pub fn close(&self, id: u32) -> bool {
+        self.registry.one(id).is_some_and(|tunnel| {
+            tunnel.pool.remove(&tunnel);
+            tunnel.kill();
+            true
+        })
+    }
+
+    /// Replaces the open tunnels of one backend or of all: new ones come up first, then the old ones retire.
+    /// Returns how many will be replaced.
+    pub fn rotate(&self, backend: Option<u32>) -> usize {
+        let pools = self.pools();
+        match backend {
+            Some(backend) => pools.get(&backend).map_or(0, |pool| pool.rotate()),
+            None => pools.values().map(|pool| pool.rotate()).sum(),
+        }
+    }
+
+    /// Retires all tunnels and waits until they have ended. What is left after `patience` is closed.
+    pub async fn shutdown(&self, patience: Duration) {
+        self.follow(Vec::new());
+        if tokio::time::timeout(patience, self.registry.emptied()).await.is_err() {
+            for tunnel in self.registry.all() {
+                log::debug!("tunnel {} to {} did not end in time", tunnel.id, tunnel.pool.target.name);
+                tunnel.kill();
+            }
+        }
+    }
+
+    fn pools(&self) -> RwLockReadGuard<'_, HashMap<u32, Arc<Pool>>> {
+        self.pools.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Tunnels {
+    fn drop(&mut self) {
+        self.follow(Vec::new());
+    }
+}
+
+/// A lock whose data is whole between statements, so that a panic elsewhere does not spoil it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

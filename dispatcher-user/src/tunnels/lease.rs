@@ -1,0 +1,174 @@
+//! The right to send one request, and what comes back.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use hyper::body::{Body as _, Frame, Incoming, SizeHint};
+use hyper::client::conn::{http1, http2};
+use hyper::{Request, Response, StatusCode};
+
+use super::Body;
+use super::tunnel::Tunnel;
+
+/// Hyper's sending half of a tunnel.
+pub(super) enum Sender {
+    /// One request at a time: the sender itself moves from hand to hand.
+    Http1(http1::SendRequest<Body>),
+    /// Many at once: each has a clone.
+    Http2(http2::SendRequest<Body>),
+}
+
+/// The right to send one request over an established tunnel. Dropped unused, it counts as nothing.
+pub struct Lease {
+    sender: Option<Sender>,
+    flight: InFlight,
+}
+
+/// A request that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("request over tunnel {id} to {name} failed")]
+pub struct SendError {
+    /// The tunnel's id.
+    pub id: u32,
+    /// The backend's name.
+    pub name: String,
+    /// What hyper says.
+    #[source]
+    pub error: hyper::Error,
+    /// The request, if nothing of it was sent: it may go over another tunnel.
+    pub request: Option<Box<Request<Body>>>,
+}
+
+/// The body of a response. Its request is in flight until it ends or is dropped.
+///
+/// Dropped before its end, an HTTP/2 stream is reset and an HTTP/1.1 tunnel is closed and replaced.
+pub struct Reply {
+    incoming: Incoming,
+    flight: Option<InFlight>,
+}
+
+impl Lease {
+    pub(super) fn new(tunnel: &Arc<Tunnel>, sender: Sender) -> Self {
+        Lease { sender: Some(sender), flight: InFlight::new(tunnel) }
+    }
+
+    /// The tunnel's id.
+    pub fn id(&self) -> u32 {
+        self.flight.0.id
+    }
+
+    /// Whether the tunnel speaks HTTP/2, which decides what [`send`](Self::send) expects.
+    pub fn is_http2(&self) -> bool {
+        matches!(self.sender, Some(Sender::Http2(_)))
+    }
+
+    /// Sends a request and returns when the head of the response is there.
+    ///
+    /// The request goes out as it is. HTTP/1.1 needs a URI in origin form (`/path?query`) and a `Host` header;
+    /// HTTP/2 an absolute URI (`https://authority/path?query`), from which its pseudo-headers are made, and no
+    /// `Host`. The version field is set here.
+    ///
+    /// If this future is dropped, an HTTP/2 stream is reset and an HTTP/1.1 tunnel is closed and replaced.
+    /// After a 101 over HTTP/1.1, [`hyper::upgrade::on`] gives the connection; its tunnel is replaced.
+    pub async fn send(mut self, mut request: Request<Body>) -> Result<Response<Reply>, SendError> {
+        let tunnel = Arc::clone(&self.flight.0);
+        tunnel.requests.fetch_add(1, Relaxed);
+        let sent = match self.sender.take() {
+            Some(Sender::Http1(mut sender)) => {
+                *request.version_mut() = hyper::Version::HTTP_11;
+                let sent = sender.try_send_request(request).await;
+                tunnel.cool(sender);
+                sent
+            }
+            Some(Sender::Http2(mut sender)) => {
+                *request.version_mut() = hyper::Version::HTTP_2;
+                sender.try_send_request(request).await
+            }
+            None => unreachable!("a lease has its sender until it is sent or dropped"),
+        };
+        match sent {
+            Ok(response) => {
+                if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                    // Never taken back: the tunnel has left its pool for good.
+                    tunnel.in_flight.fetch_add(1, Relaxed);
+                }
+                let flight = InFlight::new(&tunnel);
+                Ok(response.map(|incoming| {
+                    let mut reply = Reply { incoming, flight: Some(flight) };
+                    reply.settle();
+                    reply
+                }))
+            }
+            Err(mut refused) => {
+                let request = refused.take_message().map(Box::new);
+                if request.is_some() {
+                    tunnel.requests.fetch_sub(1, Relaxed);
+                }
+                let name = tunnel.pool.target.name.clone();
+                Err(SendError { id: tunnel.id, name, error: refused.into_error(), request })
+            }
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some(sender @ Sender::Http1(_)) = self.sender.take() {
+            self.flight.0.pool.give_back(&self.flight.0, sender);
+        }
+    }
+}
+
+impl Reply {
+    /// Ends the flight if no more is to come.
+    fn settle(&mut self) {
+        if self.incoming.is_end_stream() {
+            self.flight = None;
+        }
+    }
+}
+
+impl hyper::body::Body for Reply {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let frame = ready!(Pin::new(&mut self.incoming).poll_frame(cx));
+        match &frame {
+            Some(Ok(_)) => self.settle(),
+            Some(Err(_)) | None => self.flight = None,
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.incoming.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.incoming.size_hint()
+    }
+}
+
+/// Counts one request in flight.
+struct InFlight(Arc<Tunnel>);
+
+impl InFlight {
+    fn new(tunnel: &Arc<Tunnel>) -> Self {
+        tunnel.in_flight.fetch_add(1, Relaxed);
+        InFlight(Arc::clone(tunnel))
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Relaxed);
+        self.0.pool.serve();
+    }
+}

@@ -1,0 +1,402 @@
+//! The tunnels of one backend, and the task that keeps them.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{Notify, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::lease::{Lease, Sender};
+use super::tunnel::{self, Registry, Tunnel};
+use super::{Load, Status, Target, Unavailable, lock};
+
+/// The most requests that wait for a tunnel to one backend.
+pub(super) const MOST_WAITING: usize = 1024;
+/// The most attempts at once while none fails; one at a time while some do.
+const PARALLEL: usize = 8;
+/// The delay after the first failure is up to this; it doubles with each further one.
+const FIRST_DELAY: Duration = Duration::from_millis(100);
+/// The longest delay after a failure.
+const LONGEST_DELAY: Duration = Duration::from_secs(30);
+/// A tunnel that holds this long unused shows that the backend is well.
+const SETTLED: Duration = Duration::from_secs(1);
+/// Tunnels beyond the most that were needed within this time are retired.
+pub(super) const WINDOW: Duration = Duration::from_secs(60);
+
+/// Who waits, each with the tunnel it wants.
+pub(super) type Waiting = VecDeque<(u32, oneshot::Sender<Lease>)>;
+
+/// The tunnels of one target.
+pub(super) struct Pool {
+    pub(super) target: Target,
+    pub(super) registry: Arc<Registry>,
+    members: Mutex<Members>,
+    /// Wakes the keeper: something ended, or more is needed.
+    keeper: Notify,
+}
+
+/// What the lock protects.
+struct Members {
+    /// The target is no longer followed.
+    ended: bool,
+    open: Vec<Member>,
+    /// While someone waits, no open tunnel can take a request.
+    waiting: Waiting,
+    /// The log says that tunnels came up.
+    announced: bool,
+    trouble: Option<Trouble>,
+    /// The most tunnels needed at once in this window.
+    peak: usize,
+    window_ends: Instant,
+    handshakes: u64,
+    failed: u64,
+}
+
+/// A tunnel that takes requests.
+struct Member {
+    tunnel: Arc<Tunnel>,
+    /// None while the one request of HTTP/1.1 has it.
+    sender: Option<Sender>,
+    /// It is to be replaced.
+    stale: bool,
+}
+
+/// Attempts fail, or tunnels end as soon as they are up.
+struct Trouble {
+    error: String,
+    since: SystemTime,
+    /// The latest failure.
+    last: Instant,
+    /// Delays so far.
+    delays: u32,
+    /// The next attempt.
+    again: Instant,
+}
+
+impl Pool {
+    /// A pool with its keeper. `waiting` are those of the pool before it.
+    pub(super) fn start(target: Target, registry: Arc<Registry>, waiting: Waiting) -> Arc<Self> {
+        let members = Members {
+            ended: false,
+            open: Vec::new(),
+            waiting,
+            announced: false,
+            trouble: None,
+            peak: 0,
+            window_ends: Instant::now() + WINDOW,
+            handshakes: 0,
+            failed: 0,
+        };
+        let pool = Arc::new(Pool { target, registry, members: Mutex::new(members), keeper: Notify::new() });
+        tokio::spawn(Arc::clone(&pool).keep());
+        pool
+    }
+
+    /// Retires all, ends the keeper and gives who waits.
+    pub(super) fn end(&self) -> Waiting {
+        let mut members = lock(&self.members);
+        members.ended = true;
+        members.open.drain(..).for_each(Member::retire);
+        self.keeper.notify_one();
+        std::mem::take(&mut members.waiting)
+    }
+
+    pub(super) fn take(&self, wanted: u32) -> Option<Lease> {
+        let mut members = lock(&self.members);
+        let lease = members.pick(wanted);
+        self.note_demand(&mut members);
+        lease
+    }
+
+    /// A lease as soon as it is the caller's turn; an error when the pool ended before.
+    pub(super) fn queue(
+        &self,
+        wanted: u32,
+    ) -> Result<impl Future<Output = Result<Lease, oneshot::error::RecvError>> + use<>, Unavailable> {
+        let (sender, receiver) = oneshot::channel();
+        let mut members = lock(&self.members);
+        if members.waiting.len() >= MOST_WAITING {
+            members.waiting.retain(|(_, waiter)| !waiter.is_closed());
+            let waiting = members.waiting.len();
+            if waiting >= MOST_WAITING {
+                return Err(Unavailable::Crowded { name: self.target.name.clone(), waiting });
+            }
+        }
+        members.waiting.push_back((wanted, sender));
+        let spare = members.serve();
+        self.note_demand(&mut members);
+        drop(members);
+        drop(spare);
+        Ok(receiver)
+    }
+
+    /// Gives free tunnels to those who wait. To be called when one may have become free.
+    pub(super) fn serve(&self) {
+        let spare = lock(&self.members).serve();
+        // Dropped without the lock, which giving back takes.
+        drop(spare);
+    }
+
+    /// The tunnel takes its next request.
+    pub(super) fn give_back(&self, tunnel: &Tunnel, sender: Sender) {
+        let mut members = lock(&self.members);
+        let Some(member) = members.open.iter_mut().find(|member| member.tunnel.id == tunnel.id) else {
+            return;
+        };
+        member.sender = Some(sender);
+        let spare = members.serve();
+        drop(members);
+        drop(spare);
+    }
+
+    pub(super) fn count_handshake(&self) {
+        lock(&self.members).handshakes += 1;
+    }
+
+    /// The tunnel is established. Without a followed target its sender is dropped, and so it ends.
+    pub(super) fn add(&self, tunnel: Arc<Tunnel>, sender: Sender) {
+        let mut members = lock(&self.members);
+        let member = Member { tunnel, sender: Some(sender), stale: false };
+        if members.ended {
+            return member.retire();
+        }
+        if !std::mem::replace(&mut members.announced, true) && members.trouble.is_none() {
+            log::info!("{}: tunnels to {} are up", self.target.name, self.target.address);
+        }
+        members.open.push(member);
+        let spare = members.serve();
+        drop(members);
+        drop(spare);
+    }
+
+    /// The tunnel takes no more requests. True if it did so far.
+    pub(super) fn remove(&self, tunnel: &Tunnel) -> bool {
+        let mut members = lock(&self.members);
+        let place = members.open.iter().position(|member| member.tunnel.id == tunnel.id);
+        let removed = place.map(|place| members.open.remove(place).retire());
+        self.keeper.notify_one();
+        removed.is_some()
+    }
+
+    /// The tunnel's connection ended without our doing, or was upgraded.
+    pub(super) fn ended(&self, tunnel: &Tunnel, reason: &str) {
+        if !self.remove(tunnel) {
+            return;
+        }
+        log::debug!("{}: tunnel {} ended: {reason}", self.target.name, tunnel.id);
+        if tunnel.since.elapsed() < SETTLED && tunnel.requests.load(Relaxed) == 0 {
+            self.fail(format!("a tunnel ended as soon as it was up: {reason}"));
+        }
+    }
+
+    /// Marks all as to be replaced and says how many.
+    pub(super) fn rotate(&self) -> usize {
+        let mut members = lock(&self.members);
+        members.open.iter_mut().for_each(|member| member.stale = true);
+        self.keeper.notify_one();
+        members.open.len()
+    }
+
+    pub(super) fn status(&self) -> Status {
+        let members = lock(&self.members);
+        Status {
+            backend: self.target.backend,
+            name: self.target.name.clone(),
+            established: members.open.len(),
+            error: members.trouble.as_ref().map(|trouble| (trouble.error.clone(), trouble.since)),
+            handshakes: members.handshakes,
+            failed: members.failed,
+        }
+    }
+
+    pub(super) fn load(&self) -> Load {
+        let members = lock(&self.members);
+        Load {
+            established: members.open.len(),
+            in_flight: members.open.iter().map(|one| one.tunnel.in_flight.load(Relaxed)).sum(),
+            failing: members.open.is_empty() && members.trouble.is_some(),
+        }
+    }
+
+    /// The keeper: opens what is missing, and looks again when something changed or is due.
+    async fn keep(self: Arc<Self>) {
+        let mut attempts = JoinSet::new();
+        while let Some((missing, due)) = self.tend(attempts.len()) {
+            for _ in 0..missing {
+                attempts.spawn(tunnel::open(Arc::clone(&self)));
+            }
+            tokio::select! {
+                () = self.keeper.notified() => {}
+                () = tokio::time::sleep_until(due) => {}
+                Some(attempt) = attempts.join_next() => match attempt {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => self.fail(error),
+                    Err(panic) => self.fail(panic.to_string()),
+                },
+            }
+        }
+    }
+
+    /// Retires what is replaced or in surplus. Says how many attempts to start and when to look again; none
+    /// when the target is no longer followed.
+    fn tend(&self, attempts: usize) -> Option<(usize, Instant)> {
+        let mut members = lock(&self.members);
+        let members = &mut *members;
+        if members.ended {
+            return None;
+        }
+        let now = Instant::now();
+        let demand = members.demand(&self.target);
+        members.peak = members.peak.max(demand);
+        if now >= members.window_ends {
+            while members.open.len() > members.peak && members.retire_one(Member::is_free) {}
+            members.peak = demand;
+            members.window_ends = now + WINDOW;
+        }
+
+        let mut due = members.window_ends;
+        let mut fresh = 0;
+        for member in &mut members.open {
+            member.stale |= member.tunnel.until.is_some_and(|until| until <= now);
+            fresh += usize::from(!member.stale);
+            due = member.tunnel.until.filter(|_| !member.stale).map_or(due, |until| due.min(until));
+        }
+        while members.open.len() > demand && members.retire_one(|member| member.stale) {}
+
+        let mut bound = PARALLEL;
+        if let Some(trouble) = &members.trouble {
+            let over = trouble.over(&members.open, fresh >= demand);
+            if over.is_some_and(|over| over <= now) {
+                log::info!("{}: tunnels to {} are up again", self.target.name, self.target.address);
+                members.trouble = None;
+            } else {
+                bound = usize::from(trouble.again <= now);
+                let again = (bound == 0).then_some(trouble.again);
+                due = over.into_iter().chain(again).fold(due, Instant::min);
+            }
+        }
+        let missing = demand.saturating_sub(fresh + attempts);
+        Some((missing.min(bound.saturating_sub(attempts)), due))
+    }
+
+    /// Counts a failure and sets when to try again. Failures of attempts that ran side by side make one delay.
+    fn fail(&self, error: String) {
+        log::debug!("{}: {error}", self.target.name);
+        let mut members = lock(&self.members);
+        members.failed += 1;
+        let now = Instant::now();
+        let trouble = members.trouble.get_or_insert_with(|| {
+            log::info!("{}: tunnels cannot be kept: {error}", self.target.name);
+            Trouble { error: String::new(), since: SystemTime::now(), last: now, delays: 0, again: now }
+        });
+        trouble.error = error;
+        trouble.last = now;
+        if trouble.again <= now {
+            trouble.again = now + delay(trouble.delays);
+            trouble.delays += 1;
+        }
+    }
+
+    /// Tells the keeper if more tunnels are needed.
+    fn note_demand(&self, members: &mut Members) {
+        let demand = members.demand(&self.target);
+        members.peak = members.peak.max(demand);
+        if demand > members.open.len() {
+            self.keeper.notify_one();
+        }
+    }
+}
+
+impl Members {
+    /// A lease of the wanted tunnel if it is free, else of the free one with the least to do.
+    fn pick(&mut self, wanted: u32) -> Option<Lease> {
+        let free = self.open.iter_mut().filter(|member| member.is_free());
+        let member = free.min_by_key(|Member { tunnel, .. }| {
+            (tunnel.id != wanted, tunnel.in_flight.load(Relaxed), tunnel.requests.load(Relaxed))
+        })?;
+        let sender = match &member.sender {
+            Some(Sender::Http2(sender)) => Some(Sender::Http2(sender.clone())),
+            Some(Sender::Http1(_)) | None => member.sender.take(),
+        };
+        sender.map(|sender| Lease::new(&member.tunnel, sender))
+    }
+
+    /// Hands free tunnels to those who wait, in order. Gives back one that nobody took any more.
+    #[must_use = "to be dropped without the lock"]
+    fn serve(&mut self) -> Option<Lease> {
+        let mut spare: Option<Lease> = None;
+        while let Some((wanted, waiter)) = self.waiting.pop_front() {
+            if waiter.is_closed() {
+                continue;
+            }
+            match spare.take().or_else(|| self.pick(wanted)) {
+                Some(lease) => spare = waiter.send(lease).err(),
+                None => {
+                    self.waiting.push_front((wanted, waiter));
+                    break;
+                }
+            }
+        }
+        spare
+    }
+
+    /// How many tunnels there should be: beyond those that are full, one or as many as those that wait need.
+    /// How many requests a tunnel takes is known from the first on.
+    fn demand(&self, target: &Target) -> usize {
+        let full = self.open.iter().filter(|member| !member.is_free()).count();
+        let streams =
+            self.open.first().map_or(usize::MAX, |member| member.tunnel.streams.load(Relaxed).max(1));
+        let needed = full + self.waiting.len().div_ceil(streams).max(1);
+        needed.min(target.settings.most).max(target.settings.established).max(1)
+    }
+
+    /// Retires the tunnel with the least in flight among those chosen. False if there is none.
+    fn retire_one(&mut self, chosen: impl Fn(&Member) -> bool) -> bool {
+        let places = (0..self.open.len()).filter(|place| chosen(&self.open[*place]));
+        let least = places.min_by_key(|place| self.open[*place].tunnel.in_flight.load(Relaxed));
+        least.map(|place| self.open.swap_remove(place).retire()).is_some()
+    }
+}
+
+impl Member {
+    /// Whether it can take a request.
+    fn is_free(&self) -> bool {
+        match &self.sender {
+            Some(Sender::Http1(sender)) => !sender.is_closed(),
+            Some(Sender::Http2(sender)) => {
+                !sender.is_closed() && self.tunnel.in_flight.load(Relaxed) < self.tunnel.streams.load(Relaxed)
+            }
+            None => false,
+        }
+    }
+
+    /// When it shows that the backend is well: once used, or after a while.
+    fn proved(&self) -> Instant {
+        let used = self.tunnel.requests.load(Relaxed) > 0;
+        if used { self.tunnel.since } else { self.tunnel.since + SETTLED }
+    }
+
+    /// Without a sender, hyper closes the connection when nothing is in flight.
+    fn retire(self) {
+        self.tunnel.retiring.store(true, Relaxed);
+    }
+}
+
+impl Trouble {
+    /// When it is over: a tunnel made after the last failure has proved itself, or all are there and have.
+    fn over(&self, open: &[Member], all: bool) -> Option<Instant> {
+        let later = open.iter().filter(|member| member.tunnel.since > self.last).map(Member::proved).min();
+        let calm = open.iter().map(Member::proved).fold(self.last + SETTLED, Instant::max);
+        later.into_iter().chain(all.then_some(calm)).min()
+    }
+}
+
+/// Full jitter: a random part of a bound that doubles.
+pub(super) fn delay(before: u32) -> Duration {
+    let bound = FIRST_DELAY.saturating_mul(1 << before.min(16)).min(LONGEST_DELAY);
+    bound.mul_f64(tunnel::random())
+}
