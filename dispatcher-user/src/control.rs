@@ -218,11 +218,14 @@ async fn refuse(mut stream: UnixStream) {
     let answer = format!(
         "HTTP/1.1 403 Forbidden\r\ncontent-type: application/json\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
     );
-    // The request is read first, or closing would take the answer with it.
+    // All that is asked is read, or closing would take the answer with it.
     let told = async {
-        let mut request = [0; 1024];
-        let _ = stream.read(&mut request).await?;
-        stream.write_all(answer.as_bytes()).await
+        let mut asked = [0; 1024];
+        let _ = stream.read(&mut asked).await?;
+        stream.write_all(answer.as_bytes()).await?;
+        stream.shutdown().await?;
+        while stream.read(&mut asked).await? > 0 {}
+        Ok::<_, io::Error>(())
     };
     if let Ok(Err(error)) = tokio::time::timeout(std::time::Duration::from_secs(1), told).await {
         log::debug!("control: {error}");

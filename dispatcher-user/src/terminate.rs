@@ -21,7 +21,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
-    balancer::{Balancer, Candidate},
+    balancer::{Balance, Balancer, Candidate},
     config::{self, Config, Service, Terminate},
     reconcile::Pool,
     state::Shared,
@@ -150,7 +150,7 @@ type All<T> = BTreeMap<u32, T>;
 pub(crate) struct Terminator {
     sites: Mutex<All<watch::Sender<Arc<Site>>>>,
     listeners: Mutex<BTreeMap<SocketAddr, JoinHandle<()>>>,
-    balancers: Mutex<All<(Service, Box<dyn Balancer>)>>,
+    balancers: Mutex<All<(Balance, Box<dyn Balancer>)>>,
     /// What the reconciler has found.
     reached: watch::Sender<All<Arc<Reached>>>,
     pub(crate) tunnels: Arc<Tunnels>,
@@ -175,8 +175,8 @@ impl Default for Terminator {
 #[derive(Default)]
 pub(crate) struct Prepared {
     sites: Vec<Arc<Site>>,
-    /// VIPs that nobody listened on, with the service's id.
-    listeners: Vec<(u32, SocketAddr, StdListener)>,
+    /// VIPs that nobody listened on.
+    listeners: Vec<(SocketAddr, StdListener)>,
 }
 
 impl Terminator {
@@ -201,7 +201,7 @@ impl Terminator {
                     vip: *vip,
                     source,
                 })?;
-                prepared.listeners.push((service.id, *vip, listener));
+                prepared.listeners.push((*vip, listener));
             }
         }
         Ok(prepared)
@@ -227,13 +227,18 @@ impl Terminator {
                 None => drop(running.insert(site.service.id, watch::Sender::new(site))),
             }
         }
-        for (service, vip, listener) in listeners {
-            let Some(site) = running.get(&service) else { continue };
-            let accepting = connection::accept(Arc::clone(shared), site.subscribe(), vip, listener);
-            bound.insert(vip, tokio::spawn(accepting));
+        for (vip, listener) in listeners {
+            bound.insert(vip, tokio::spawn(connection::accept(Arc::clone(shared), vip, listener)));
         }
         drop((running, bound));
         self.follow();
+    }
+
+    /// The service that has a VIP.
+    fn at(&self, vip: SocketAddr) -> Option<watch::Receiver<Arc<Site>>> {
+        let sites = lock(&self.sites);
+        let found = sites.values().find(|site| site.borrow().service.vips.contains(&vip))?;
+        Some(found.subscribe())
     }
 
     /// Takes note of the backends that can be reached.
@@ -291,11 +296,12 @@ impl Terminator {
             candidates = waiting;
         }
         let mut balancers = lock(&self.balancers);
-        let kept = balancers.remove(&service.id).filter(|(old, _)| old.balance == service.balance);
-        let mut kept = kept.unwrap_or_else(|| (service.clone(), service.balance.balancer()));
-        let picked = kept.1.pick(&candidates, session::hash(client));
-        balancers.insert(service.id, kept);
-        picked
+        let new = || (service.balance, service.balance.balancer());
+        let kept = balancers.entry(service.id).or_insert_with(new);
+        if kept.0 != service.balance {
+            *kept = new();
+        }
+        kept.1.pick(&candidates, session::hash(client))
     }
 }
 

@@ -11,12 +11,13 @@ use std::{
 };
 
 use dispatcher_tests::{
-    daemon::{Daemon, Folder, Process, UNPINNED, config, program},
+    daemon::{Daemon, Folder, Process, Service, UNPINNED, config, program},
     netns::{Netns, execute},
     sockets,
     stage::{PORT, Stage, web},
-    tls::{Authority, Manners, Server, Version},
+    tls::{Authority, HOST, Manners, Server, Version},
     topology::{Family, Plan, Topology},
+    town::until,
 };
 use dispatcher_user::api;
 use serde_json::{Value, json};
@@ -216,7 +217,15 @@ fn answers_are_as_the_api_is_described() {
     let folder = Folder::new().expect("a folder");
     let state = format!("state = \"{}\"", folder.path().join("state.redb").display());
     stage.daemon.stop().expect("ends");
-    let text = config(&stage.topology, "native", &[web()]).replace("state = \"none\"", &state);
+    let own = stage.authority.issue("dispatcher").expect("a certificate");
+    let pem = folder.write("own.pem", &format!("{}{}", own.certificate_pem, own.key_pem)).expect("written");
+    let roots = folder.write("roots.pem", &stage.authority.pem()).expect("written");
+    let shop = Service::new("shop", 8443)
+        .backend_port(PORT)
+        .with("mode = \"terminate\"")
+        .with(&format!("terminate.certificates = [{{ certificate = \"{}\" }}]", pem.display()))
+        .with(&format!("tunnels = {{ server_name = \"{HOST}\", roots = \"{}\" }}", roots.display()));
+    let text = config(&stage.topology, "native", &[web(), shop]).replace("state = \"none\"", &state);
     stage.daemon.again(&stage.topology.dispatcher, &text).expect("starts");
     let _ = stage.returns(3);
     let document = described();
@@ -225,6 +234,9 @@ fn answers_are_as_the_api_is_described() {
     let served: Value = serde_json::from_str(&text).expect("json");
     assert_eq!(served["paths"], document["paths"], "the daemon and the command line say the same");
     let id = stage.daemon.sessions().expect("sessions")[0].id.clone();
+    let tunnels = || stage.daemon.ask::<Vec<api::Tunnel>>(&["tunnels"]).expect("tunnels");
+    until("tunnels are established", || tunnels().len() == 12);
+    let last = tunnels().iter().map(|one| one.id).max().expect("several");
     let bodies = [
         (
             "patch",
@@ -259,6 +271,15 @@ fn answers_are_as_the_api_is_described() {
                 check(&document, &format!("{place}/requestBody/content/application~1json/schema"), body);
             }
             let body = body.map(Value::to_string).unwrap_or_default();
+            let mut id = id.clone();
+            if path == "/v1/tunnels/{id}" {
+                // All have been rotated.
+                until("others take their places", || {
+                    let all = tunnels();
+                    !all.is_empty() && all.iter().all(|one| one.id > last)
+                });
+                id = tunnels()[0].id.to_string();
+            }
             let real = path.replace("{id}", &id).replace("{service}", "web");
             // What is added is removed again.
             let name = if ["put", "delete"].contains(&method) { "b9" } else { "b1" };
@@ -274,6 +295,7 @@ fn answers_are_as_the_api_is_described() {
                 "/v1/reload",
                 "/v1/config",
                 "/v1/sessions/save",
+                "/v1/tunnels/rotate",
             ];
             if !objects.contains(&path.as_str()) {
                 assert!(

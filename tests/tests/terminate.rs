@@ -357,6 +357,17 @@ fn a_backend_that_never_answers_is_not_waited_for() {
     assert!(status.contains("504") && body.contains("within 1 s"), "{status}: {body}");
     let (status, _) = say(&mut line, &format!("GET / HTTP/1.1\r\nHost: {HOST}\r\n\r\n")).expect("an answer");
     assert!(status.contains("200"), "the connection goes on: {status}");
+    // A request that takes long to come is no backend's fault.
+    let mut slow = scene.connect(Family::V4, 1);
+    slow.write_all(format!("POST / HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: 6\r\n\r\n").as_bytes())
+        .expect("sent");
+    for byte in b"slowly".chunks(1) {
+        slow.flush().expect("sent");
+        std::thread::sleep(std::time::Duration::from_millis(400));
+        slow.write_all(byte).expect("sent");
+    }
+    let (status, _) = say(&mut slow, "").expect("an answer");
+    assert!(status.contains("200"), "{status}");
 }
 
 #[test]

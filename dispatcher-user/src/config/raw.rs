@@ -333,15 +333,15 @@ pub(crate) struct Terminate {
     /// affinity names no cookie.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) assign_cookie: Option<bool>,
-    /// Time that a handshake, and then the header of a request, may take to come.
+    /// Time that a handshake may take.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = duration)]
-    pub(super) header_timeout: Text,
+    pub(super) handshake_timeout: Text,
     /// Time that a backend may take to begin its answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = duration)]
     pub(super) response_timeout: Text,
-    /// Time that a connection may stay without a request.
+    /// Time that a connection may stay without a request; and that the header of an HTTP/1.1 request may take.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = duration)]
     pub(super) idle_timeout: Text,

@@ -17,11 +17,11 @@ pub struct Terminate {
     pub certificates: Vec<KeyPair>,
     /// A client that comes without the session cookie is given one, unless the backend sets it.
     pub assign_cookie: bool,
-    /// Seconds that a handshake, and then the header of a request, may take to come.
-    pub header_timeout: u32,
+    /// Seconds that a handshake may take.
+    pub handshake_timeout: u32,
     /// Seconds that a backend may take to begin its answer.
     pub response_timeout: u32,
-    /// Seconds that a connection may stay without a request.
+    /// Seconds that a connection may stay without a request; and that the header of an HTTP/1.1 request may take.
     pub idle_timeout: u32,
     /// The way to the backends.
     pub tunnels: Tunnels,
@@ -130,7 +130,7 @@ impl Text<'_> {
         Ok(Some(Terminate {
             certificates: certificates.collect::<Result<_, _>>()?,
             assign_cookie: table.assign_cookie.unwrap_or(raw.affinity.is_none()),
-            header_timeout: seconds(&table.header_timeout, "header_timeout", 10)?,
+            handshake_timeout: seconds(&table.handshake_timeout, "handshake_timeout", 10)?,
             response_timeout: seconds(&table.response_timeout, "response_timeout", 60)?,
             idle_timeout: seconds(&table.idle_timeout, "idle_timeout", 60)?,
             tunnels: self.tunnels(raw.tunnels.as_ref())?,

@@ -192,8 +192,14 @@ fn check(health: &Health) -> raw::Health {
 }
 
 fn ending(terminate: &Terminate) -> raw::Terminate {
-    let Terminate { certificates, assign_cookie, header_timeout, response_timeout, idle_timeout, tunnels: _ } =
-        terminate;
+    let Terminate {
+        certificates,
+        assign_cookie,
+        handshake_timeout,
+        response_timeout,
+        idle_timeout,
+        tunnels: _,
+    } = terminate;
     let pair = |KeyPair { certificate, key }: &KeyPair| raw::KeyPair {
         certificate: certificate.to_string_lossy().into_owned().into(),
         key: text(key.to_string_lossy()),
@@ -201,7 +207,7 @@ fn ending(terminate: &Terminate) -> raw::Terminate {
     raw::Terminate {
         certificates: certificates.iter().map(pair).collect(),
         assign_cookie: Some(*assign_cookie),
-        header_timeout: duration(*header_timeout),
+        handshake_timeout: duration(*handshake_timeout),
         response_timeout: duration(*response_timeout),
         idle_timeout: duration(*idle_timeout),
     }

@@ -15,6 +15,7 @@ use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
 };
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Notify, watch},
@@ -27,6 +28,8 @@ use crate::state::Shared;
 
 /// Requests of one HTTP/2 connection at a time.
 const STREAMS: u32 = 128;
+/// A client that says nothing for so long is asked by TCP whether it is there.
+const KEEPALIVE: Duration = Duration::from_secs(60);
 /// Longest header of a request, bytes.
 const HEADER: u32 = 64 << 10;
 
@@ -66,12 +69,7 @@ impl Drop for Busy {
 }
 
 /// Accepts clients until the task is dropped.
-pub(super) async fn accept(
-    shared: Arc<Shared>,
-    site: watch::Receiver<Arc<Site>>,
-    vip: SocketAddr,
-    listener: StdListener,
-) {
+pub(super) async fn accept(shared: Arc<Shared>, vip: SocketAddr, listener: StdListener) {
     let listener = match TcpListener::from_std(listener) {
         Ok(listener) => listener,
         Err(error) => return log::error!("{vip}: {error}; nobody is served there"),
@@ -79,8 +77,9 @@ pub(super) async fn accept(
     loop {
         match listener.accept().await {
             Ok((stream, address)) => {
-                let (shared, site) = (Arc::clone(&shared), site.clone());
-                tokio::spawn(serve(shared, site, stream, address));
+                // The VIP may be another service's by now.
+                let Some(site) = shared.terminator.at(vip) else { continue };
+                tokio::spawn(serve(Arc::clone(&shared), site, stream, address));
             }
             Err(error) => {
                 // Too many files, for example: those that are open end some time.
@@ -99,19 +98,20 @@ async fn serve(
 ) {
     let mut closing = shared.terminator.closing.subscribe();
     let now = Arc::clone(&site.borrow());
-    if let Err(error) = stream.set_nodelay(true) {
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE);
+    if let Err(error) = stream.set_nodelay(true).and(SockRef::from(&stream).set_tcp_keepalive(&keepalive)) {
         log::debug!("{address}: {error}");
     }
     let acceptor = TlsAcceptor::from(Arc::clone(&now.tls));
-    let stream = match timeout(seconds(now.terminate.header_timeout), acceptor.accept(stream)).await {
+    let stream = match timeout(seconds(now.terminate.handshake_timeout), acceptor.accept(stream)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => return log::debug!("{address}: handshake: {error}"),
-        Err(_) => return log::debug!("{address}: no handshake within {} s", now.terminate.header_timeout),
+        Err(_) => return log::debug!("{address}: no handshake within {} s", now.terminate.handshake_timeout),
     };
     let client = Arc::new(Client { shared, site, address, requests: AtomicU32::new(0), rest: Notify::new() });
     let service = service_fn(|request| request::answer(Arc::clone(&client), request));
     let mut server = auto::Builder::new(TokioExecutor::new());
-    server.http1().timer(TokioTimer::new()).header_read_timeout(seconds(now.terminate.header_timeout));
+    server.http1().timer(TokioTimer::new()).header_read_timeout(seconds(now.terminate.idle_timeout));
     server
         .http2()
         .timer(TokioTimer::new())

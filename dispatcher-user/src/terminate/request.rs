@@ -2,8 +2,8 @@
 
 use std::{
     convert::Infallible,
-    pin::Pin,
-    sync::Arc,
+    pin::{Pin, pin},
+    sync::{Arc, Mutex},
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -22,7 +22,7 @@ use hyper::{
     upgrade::OnUpgrade,
 };
 use hyper_util::rt::TokioIo;
-use tokio::time::timeout_at;
+use tokio::time::{error::Elapsed, timeout_at};
 
 use super::{
     Reached, Site,
@@ -93,6 +93,42 @@ pub(super) async fn answer(
     Ok(answer.map(|body| Watched { body, _busy: busy }.boxed_unsync()))
 }
 
+/// When the last piece of a request's body was sent: until its end an answer is not due.
+#[derive(Clone)]
+struct Progress(Arc<Mutex<Instant>>);
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Instant::now())))
+    }
+}
+
+impl Progress {
+    /// The same body, whose progress is noted.
+    fn watch(&self, body: Body) -> Body {
+        let progress = self.clone();
+        let noted = body.map_frame(move |frame| {
+            *super::lock(&progress.0) = Instant::now();
+            frame
+        });
+        noted.boxed_unsync()
+    }
+
+    /// Waits for something as long as there is progress, and `limit` longer.
+    async fn within<T>(&self, limit: Duration, work: impl Future<Output = T>) -> Result<T, Elapsed> {
+        let mut work = pin!(work);
+        *super::lock(&self.0) = Instant::now();
+        loop {
+            let due = *super::lock(&self.0) + limit;
+            match timeout_at(due.into(), &mut work).await {
+                Err(late) if *super::lock(&self.0) + limit <= Instant::now() => return Err(late),
+                Err(_) => {}
+                Ok(done) => return Ok(done),
+            }
+        }
+    }
+}
+
 /// A body whose request is under way until it has been read, or is dropped.
 struct Watched {
     body: Body,
@@ -155,7 +191,9 @@ async fn pass_on(
     // One that we gave, and that comes back, is no invention of the client's.
     let confirmed = given.is_some() && site.terminate.assign_cookie;
     let empty = body.is_end_stream();
-    let mut body = Some(if empty { nothing() } else { body.map_err(BoxError::from).boxed_unsync() });
+    let progress = Progress::default();
+    let mut body =
+        Some(if empty { nothing() } else { progress.watch(body.map_err(BoxError::from).boxed_unsync()) });
     let repeatable = empty && head.method.is_safe();
     let mut avoid = Vec::new();
     let mut tries = 0;
@@ -163,8 +201,8 @@ async fn pass_on(
         let (lease, backend) = lease(client, site, key.as_ref(), confirmed, &avoid).await?;
         let tunnel = lease.id();
         let request = form(&head, &authority, &lease, protocol.as_ref(), body.take().unwrap_or_else(nothing));
-        let deadline = tokio::time::Instant::now() + super::seconds(site.terminate.response_timeout);
-        let sent = timeout_at(deadline, exchange(lease, request, repeatable)).await;
+        let limit = super::seconds(site.terminate.response_timeout);
+        let sent = progress.within(limit, exchange(lease, request, repeatable)).await;
         let (error, request) = match sent {
             Ok(Ok(response)) => {
                 let binding = Binding { backend, tunnel, confirmed: true };
@@ -172,10 +210,9 @@ async fn pass_on(
             }
             Ok(Err(error)) => error,
             Err(_) => {
-                let limit = site.terminate.response_timeout;
                 return Err(failure(
                     StatusCode::GATEWAY_TIMEOUT,
-                    format!("the backend did not answer within {limit} s"),
+                    format!("the backend did not answer within {} s", limit.as_secs()),
                 ));
             }
         };

@@ -15,6 +15,7 @@ use std::time::Duration;
 use futures_util::task::AtomicWaker;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
@@ -26,6 +27,8 @@ use super::lease::Sender;
 use super::pool::Pool;
 use super::{Body, Context, State, lock};
 
+/// A peer that says nothing for this long is asked whether it lives: by TCP, and sooner by HTTP/2.
+const KEEPALIVE: Duration = Duration::from_secs(30);
 /// An HTTP/2 peer that says nothing for this long is asked whether it lives.
 const PING_INTERVAL: Duration = Duration::from_secs(15);
 /// An HTTP/2 tunnel whose peer does not answer that within this time ends.
@@ -87,6 +90,9 @@ pub(super) async fn open(pool: Arc<Pool>) -> Result<(), String> {
         .map_err(|e| format!("connect to {address}: {e}"))?;
     // Small requests must not wait for each other; where that cannot be set, they only are later.
     let _ = socket.set_nodelay(true);
+    // A peer that vanished is found out, with HTTP/1.1 too.
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 3).with_retries(3);
+    let _ = SockRef::from(&socket).set_tcp_keepalive(&keepalive);
     let name = settings.name.clone();
     let handshake = TlsConnector::from(Arc::clone(&settings.tls)).connect(name, socket);
     let stream = within(deadline, handshake)
