@@ -649,7 +649,7 @@ pub fn pool_of_all(
     desired: &Desired<'_>,
     actual: &Actual,
     service: &Service,
-) -> (Pool, BTreeMap<u32, SocketAddr>) {
+) -> (Pool, BTreeMap<u32, (String, SocketAddr)>) {
     let mut takers = candidates(desired, actual, service, false);
     for one in candidates(desired, actual, service, true) {
         if !takers.iter().any(|other| other.id == one.id) {
@@ -665,7 +665,7 @@ pub fn pool_of_all(
         };
         if let Some(address) = backend.addresses().find(up) {
             known.insert(backend.id, slot.index);
-            addresses.insert(backend.id, address);
+            addresses.insert(backend.id, (format!("{}/{}", service.name, backend.name), address));
         }
     }
     let pool = Pool {

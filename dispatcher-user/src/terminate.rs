@@ -139,8 +139,8 @@ pub(crate) struct Site {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Reached {
     pub(crate) pool: Pool,
-    /// Where, by backend id.
-    pub(crate) addresses: BTreeMap<u32, SocketAddr>,
+    /// Their names, `service/backend`, and where they are, by backend id.
+    pub(crate) addresses: BTreeMap<u32, (String, SocketAddr)>,
 }
 
 /// By service id.
@@ -260,11 +260,10 @@ impl Terminator {
         for (service, site) in sites.iter() {
             let Some(reached) = reached.get(service) else { continue };
             let site = site.borrow();
-            for backend in &site.service.backends {
-                let Some(address) = reached.addresses.get(&backend.id) else { continue };
+            for (backend, (name, address)) in &reached.addresses {
                 targets.push(Target {
-                    backend: backend.id,
-                    name: format!("{}/{}", site.service.name, backend.name),
+                    backend: *backend,
+                    name: name.clone(),
                     address: *address,
                     settings: site.way.settings(address.ip()),
                 });

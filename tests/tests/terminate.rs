@@ -393,15 +393,11 @@ fn protocols_can_be_switched() {
 
 #[test]
 fn bodies_pass_whole_and_with_back_pressure() {
-    for http2 in [false] {
-        let scene = Scene::new(http2, &[COOKIE]);
-        let user = User::new(&scene.authority, Version::Tls13).expect("a user");
-        for family in Family::BOTH {
-            let (from, to) = (scene.topology.client(family, 1), SocketAddr::new(family.vip(), PORT));
-            let mut line = user.connect(&scene.topology.clients, from, to).expect("a connection");
-            http::download(&mut line, 20_000_000).expect("downloaded");
-            http::upload(&mut line, 5_000_000).expect("uploaded");
-        }
+    let scene = Scene::new(false, &[COOKIE]);
+    for family in Family::BOTH {
+        let mut line = scene.connect(family, 1);
+        http::download(&mut line, 20_000_000).expect("downloaded");
+        http::upload(&mut line, 5_000_000).expect("uploaded");
     }
 }
 
@@ -464,6 +460,17 @@ fn a_reload_changes_certificates_and_ends_services() {
     let _: api::Reload = scene.daemon.ask(&["reload"]).expect("reloaded");
     until("all is gone", || scene.tunnels().is_empty() && !open(OTHER_PORT));
     assert!(say(&mut line, &ask).is_err(), "the connection was ended");
+}
+
+#[test]
+fn a_backend_that_the_operator_adds_gets_tunnels() {
+    let scene = Scene::new(false, &[COOKIE]);
+    let of = |name: &str| scene.tunnels().iter().filter(|one| one.backend == name).count();
+    let at = SocketAddr::new(scene.topology.backends[2].address(Family::V4), PORT).to_string();
+    let _: Vec<api::Backend> = scene.daemon.ask(&["backend", "shop/b3", "remove"]).expect("removed");
+    until("its tunnels end", || of("b3") == 0);
+    let _: Vec<api::Backend> = scene.daemon.ask(&["backend", "shop/b9", "add", &at]).expect("added");
+    until("it has tunnels", || of("b9") == ESTABLISHED);
 }
 
 #[test]
