@@ -264,7 +264,7 @@ pub struct Tunnel {
     pub sent_bytes: u64,
     /// Bytes received, after decryption.
     pub received_bytes: u64,
-    /// `open`, or `retiring`: it takes no new requests.
+    /// `open`; `used`: it carries one flow to its end; or `retiring`: it takes no new requests.
     pub state: String,
 }
 

@@ -43,7 +43,7 @@ pub use self::{
     changes::{Changes, changes},
     health::{Health, HttpCheck},
     schema::schema,
-    terminate::{DEFAULT_COOKIE, KeyPair, Terminate, Tunnels},
+    terminate::{Clear, DEFAULT_COOKIE, KeyPair, Secure, Terminate, Tunnels},
 };
 
 /// Where `dispatcherd` listens for `dispatcherctl`.
@@ -181,6 +181,8 @@ pub struct Service {
     pub slow_start: u32,
     /// How clients and backends are served where TLS ends here, with [`Mode::Terminate`].
     pub terminate: Option<Terminate>,
+    /// The way to the backends, with [`Mode::Terminate`] and [`Mode::Relay`].
+    pub tunnels: Option<Tunnels>,
     /// Length of the server ID in QUIC connection IDs of configuration n, 0 where there is none.
     pub quic_lb: [u8; 8],
     /// The backends.
@@ -191,7 +193,19 @@ impl Service {
     /// VIPs that the data path serves.
     #[must_use]
     pub fn frontends(&self) -> &[SocketAddr] {
-        if self.terminate.is_some() { &[] } else { &self.vips }
+        if self.mode.is_local() { &[] } else { &self.vips }
+    }
+
+    /// Addresses that the daemon itself listens on.
+    pub fn listeners(&self) -> impl Iterator<Item = SocketAddr> {
+        let vips: &[SocketAddr] = if self.mode.is_local() { &self.vips } else { &[] };
+        vips.iter().chain(self.clear_vips()).copied()
+    }
+
+    /// Those of them where clients speak in clear.
+    fn clear_vips(&self) -> &[SocketAddr] {
+        let clear = self.terminate.as_ref().and_then(|terminate| terminate.clear.as_ref());
+        clear.map_or(&[], |clear| &clear.vips)
     }
 
     /// Name of the cookie that sessions in clear are known by.
@@ -332,6 +346,16 @@ pub enum Mode {
     L4,
     /// TLS ends here: each request is bound by itself.
     Terminate,
+    /// By its first data, and its bytes go through a tunnel.
+    Relay,
+}
+
+impl Mode {
+    /// True where clients are served by listeners of the daemon, not by the data path.
+    #[must_use]
+    pub const fn is_local(self) -> bool {
+        matches!(self, Self::Terminate | Self::Relay)
+    }
 }
 
 /// Who picks the backend when a session identifier is not known.
@@ -468,7 +492,7 @@ impl Config {
     fn meeting(&self) -> Option<Meeting> {
         let mut vips = BTreeMap::new();
         for (number, service) in self.services.iter().enumerate() {
-            for vip in &service.vips {
+            for vip in service.vips.iter().chain(service.clear_vips()) {
                 if let Some(other) = vips.insert((*vip, service.protocol.number()), &service.name) {
                     return Some(Meeting {
                         service: number,
@@ -550,7 +574,7 @@ fn shortages(services: &[Service], capacities: &Capacities) -> impl Iterator<Ite
             sources += addresses.len() as u64;
         }
     }
-    let ours = services.iter().filter(|service| service.terminate.is_none());
+    let ours = services.iter().filter(|service| !service.mode.is_local());
     let cookies: BTreeSet<&str> = ours.filter_map(Service::cookie).collect();
     let all = [
         ("frontends", frontends, capacities.frontends),
@@ -799,23 +823,11 @@ impl Text<'_> {
             let problem = "\"v2\" goes with mode = \"passthrough\" only; set \"off\"";
             return Err(self.error(at(raw.proxy_protocol.as_ref()), "service.proxy_protocol", problem));
         }
-        let mut vips = Vec::new();
-        for text in raw.vip.get_ref().as_slice() {
-            let span = self.element(&raw.vip, text);
-            let vip = self.address(text, span.clone(), "service.vip")?;
-            if vips.contains(&vip) {
-                return Err(self.error(span, "service.vip", format!("{vip} is given twice; remove one")));
-            }
-            vips.push(vip);
-        }
-        if vips.is_empty() {
-            let problem = "the list is empty; give at least one address and port, such as \"192.0.2.10:443\"";
-            return Err(self.error(raw.vip.span(), "service.vip", problem));
-        }
+        let vips = self.vips(&raw.vip, "service.vip", 443)?;
         let backends = raw.backend.iter().map(|backend| self.backend(&name, backend));
         let backends = backends.collect::<Result<Vec<_>, _>>()?;
         let affinity = self.affinity(raw, mode, protocol)?;
-        let terminate = self.terminate(raw, mode, miss)?;
+        let (terminate, tunnels) = self.local(raw, mode, miss)?;
         let number = |value: &raw::Number, key: &str, default: u32, range: RangeInclusive<i64>| match value {
             Some(value) => self.number(value, key, range),
             None => Ok(default),
@@ -830,7 +842,7 @@ impl Text<'_> {
             proxy_protocol,
             balance: balance.unwrap_or_default(),
             // One that has no frontend has no table.
-            table_size: if mode == Mode::Terminate { 4093 } else { self.table_size(raw)? },
+            table_size: if mode.is_local() { 4093 } else { self.table_size(raw)? },
             session_ttl: self.duration(raw.session_ttl.as_ref(), "service.session_ttl", 3600)?,
             provisional_ttl: self.duration(raw.provisional_ttl.as_ref(), "service.provisional_ttl", 10)?,
             wscale: number(&raw.wscale, "service.wscale", 7, WSCALE)? as u8,
@@ -843,6 +855,7 @@ impl Text<'_> {
             slow_start: self.duration(raw.slow_start.as_ref(), "service.slow_start", 0)?,
             quic_lb: self.quic_lb(raw, &affinity, &backends)?,
             terminate,
+            tunnels,
             affinity,
             backends,
             name,
@@ -851,10 +864,34 @@ impl Text<'_> {
         Ok(service)
     }
 
+    /// Addresses and ports that clients connect to.
+    fn vips(
+        &self,
+        list: &Spanned<raw::OneOrMany>,
+        key: &str,
+        port: u16,
+    ) -> Result<Vec<SocketAddr>, Error> {
+        let mut vips = Vec::new();
+        for text in list.get_ref().as_slice() {
+            let span = self.element(list, text);
+            let vip = self.address(text, span.clone(), key)?;
+            if vips.contains(&vip) {
+                return Err(self.error(span, key, format!("{vip} is given twice; remove one")));
+            }
+            vips.push(vip);
+        }
+        if vips.is_empty() {
+            let problem =
+                format!("the list is empty; give at least one address and port, such as \"192.0.2.10:{port}\"");
+            return Err(self.error(list.span(), key, problem));
+        }
+        Ok(vips)
+    }
+
     fn affinity(&self, raw: &raw::Service, mode: Mode, protocol: Protocol) -> Result<Vec<Affinity>, Error> {
         let Some(list) = &raw.affinity else {
             return Ok(match mode {
-                Mode::Passthrough => vec![Affinity::TlsTicket, Affinity::TlsSessionId],
+                Mode::Passthrough | Mode::Relay => vec![Affinity::TlsTicket, Affinity::TlsSessionId],
                 Mode::L4 => Vec::new(),
                 Mode::Terminate => Self::default_affinity(),
             });
@@ -1337,8 +1374,12 @@ const SERVER_ID: RangeInclusive<i64> = 1..=SERVER_ID_MAX as i64;
 const ATTACH: [(&str, AttachMode); 3] =
     [("auto", AttachMode::Auto), ("native", AttachMode::Native), ("generic", AttachMode::Generic)];
 const PROTOCOLS: [(&str, Protocol); 2] = [("tcp", Protocol::Tcp), ("udp", Protocol::Udp)];
-const MODES: [(&str, Mode); 3] =
-    [("passthrough", Mode::Passthrough), ("l4", Mode::L4), ("terminate", Mode::Terminate)];
+const MODES: [(&str, Mode); 4] = [
+    ("passthrough", Mode::Passthrough),
+    ("l4", Mode::L4),
+    ("terminate", Mode::Terminate),
+    ("relay", Mode::Relay),
+];
 const MISSES: [(&str, Miss); 2] = [("table", Miss::Table), ("daemon", Miss::Daemon)];
 /// In the order of `session::TICKET_FORMATS`.
 const KEY_NAMES: [(&str, Option<u32>); 4] = [

@@ -217,9 +217,9 @@ fn prepare(
     });
     let scrapes = scrapes.transpose()?;
     let ending = terminate::prepare(config)?;
-    for service in config.services.iter().filter(|service| service.terminate.is_some()) {
-        for vip in &service.vips {
-            say(out, &format!("service {}: https://{vip}", service.name));
+    for service in &config.services {
+        for vip in service.listeners() {
+            say(out, &format!("service {}: listening on {vip}", service.name));
         }
     }
     for interface in &config.interfaces {

@@ -443,7 +443,7 @@ impl<'c> Plan<'_, 'c> {
 
     /// Makes an automaton for each name of a cookie, in a place that no frontend points to.
     fn cookies(&mut self) {
-        let ours = self.config().services.iter().filter(|service| service.terminate.is_none());
+        let ours = self.config().services.iter().filter(|service| !service.mode.is_local());
         let wanted: BTreeSet<&str> = ours.filter_map(Service::cookie).collect();
         let mut used: BTreeSet<u32> =
             self.next.frontends.values().filter_map(|slot| slot.frontend.cookie.checked_sub(1)).collect();
@@ -595,7 +595,7 @@ fn rendered(service: &Service, (address, proto): Vip, (source_base, source_len):
         mode: match service.mode {
             Mode::L4 => MODE_L4,
             // The data path has no frontend of a service that ends TLS.
-            Mode::Passthrough | Mode::Terminate => MODE_PASSTHROUGH,
+            Mode::Passthrough | Mode::Terminate | Mode::Relay => MODE_PASSTHROUGH,
         },
         service: service.id,
         flags,

@@ -166,8 +166,8 @@ impl Shared {
         state.slow_start.follow(&takers, Instant::now());
         let changes = reconcile::diff(&state.desired(config), &state.actual);
         let failed = changes.iter().find_map(|change| state.actual.apply(change, &self.dataplane).err());
-        let ends = config.services.iter().filter(|service| service.terminate.is_some());
-        let reached = ends.map(|service| {
+        let local = config.services.iter().filter(|service| service.mode.is_local());
+        let reached = local.map(|service| {
             let (pool, addresses) = reconcile::pool_of_all(&state.desired(config), &state.actual, service);
             (service.id, Reached { pool, addresses })
         });

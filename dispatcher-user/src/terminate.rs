@@ -25,12 +25,13 @@ use crate::{
     config::{self, Config, Service, Terminate},
     reconcile::Pool,
     state::Shared,
-    tunnels::{Load, Settings, Target, Tunnels},
+    tunnels::{Carries, Load, Settings, Target, Tls, Tunnels},
 };
 
 mod certificates;
 mod connection;
 mod request;
+pub(crate) mod secure;
 mod session;
 
 /// Connections that wait to be accepted.
@@ -77,7 +78,7 @@ fn remedy(error: &io::Error, vip: SocketAddr) -> String {
     let (ip, port) = (vip.ip(), vip.port());
     match error.raw_os_error() {
         Some(libc::EADDRNOTAVAIL) => format!(
-            "; with mode = \"terminate\" the VIP must be an address of this machine: `ip address add {ip}/{length} dev lo`"
+            "; in this mode the VIP must be an address of this machine: `ip address add {ip}/{length} dev lo`"
         ),
         Some(libc::EADDRINUSE) => {
             format!("; stop who has it (`ss -ltnp 'sport = {port}'`), or take another port")
@@ -95,6 +96,9 @@ pub(crate) struct Way {
     /// Contents of the files, so that another content is another way.
     files: Vec<Vec<u8>>,
     tls: Arc<ClientConfig>,
+    carries: Carries,
+    /// For requests in clear.
+    clear: Arc<Settings>,
     /// By the address that is the name where none is configured.
     settings: Mutex<BTreeMap<IpAddr, Arc<Settings>>>,
 }
@@ -105,8 +109,11 @@ impl Way {
         let own = self.config.server_name.as_ref().and_then(|name| ServerName::try_from(name.clone()).ok());
         let new = || {
             Arc::new(Settings {
-                tls: Arc::clone(&self.tls),
-                name: own.unwrap_or_else(|| ServerName::from(address)),
+                tls: Some(Tls {
+                    config: Arc::clone(&self.tls),
+                    name: own.unwrap_or_else(|| ServerName::from(address)),
+                }),
+                carries: self.carries,
                 established: self.config.established as usize,
                 most: self.config.most as usize,
                 max_age: seconds(self.config.max_age),
@@ -154,6 +161,8 @@ pub(crate) struct Terminator {
     /// What the reconciler has found.
     reached: watch::Sender<All<Arc<Reached>>>,
     pub(crate) tunnels: Arc<Tunnels>,
+    /// Connections for requests in clear.
+    clear: Arc<Tunnels>,
     /// True once the daemon ends.
     closing: watch::Sender<bool>,
 }
@@ -166,6 +175,7 @@ impl Default for Terminator {
             balancers: Mutex::default(),
             reached: watch::Sender::new(All::new()),
             tunnels: Tunnels::new(),
+            clear: Tunnels::new(),
             closing: watch::Sender::new(false),
         }
     }
@@ -185,23 +195,23 @@ impl Terminator {
         let mut prepared = Prepared::default();
         let bound = lock(&self.listeners);
         for service in &config.services {
-            let Some(terminate) = &service.terminate else { continue };
+            let (Some(terminate), Some(tunnels)) = (&service.terminate, &service.tunnels) else { continue };
             let old = lock(&self.sites).get(&service.id).map(|site| Arc::clone(&site.borrow().way));
             let name = &service.name;
             prepared.sites.push(Arc::new(Site {
                 cookie: service.cookie().unwrap_or(config::DEFAULT_COOKIE).to_owned(),
                 tls: certificates::server(name, terminate)?,
-                way: certificates::way(name, &terminate.tunnels, old)?,
+                way: certificates::way(name, tunnels, Carries::Requests, old)?,
                 terminate: terminate.clone(),
                 service: service.clone(),
             }));
-            for vip in service.vips.iter().filter(|vip| !bound.contains_key(vip)) {
-                let listener = listen(*vip).map_err(|source| Error::Listen {
+            for vip in service.listeners().filter(|vip| !bound.contains_key(vip)) {
+                let listener = listen(vip).map_err(|source| Error::Listen {
                     service: name.clone(),
-                    vip: *vip,
+                    vip,
                     source,
                 })?;
-                prepared.listeners.push((*vip, listener));
+                prepared.listeners.push((vip, listener));
             }
         }
         Ok(prepared)
@@ -213,7 +223,7 @@ impl Terminator {
         let mut running = lock(&self.sites);
         let mut bound = lock(&self.listeners);
         bound.retain(|vip, task| {
-            let stays = sites.iter().any(|site| site.service.vips.contains(vip));
+            let stays = sites.iter().any(|site| site.service.listeners().any(|one| one == *vip));
             if !stays {
                 task.abort();
             }
@@ -237,7 +247,7 @@ impl Terminator {
     /// The service that has a VIP.
     fn at(&self, vip: SocketAddr) -> Option<watch::Receiver<Arc<Site>>> {
         let sites = lock(&self.sites);
-        let found = sites.values().find(|site| site.borrow().service.vips.contains(&vip))?;
+        let found = sites.values().find(|site| site.borrow().service.listeners().any(|one| one == vip))?;
         Some(found.subscribe())
     }
 
@@ -256,20 +266,26 @@ impl Terminator {
     fn follow(&self) {
         let sites = lock(&self.sites);
         let reached = self.reached.borrow();
-        let mut targets = Vec::new();
+        let (mut targets, mut clear) = (Vec::new(), Vec::new());
         for (service, site) in sites.iter() {
             let Some(reached) = reached.get(service) else { continue };
             let site = site.borrow();
             for (backend, (name, address)) in &reached.addresses {
-                targets.push(Target {
+                let target = |address: SocketAddr, settings| Target {
                     backend: *backend,
                     name: name.clone(),
-                    address: *address,
-                    settings: site.way.settings(address.ip()),
-                });
+                    address,
+                    settings,
+                };
+                targets.push(target(*address, site.way.settings(address.ip())));
+                if let Some(way) = &site.terminate.clear {
+                    let address = SocketAddr::new(address.ip(), way.port);
+                    clear.push(target(address, Arc::clone(&site.way.clear)));
+                }
             }
         }
         self.tunnels.follow(targets);
+        self.clear.follow(clear);
     }
 
     /// Backends of a service that can be reached.
@@ -277,13 +293,25 @@ impl Terminator {
         self.reached.borrow().get(&service).cloned()
     }
 
-    /// The balancer's choice among backends to which tunnels are established, or else among those to which they
-    /// are being made.
-    fn pick(&self, service: &Service, pool: &Pool, client: IpAddr, avoid: &[u32]) -> Option<Candidate> {
+    /// The connections to backends for requests that are secure, or not.
+    fn road(&self, secure: bool) -> &Tunnels {
+        if secure { &self.tunnels } else { &self.clear }
+    }
+
+    /// The balancer's choice among backends to which connections are established, or else among those to which
+    /// they are being made.
+    fn pick(
+        &self,
+        road: &Tunnels,
+        service: &Service,
+        pool: &Pool,
+        client: IpAddr,
+        avoid: &[u32],
+    ) -> Option<Candidate> {
         let mut candidates: Vec<Candidate> = Vec::new();
         let mut waiting = Vec::new();
         for one in pool.candidates.iter().filter(|one| !avoid.contains(&one.id)) {
-            let Load { established, in_flight, failing } = self.tunnels.load(one.id);
+            let Load { established, in_flight, failing } = road.load(one.id);
             let one = Candidate { load: in_flight as u64, ..*one };
             if established > 0 {
                 candidates.push(one);
@@ -344,5 +372,6 @@ pub(crate) async fn shutdown(shared: &Arc<Shared>) {
     if tokio::time::timeout(FAREWELL, terminator.closing.closed()).await.is_err() {
         log::warn!("some clients' connections were ended after {} s", FAREWELL.as_secs());
     }
+    terminator.clear.follow(Vec::new());
     terminator.tunnels.shutdown(Duration::from_secs(1)).await;
 }

@@ -8,7 +8,7 @@
 //!   replaces and retires tunnels.
 //! - `tunnel::Tunnel` is what is known about one connection. It is listed as long as its
 //!   `tunnel::Wire` lives, whoever holds that.
-//! - [`Lease`] is the right to send one request.
+//! - [`Lease`] is the right to send one request, or to send the bytes of one flow.
 //!
 //! Lock order: the map of pools, then a pool, then the list of tunnels. No lock is held across an await.
 
@@ -28,7 +28,7 @@ use bytes::Bytes;
 use http_body_util::combinators::UnsyncBoxBody;
 use rustls::pki_types::ServerName;
 
-pub use lease::{Lease, Reply, SendError};
+pub use lease::{Lease, Reply, SendError, Stream};
 
 use pool::Pool;
 use tunnel::Registry;
@@ -40,10 +40,10 @@ pub type Body = UnsyncBoxBody<Bytes, BoxError>;
 
 /// How tunnels to a backend are made. Targets with the same `Arc` have the same settings.
 pub struct Settings {
-    /// Verification, ALPN, client certificate and resumption, as the caller set them.
-    pub tls: Arc<rustls::ClientConfig>,
-    /// The name the backend's certificate must be valid for.
-    pub name: ServerName<'static>,
+    /// How TLS is spoken; without it, connections are in clear.
+    pub tls: Option<Tls>,
+    /// What each connection is for.
+    pub carries: Carries,
     /// Tunnels kept established ahead of need; at least one is kept.
     pub established: usize,
     /// The most tunnels under load, not counting those that are being replaced. More than `established` are
@@ -53,6 +53,24 @@ pub struct Settings {
     pub max_age: Duration,
     /// Bound of one attempt: TCP connect, TLS handshake and, for HTTP/2, the peer's settings.
     pub timeout: Duration,
+}
+
+/// How TLS is spoken to a backend.
+#[derive(Clone)]
+pub struct Tls {
+    /// Verification, ALPN, client certificate and resumption, as the caller set them.
+    pub config: Arc<rustls::ClientConfig>,
+    /// The name the backend's certificate must be valid for.
+    pub name: ServerName<'static>,
+}
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carries {
+    /// HTTP requests, one after another or, over HTTP/2, side by side.
+    Requests,
+    /// The bytes of one flow, from its first to its last.
+    Flow,
 }
 
 /// A backend to which tunnels are wanted.
@@ -81,6 +99,8 @@ impl Target {
 pub enum State {
     /// It takes requests, or will as soon as the peer sent its HTTP/2 settings.
     Open,
+    /// It carries one flow to its end.
+    Used,
     /// It takes no more: it is being replaced, closed, or was upgraded to another protocol. What is in flight
     /// goes on.
     Retiring,
@@ -99,7 +119,7 @@ pub struct Context {
     pub source: SocketAddr,
     /// The backend's end.
     pub destination: SocketAddr,
-    /// Protocol version, as rustls names it, e.g. `TLSv1_3`.
+    /// Protocol version, as rustls names it, e.g. `TLSv1_3`; "none" in clear, as the suite.
     pub version: &'static str,
     /// Cipher suite, e.g. `TLS13_AES_256_GCM_SHA384`.
     pub cipher_suite: &'static str,
@@ -144,7 +164,7 @@ pub struct Status {
     /// The last error and since when attempts fail. Gone when a later tunnel is used or has held for a second,
     /// or when none is missing any more.
     pub error: Option<(String, SystemTime)>,
-    /// TLS handshakes made.
+    /// Connections made, each with its handshake.
     pub handshakes: u64,
     /// Attempts that gave no tunnel, and tunnels that ended within a second of their handshake unused.
     pub failed: u64,

@@ -11,7 +11,7 @@ use super::{
     TABLE_SIZE, TIMES, WEIGHT, WSCALE,
     health::CHECKS,
     schema::{duration, hexadecimal, name, one_of, within},
-    terminate::{ESTABLISHED, VERSIONS},
+    terminate::{ESTABLISHED, PORT, VERSIONS},
 };
 use crate::balancer::Balance;
 
@@ -185,7 +185,8 @@ pub(crate) struct Service {
     pub(super) protocol: Text,
     /// When a connection is bound: "passthrough" by its first data, so that TLS sessions stay on their
     /// backend; "l4" by its first packet. "terminate": TLS ends here, and each request goes through an
-    /// established tunnel to the backend of its session.
+    /// established tunnel to the backend of its session. "relay": TLS is not ended here, but the connection's
+    /// bytes go through an established tunnel.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = one_of(&MODES))]
     pub(super) mode: Text,
@@ -254,7 +255,10 @@ pub(crate) struct Service {
     /// TLS and HTTP toward clients, with mode = "terminate".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) terminate: Option<Terminate>,
-    /// Established TLS connections to the backends, with mode = "terminate".
+    /// Requests in clear to the same service, with mode = "terminate".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) clear: Option<Clear>,
+    /// Established TLS connections to the backends, with mode = "terminate" or "relay".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) tunnels: Option<Tunnels>,
     /// Connection IDs that name their server, in clear (draft-ietf-quic-load-balancers-21).
@@ -356,6 +360,36 @@ pub(crate) struct KeyPair {
     /// The private key; without it, it is in the file of the chain.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) key: Text,
+}
+
+/// Requests in clear to a service that ends TLS.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Clear {
+    /// Addresses and ports where they come in, such as "192.0.2.10:80".
+    pub(super) vip: Spanned<OneOrMany>,
+    /// Port of the backends to which they are passed on in clear.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(PORT))]
+    pub(super) port: Number,
+    /// Which of them go through a tunnel all the same: one such rule is enough.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) secure: Vec<Secure>,
+}
+
+/// What a request must be like; all that is given must hold.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Secure {
+    /// One of these methods: "POST".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) methods: Option<Spanned<OneOrMany>>,
+    /// One of these paths: "/login", or "/account/*" for all beneath.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) paths: Option<Spanned<OneOrMany>>,
+    /// It has the session cookie.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) session: Option<bool>,
 }
 
 /// Established TLS connections to the backends.

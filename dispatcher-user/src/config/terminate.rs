@@ -1,14 +1,18 @@
-//! `mode = "terminate"`: `[service.terminate]`, TLS and HTTP toward clients, and `[service.tunnels]`, the
-//! established TLS connections to the backends.
+//! Services that the daemon serves itself: `[service.terminate]`, TLS and HTTP toward clients,
+//! `[service.clear]`, requests in clear, and `[service.tunnels]`, the established TLS connections to the
+//! backends of `mode = "terminate"` and `mode = "relay"`.
 
 use std::{
+    net::SocketAddr,
     ops::RangeInclusive,
     path::{Path, PathBuf},
 };
 
+use hyper::Method;
 use rustls::pki_types::ServerName;
 
-use super::{Affinity, Error, Miss, Mode, Spanned, Text, raw};
+use super::{Affinity, Error, Miss, Mode, Span, Spanned, Text, raw};
+use crate::terminate::secure;
 
 /// How a service that ends TLS here serves its clients, and reaches its backends.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,8 +27,30 @@ pub struct Terminate {
     pub response_timeout: u32,
     /// Seconds that a connection may stay without a request; and that the header of an HTTP/1.1 request may take.
     pub idle_timeout: u32,
-    /// The way to the backends.
-    pub tunnels: Tunnels,
+    /// Where and how requests in clear are taken.
+    pub clear: Option<Clear>,
+}
+
+/// Requests in clear.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Clear {
+    /// Where they come in.
+    pub vips: Vec<SocketAddr>,
+    /// Where backends take them in clear.
+    pub port: u16,
+    /// Which are secure nonetheless, and go through a tunnel.
+    pub secure: Vec<Secure>,
+}
+
+/// What a request is like that is declared secure: all that is given holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Secure {
+    /// One of these; of none: any.
+    pub methods: Vec<String>,
+    /// One of these, where a `*` at the end stands for anything; of none: any.
+    pub paths: Vec<String>,
+    /// It has the session cookie.
+    pub session: bool,
 }
 
 /// Files of a certificate chain and of its key, PEM.
@@ -61,6 +87,7 @@ pub struct Tunnels {
 pub const DEFAULT_COOKIE: &str = "DISPATCHER";
 
 pub(super) const ESTABLISHED: RangeInclusive<i64> = 1..=1024;
+pub(super) const PORT: RangeInclusive<i64> = 1..=65535;
 pub(super) const VERSIONS: [(&str, bool); 2] = [("1.2", false), ("1.3", true)];
 
 impl Text<'_> {
@@ -70,29 +97,31 @@ impl Text<'_> {
     }
 
     /// What a service of this mode has, and others must not have.
-    pub(super) fn terminate(
+    pub(super) fn local(
         &self,
         raw: &raw::Service,
         mode: Mode,
         miss: Miss,
-    ) -> Result<Option<Terminate>, Error> {
-        if mode != Mode::Terminate {
-            let given = [
-                (raw.terminate.as_ref().map(|_| ()), "service.terminate"),
-                (raw.tunnels.as_ref().map(|_| ()), "service.tunnels"),
-            ];
-            for (given, key) in given {
-                if given.is_some() {
-                    let problem = "goes with mode = \"terminate\" only; set that, or remove the table";
-                    return Err(self.error(raw.name.span(), key, problem));
-                }
+    ) -> Result<(Option<Terminate>, Option<Tunnels>), Error> {
+        let ends = mode == Mode::Terminate;
+        for (given, key, goes, modes) in [
+            (raw.terminate.is_some(), "service.terminate", ends, "mode = \"terminate\" only"),
+            (raw.clear.is_some(), "service.clear", ends, "mode = \"terminate\" only"),
+            (raw.tunnels.is_some(), "service.tunnels", mode.is_local(), "mode = \"terminate\" or \"relay\""),
+        ] {
+            if given && !goes {
+                let problem = format!("goes with {modes}; set that, or remove the table");
+                return Err(self.error(raw.name.span(), key, problem));
             }
-            return Ok(None);
         }
+        if !mode.is_local() {
+            return Ok((None, None));
+        }
+        let ours = |key: Option<Span>| key.filter(|_| ends);
         for (span, key) in [
             (raw.source.as_ref().map(Spanned::span), "service.source"),
-            (raw.proxy_protocol.as_ref().map(Spanned::span), "service.proxy_protocol"),
-            (raw.tickets.as_ref().map(|_| raw.name.span()), "service.tickets"),
+            (ours(raw.proxy_protocol.as_ref().map(Spanned::span)), "service.proxy_protocol"),
+            (ours(raw.tickets.as_ref().map(|_| raw.name.span())), "service.tickets"),
             (raw.table_size.as_ref().map(Spanned::span), "service.table_size"),
             (raw.mss.as_ref().map(Spanned::span), "service.mss"),
             (raw.wscale.as_ref().map(Spanned::span), "service.wscale"),
@@ -100,15 +129,22 @@ impl Text<'_> {
             (raw.sack.map(|_| raw.name.span()), "service.sack"),
         ] {
             if let Some(span) = span {
-                let problem = "is for services of the data path; with mode = \"terminate\" the kernel's own TCP serves clients; remove it";
+                let problem =
+                    "does not go with this mode, in which the daemon and the kernel's own TCP serve clients; remove it";
                 return Err(self.error(span, key, problem));
             }
         }
         if miss == Miss::Daemon {
             let span = raw.miss.as_ref().map_or_else(|| raw.name.span(), Spanned::span);
-            let problem = "with mode = \"terminate\" the daemon always decides; remove it";
+            let problem = "in this mode the daemon always decides; remove it";
             return Err(self.error(span, "service.miss", problem));
         }
+        let tunnels = self.tunnels(raw.tunnels.as_ref())?;
+        let terminate = if ends { Some(self.terminate(raw)?) } else { None };
+        Ok((terminate, Some(tunnels)))
+    }
+
+    fn terminate(&self, raw: &raw::Service) -> Result<Terminate, Error> {
         let missing = |key: &str, problem: &str| Err(self.error(raw.name.span(), key, problem));
         let Some(table) = &raw.terminate else {
             return missing(
@@ -127,14 +163,66 @@ impl Text<'_> {
         let seconds = |text: &raw::Text, key: &str, default| {
             self.duration(text.as_ref(), &format!("service.terminate.{key}"), default)
         };
-        Ok(Some(Terminate {
+        Ok(Terminate {
             certificates: certificates.collect::<Result<_, _>>()?,
             assign_cookie: table.assign_cookie.unwrap_or(raw.affinity.is_none()),
             handshake_timeout: seconds(&table.handshake_timeout, "handshake_timeout", 10)?,
             response_timeout: seconds(&table.response_timeout, "response_timeout", 60)?,
             idle_timeout: seconds(&table.idle_timeout, "idle_timeout", 60)?,
-            tunnels: self.tunnels(raw.tunnels.as_ref())?,
-        }))
+            clear: raw.clear.as_ref().map(|clear| self.clear(clear)).transpose()?,
+        })
+    }
+
+    fn clear(&self, raw: &raw::Clear) -> Result<Clear, Error> {
+        Ok(Clear {
+            vips: self.vips(&raw.vip, "service.clear.vip", 80)?,
+            port: match &raw.port {
+                Some(port) => self.number(port, "service.clear.port", PORT)? as u16,
+                None => 80,
+            },
+            secure: raw
+                .secure
+                .iter()
+                .map(|rule| self.secure(rule, raw.vip.span()))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    fn secure(&self, raw: &raw::Secure, span: Span) -> Result<Secure, Error> {
+        let words = |list: Option<&Spanned<raw::OneOrMany>>, key: &str, check: fn(&str) -> Option<&str>| {
+            let Some(list) = list else { return Ok(Vec::new()) };
+            let texts = list.get_ref().as_slice();
+            for text in texts {
+                if let Some(problem) = check(text) {
+                    let problem = format!("\"{text}\" {problem}");
+                    return Err(self.error(self.element(list, text), key, problem));
+                }
+            }
+            if texts.is_empty() {
+                return Err(self.error(list.span(), key, "the list is empty; fill it, or remove the key"));
+            }
+            Ok(texts.to_vec())
+        };
+        let rule = Secure {
+            methods: words(raw.methods.as_ref(), "service.clear.secure.methods", |text| {
+                let good = Method::from_bytes(text.as_bytes()).is_ok() && *text == text.to_uppercase();
+                (!good).then_some("is no method; write it in capitals, such as \"POST\"")
+            })?,
+            paths: words(raw.paths.as_ref(), "service.clear.secure.paths", |text| {
+                let path = text.strip_suffix('*').unwrap_or(text);
+                let plain = path.starts_with('/') && secure::normal(path) == path;
+                let plain = plain && !path.contains(['?', '*']);
+                (!plain).then_some(
+                    "is no plain path; begin with \"/\", without \"%\", \"?\", \"//\" and \"..\", and with \"*\" at the end only",
+                )
+            })?,
+            session: raw.session.unwrap_or(false),
+        };
+        if rule.methods.is_empty() && rule.paths.is_empty() && !rule.session {
+            let problem = "a rule without methods, paths and session = true would be for all requests; say which, or use methods and paths";
+            return Err(self.error(span, "service.clear.secure", problem));
+        }
+        Ok(rule)
     }
 
     fn tunnels(&self, raw: Option<&raw::Tunnels>) -> Result<Tunnels, Error> {

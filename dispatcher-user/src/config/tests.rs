@@ -856,6 +856,15 @@ fn services_that_end_tls() {
     let terminate = named.services[0].terminate.as_ref().expect("it ends TLS");
     assert!(!terminate.assign_cookie, "the backend sets it");
     let more = |line: &str| format!("{ENDS}\n{line}");
+    let rule = |rule: &str| more(&format!("clear = {{ vip = \"192.0.2.1:80\", secure = [{rule}] }}"));
+    let clear = parse("clear", &file(&rule("{ methods = \"POST\", paths = [\"/a/*\", \"/b\"] }")));
+    assert_eq!(clear.services[0].listeners().count(), 2);
+    let terminate = clear.services[0].terminate.as_ref().expect("it ends TLS");
+    assert_eq!(terminate.clear.as_ref().map(|clear| (clear.port, clear.secure.len())), Some((80, 1)));
+    let relay = parse("relay", &file("mode = \"relay\"\nproxy_protocol = \"v2\"\ntunnels.established = 8"));
+    let relay = &relay.services[0];
+    assert_eq!((relay.frontends(), relay.listeners().count(), relay.affinity.len()), (&[][..], 1, 2));
+    assert_eq!(relay.tunnels.as_ref().map(|tunnels| tunnels.established), Some(8));
     for (lines, key, part) in [
         ("mode = \"terminate\"".to_owned(), "service.terminate", "needs a [service.terminate] table"),
         (
@@ -863,7 +872,21 @@ fn services_that_end_tls() {
             "service.terminate.certificates",
             "there is none",
         ),
-        ("tunnels.most = 3".to_owned(), "service.tunnels", "goes with mode = \"terminate\" only"),
+        ("tunnels.most = 3".to_owned(), "service.tunnels", "\"terminate\" or \"relay\""),
+        ("clear.vip = \"192.0.2.1:80\"".to_owned(), "service.clear", "\"terminate\" only"),
+        ("mode = \"relay\"\nclear.vip = \"192.0.2.1:80\"".to_owned(), "service.clear", "\"terminate\" only"),
+        ("mode = \"relay\"\nmiss = \"daemon\"".to_owned(), "service.miss", "always decides"),
+        ("mode = \"relay\"\nwscale = 3".to_owned(), "service.wscale", "remove it"),
+        (more("clear.vip = []"), "service.clear.vip", "\"192.0.2.10:80\""),
+        (more("clear.vip = \"192.0.2.1:443\""), "service.vip", "belongs to service web already"),
+        (more("clear = { vip = \"192.0.2.1:80\", port = 0 }"), "service.clear.port", "use 1 to 65535"),
+        (rule("{}"), "service.clear.secure", "would be for all requests"),
+        (rule("{ session = false }"), "service.clear.secure", "would be for all requests"),
+        (rule("{ methods = \"post\" }"), "service.clear.secure.methods", "write it in capitals"),
+        (rule("{ methods = [] }"), "service.clear.secure.methods", "the list is empty"),
+        (rule("{ paths = \"account\" }"), "service.clear.secure.paths", "no plain path"),
+        (rule("{ paths = \"/a/*/b\" }"), "service.clear.secure.paths", "no plain path"),
+        (rule("{ paths = [\"/a\", \"/%61\"] }"), "service.clear.secure.paths", "\"/%61\" is no plain path"),
         (more("miss = \"daemon\""), "service.miss", "always decides"),
         (more("protocol = \"udp\""), "service.protocol", "l4"),
         (more("affinity = \"tls-ticket\""), "service.affinity", "by a cookie"),

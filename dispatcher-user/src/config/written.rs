@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use super::{
     ATTACH, Affinity, Backend, Config, Health, HttpCheck, Interface, KEY_NAMES, KeyPair, MISSES, MODES, Mode,
-    PROTOCOLS, PROXY, SOURCES, STATES, Service, Source, Terminate, Tickets, Tunnels,
+    Clear, PROTOCOLS, PROXY, SOURCES, STATES, Secure, Service, Source, Terminate, Tickets, Tunnels,
     health::CHECKS,
     raw::{self, OneOrMany, Spanned},
     terminate::VERSIONS,
@@ -118,11 +118,12 @@ fn service(service: &Service) -> raw::Service {
         health,
         slow_start,
         terminate,
+        tunnels: way,
         quic_lb,
         backends,
     } = service;
     // What is for the data path only must not stand there for others.
-    let ours = terminate.is_none();
+    let ours = !mode.is_local();
     let pool = match source {
         Source::Client => None,
         Source::Dispatcher { addresses, ports } => Some((addresses, ports)),
@@ -137,7 +138,7 @@ fn service(service: &Service) -> raw::Service {
         source: ours.then(|| chosen(&SOURCES, &pool.is_some())).flatten(),
         source_addresses: pool.map(|(addresses, _)| list(addresses)),
         source_ports: pool.and_then(|(_, ports)| text(format!("{}-{}", ports.start(), ports.end()))),
-        proxy_protocol: ours.then(|| chosen(&PROXY, proxy_protocol)).flatten(),
+        proxy_protocol: terminate.is_none().then(|| chosen(&PROXY, proxy_protocol)).flatten(),
         balance: chosen(&Balance::NAMES, balance),
         table_size: ours.then(|| number(*table_size)).flatten(),
         session_ttl: duration(*session_ttl),
@@ -147,9 +148,10 @@ fn service(service: &Service) -> raw::Service {
         timestamps: ours.then_some(*timestamps),
         sack: ours.then_some(*sack),
         // An l4 service without one must not have the key.
-        affinity: (*mode == Mode::Passthrough || !affinity.is_empty()).then(|| list(affinity)),
+        affinity: (*mode != Mode::L4 || !affinity.is_empty()).then(|| list(affinity)),
         terminate: terminate.as_ref().map(ending),
-        tunnels: terminate.as_ref().map(|terminate| tunnels(&terminate.tunnels)),
+        clear: terminate.as_ref().and_then(|terminate| terminate.clear.as_ref()).map(clear),
+        tunnels: way.as_ref().map(tunnels),
         slow_start: duration(*slow_start),
         tickets: affinity.contains(&Affinity::TlsTicket).then(|| raw::Tickets {
             discovery: Some(tickets.is_some()),
@@ -198,7 +200,7 @@ fn ending(terminate: &Terminate) -> raw::Terminate {
         handshake_timeout,
         response_timeout,
         idle_timeout,
-        tunnels: _,
+        clear: _,
     } = terminate;
     let pair = |KeyPair { certificate, key }: &KeyPair| raw::KeyPair {
         certificate: certificate.to_string_lossy().into_owned().into(),
@@ -210,6 +212,19 @@ fn ending(terminate: &Terminate) -> raw::Terminate {
         handshake_timeout: duration(*handshake_timeout),
         response_timeout: duration(*response_timeout),
         idle_timeout: duration(*idle_timeout),
+    }
+}
+
+fn clear(Clear { vips, port, secure }: &Clear) -> raw::Clear {
+    let rule = |Secure { methods, paths, session }: &Secure| raw::Secure {
+        methods: (!methods.is_empty()).then(|| list(methods)),
+        paths: (!paths.is_empty()).then(|| list(paths)),
+        session: Some(*session),
+    };
+    raw::Clear {
+        vip: list(vips),
+        port: Some(i64::from(*port).into()),
+        secure: secure.iter().map(rule).collect(),
     }
 }
 

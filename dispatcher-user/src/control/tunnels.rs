@@ -33,6 +33,7 @@ fn described(context: Context, sessions: &BTreeMap<u32, u32>) -> api::Tunnel {
         received_bytes: context.received,
         state: match context.state {
             tunnels::State::Open => "open",
+            tunnels::State::Used => "used",
             tunnels::State::Retiring => "retiring",
         }
         .to_owned(),

@@ -242,7 +242,7 @@ impl<'r> Runner<'r> {
         match (mode, parsed.src == *client) {
             (Mode::L4, true) => self.direct(one),
             // Flows to those that end TLS are of no service here.
-            (Mode::Passthrough | Mode::Terminate, true) => self.client_says(one),
+            (Mode::Passthrough | Mode::Terminate | Mode::Relay, true) => self.client_says(one),
             (_, false) => self.server_says(one),
         }
     }

@@ -15,8 +15,11 @@ use rustls::{
     version,
 };
 
-use super::{Error, Way};
-use crate::config::{KeyPair, Terminate, Tunnels};
+use super::{Error, Way, seconds};
+use crate::{
+    config::{KeyPair, Terminate, Tunnels},
+    tunnels::{Carries, Settings},
+};
 
 /// HTTP versions by ALPN, the better one first: on both sides.
 const ALPN: [&[u8]; 2] = [b"h2", b"http/1.1"];
@@ -56,7 +59,12 @@ pub(super) fn server(service: &str, terminate: &Terminate) -> Result<Arc<ServerC
 }
 
 /// How tunnels are made: `old` goes on if it is the same.
-pub(super) fn way(service: &str, tunnels: &Tunnels, old: Option<Arc<Way>>) -> Result<Arc<Way>, Error> {
+pub(super) fn way(
+    service: &str,
+    tunnels: &Tunnels,
+    carries: Carries,
+    old: Option<Arc<Way>>,
+) -> Result<Arc<Way>, Error> {
     let broken = |problem: String| Error::Tls { service: service.to_owned(), problem };
     let mut files = Vec::new();
     let mut roots = RootCertStore::empty();
@@ -84,7 +92,7 @@ pub(super) fn way(service: &str, tunnels: &Tunnels, old: Option<Arc<Way>>) -> Re
         files.extend(read.iter().cloned());
     }
     if let Some(old) = old
-        && old.config == *tunnels
+        && (&old.config, old.carries) == (tunnels, carries)
         && old.files == files
     {
         return Ok(old);
@@ -101,11 +109,21 @@ pub(super) fn way(service: &str, tunnels: &Tunnels, old: Option<Arc<Way>>) -> Re
             .with_client_auth_cert(chain, key)
             .map_err(|error| broken(format!("service.tunnels.certificate: {error}")))?,
     };
-    tls.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
+    if carries == Carries::Requests {
+        tls.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
+    }
     // Each tunnel's backend shows its certificate.
     tls.resumption = Resumption::disabled();
-    let settings = Mutex::default();
-    Ok(Arc::new(Way { config: tunnels.clone(), files, tls: Arc::new(tls), settings }))
+    let clear = Arc::new(Settings {
+        tls: None,
+        carries,
+        established: 1,
+        most: tunnels.most as usize,
+        max_age: seconds(tunnels.max_age),
+        timeout: seconds(tunnels.timeout),
+    });
+    let (config, tls, settings) = (tunnels.clone(), Arc::new(tls), Mutex::default());
+    Ok(Arc::new(Way { config, files, tls, carries, clear, settings }))
 }
 
 fn file(service: &str, path: &Path, problem: &str) -> Error {

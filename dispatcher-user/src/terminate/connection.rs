@@ -22,6 +22,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
+use tokio_util::either::Either;
 
 use super::{Site, request, seconds};
 use crate::state::Shared;
@@ -38,6 +39,8 @@ pub(super) struct Client {
     pub(super) shared: Arc<Shared>,
     site: watch::Receiver<Arc<Site>>,
     pub(super) address: SocketAddr,
+    /// It speaks in clear.
+    pub(super) clear: bool,
     requests: AtomicU32,
     /// Told when the last request under way has ended.
     rest: Notify,
@@ -79,7 +82,7 @@ pub(super) async fn accept(shared: Arc<Shared>, vip: SocketAddr, listener: StdLi
             Ok((stream, address)) => {
                 // The VIP may be another service's by now.
                 let Some(site) = shared.terminator.at(vip) else { continue };
-                tokio::spawn(serve(Arc::clone(&shared), site, stream, address));
+                tokio::spawn(serve(Arc::clone(&shared), site, vip, stream, address));
             }
             Err(error) => {
                 // Too many files, for example: those that are open end some time.
@@ -93,6 +96,7 @@ pub(super) async fn accept(shared: Arc<Shared>, vip: SocketAddr, listener: StdLi
 async fn serve(
     shared: Arc<Shared>,
     site: watch::Receiver<Arc<Site>>,
+    vip: SocketAddr,
     stream: TcpStream,
     address: SocketAddr,
 ) {
@@ -102,16 +106,25 @@ async fn serve(
     if let Err(error) = stream.set_nodelay(true).and(SockRef::from(&stream).set_tcp_keepalive(&keepalive)) {
         log::debug!("{address}: {error}");
     }
-    let acceptor = TlsAcceptor::from(Arc::clone(&now.tls));
-    let stream = match timeout(seconds(now.terminate.handshake_timeout), acceptor.accept(stream)).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => return log::debug!("{address}: handshake: {error}"),
-        Err(_) => return log::debug!("{address}: no handshake within {} s", now.terminate.handshake_timeout),
+    let clear = now.terminate.clear.as_ref().is_some_and(|clear| clear.vips.contains(&vip));
+    let stream = if clear {
+        Either::Left(stream)
+    } else {
+        let acceptor = TlsAcceptor::from(Arc::clone(&now.tls));
+        let limit = now.terminate.handshake_timeout;
+        match timeout(seconds(limit), acceptor.accept(stream)).await {
+            Ok(Ok(stream)) => Either::Right(stream),
+            Ok(Err(error)) => return log::debug!("{address}: handshake: {error}"),
+            Err(_) => return log::debug!("{address}: no handshake within {limit} s"),
+        }
     };
-    let client = Arc::new(Client { shared, site, address, requests: AtomicU32::new(0), rest: Notify::new() });
+    let idle_limit = seconds(now.terminate.idle_timeout);
+    drop(now);
+    let (requests, rest) = (AtomicU32::new(0), Notify::new());
+    let client = Arc::new(Client { shared, site, address, clear, requests, rest });
     let service = service_fn(|request| request::answer(Arc::clone(&client), request));
     let mut server = auto::Builder::new(TokioExecutor::new());
-    server.http1().timer(TokioTimer::new()).header_read_timeout(seconds(now.terminate.idle_timeout));
+    server.http1().timer(TokioTimer::new()).header_read_timeout(idle_limit);
     server
         .http2()
         .timer(TokioTimer::new())

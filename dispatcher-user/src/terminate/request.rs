@@ -27,9 +27,10 @@ use tokio::time::{error::Elapsed, timeout_at};
 use super::{
     Reached, Site,
     connection::{Busy, Client},
+    secure,
     session::{self, Binding},
 };
-use crate::tunnels::{Body, BoxError, Lease, SendError};
+use crate::tunnels::{Body, BoxError, Lease, SendError, Tunnels};
 
 /// Tunnels that one request is offered to.
 const TRIES: usize = 5;
@@ -186,7 +187,10 @@ async fn pass_on(
     strip(&mut head.headers);
     tell(client, &mut head.headers, &authority, id);
     let given = session::of_request(&head.headers, &site.cookie).map(|value| session::key(site, value));
-    let assigned = if given.is_none() && site.terminate.assign_cookie { session::new_value() } else { None };
+    let secure = is_secure(client, site, &head, given.is_some());
+    // Ours is for secure connections only: browsers would not take it on others.
+    let assigns = given.is_none() && site.terminate.assign_cookie && !client.clear;
+    let assigned = if assigns { session::new_value() } else { None };
     let key = given.or_else(|| assigned.as_ref().map(|value| session::key(site, value.as_bytes())));
     // One that we gave, and that comes back, is no invention of the client's.
     let confirmed = given.is_some() && site.terminate.assign_cookie;
@@ -198,8 +202,8 @@ async fn pass_on(
     let mut avoid = Vec::new();
     let mut tries = 0;
     loop {
-        let (lease, backend) = lease(client, site, key.as_ref(), confirmed, &avoid).await?;
-        let tunnel = lease.id();
+        let (lease, backend) = lease(client, site, secure, key.as_ref(), confirmed, &avoid).await?;
+        let tunnel = if secure { lease.id() } else { 0 };
         let request = form(&head, &authority, &lease, protocol.as_ref(), body.take().unwrap_or_else(nothing));
         let limit = super::seconds(site.terminate.response_timeout);
         let sent = progress.within(limit, exchange(lease, request, repeatable)).await;
@@ -218,7 +222,7 @@ async fn pass_on(
         };
         tries += 1;
         // Another tunnel to the same backend, where there is one.
-        if client.shared.terminator.tunnels.load(backend).established == 0 {
+        if client.shared.terminator.road(secure).load(backend).established == 0 {
             avoid.push(backend);
         }
         let unsent = request.is_some();
@@ -273,6 +277,14 @@ fn check(request: &Request<Incoming>) -> Result<Authority, Failure> {
     }
 }
 
+/// Whether it goes through a tunnel: all that came over TLS does, and what is declared secure.
+fn is_secure(client: &Client, site: &Site, head: &Parts, session: bool) -> bool {
+    let rules = site.terminate.clear.as_ref().filter(|_| client.clear).map(|clear| &clear.secure);
+    rules.is_none_or(|rules| {
+        rules.iter().any(|rule| secure::is_for(rule, &head.method, head.uri.path(), session))
+    })
+}
+
 fn wants_upgrade(request: &Request<Incoming>) -> bool {
     let asks = |name: &[u8]| name.trim_ascii().eq_ignore_ascii_case(b"upgrade");
     let mut lines = request.headers().get_all(CONNECTION).into_iter();
@@ -297,12 +309,13 @@ fn strip(headers: &mut HeaderMap) {
 /// Tells the backend whom the request is from. What the client said of that itself is not believed.
 fn tell(client: &Client, headers: &mut HeaderMap, authority: &Authority, id: &str) {
     let ip = client.address.ip();
+    let protocol = if client.clear { "http" } else { "https" };
     let quoted = if ip.is_ipv6() { format!("\"[{ip}]\"") } else { ip.to_string() };
     for (name, value) in [
         (FORWARDED_FOR, ip.to_string()),
-        (FORWARDED_PROTO, "https".to_owned()),
+        (FORWARDED_PROTO, protocol.to_owned()),
         (FORWARDED_HOST, authority.to_string()),
-        (FORWARDED, format!("for={quoted};host=\"{authority}\";proto=https")),
+        (FORWARDED, format!("for={quoted};host=\"{authority}\";proto={protocol}")),
         (REQUEST_ID, id.to_owned()),
     ] {
         match HeaderValue::try_from(value) {
@@ -317,16 +330,18 @@ fn nothing() -> Body {
     Empty::new().map_err(|never| match never {}).boxed_unsync()
 }
 
-/// A tunnel to the session's backend, or to the balancer's choice.
+/// A tunnel to the session's backend, or to the balancer's choice; a connection in clear for what is not secure.
 async fn lease(
     client: &Client,
     site: &Site,
+    secure: bool,
     key: Option<&SessionKey>,
     confirmed: bool,
     avoid: &[u32],
 ) -> Result<(Lease, u32), Failure> {
     let unavailable = |problem: String| failure(StatusCode::SERVICE_UNAVAILABLE, problem);
     let terminator = &client.shared.terminator;
+    let road = terminator.road(secure);
     let sessions = client.shared.dataplane.sessions();
     let broken = |error: crate::dataplane::Error| {
         log::error!("{error}");
@@ -336,25 +351,26 @@ async fn lease(
         return Err(unavailable("no backend of this service can be reached".to_owned()));
     };
     let known = key.map(|key| session::find(sessions, key, &reached)).transpose().map_err(broken)?.flatten();
-    let usable = |backend: u32| !avoid.contains(&backend) && !terminator.tunnels.load(backend).failing;
+    let usable = |backend: u32| !avoid.contains(&backend) && !road.load(backend).failing;
     let known = known.filter(|(_, backend)| usable(*backend));
     let mut wanted = known.map_or(0, |(session, _)| session.tunnel);
     let mut backend = match known {
         Some((_, backend)) => backend,
         None => terminator
-            .pick(&site.service, &reached.pool, client.address.ip(), avoid)
+            .pick(road, &site.service, &reached.pool, client.address.ip(), avoid)
             .map(|one| one.id)
-            .ok_or_else(|| unavailable(nobody(client, &reached)))?,
+            .ok_or_else(|| unavailable(nobody(road, &reached)))?,
     };
     loop {
-        let lease = terminator.tunnels.wait(backend, wanted, PATIENCE).await;
+        let lease = road.wait(backend, wanted, PATIENCE).await;
         let lease = lease.map_err(|error| {
             // Names and addresses of backends are not for clients.
             log::debug!("{error}");
             unavailable("no tunnel to a backend was free in time".to_owned())
         })?;
         let Some(key) = key else { return Ok((lease, backend)) };
-        let binding = Binding { backend, tunnel: lease.id(), confirmed: confirmed && known.is_some() };
+        let tunnel = if secure { lease.id() } else { 0 };
+        let binding = Binding { backend, tunnel, confirmed: confirmed && known.is_some() };
         let bound = session::bind(sessions, key, binding, site, &reached).map_err(broken)?;
         if bound == backend || !usable(bound) {
             return Ok((lease, backend));
@@ -365,9 +381,9 @@ async fn lease(
 }
 
 /// Why no backend can be asked.
-fn nobody(client: &Client, reached: &Reached) -> String {
+fn nobody(road: &Tunnels, reached: &Reached) -> String {
     let known = |backend: &u32| reached.addresses.contains_key(backend);
-    let all = client.shared.terminator.tunnels.backends();
+    let all = road.backends();
     match all.into_iter().filter(|one| known(&one.backend)).find_map(|one| one.error) {
         // The reason is for the operator: clients learn no names.
         Some((error, _)) => {

@@ -65,6 +65,7 @@ pub(super) fn find(
 #[derive(Clone, Copy)]
 pub(super) struct Binding {
     pub(super) backend: u32,
+    /// 0 for none.
     pub(super) tunnel: u32,
     /// The backend set the cookie, or we did: not only the client says so.
     pub(super) confirmed: bool,
@@ -90,6 +91,8 @@ pub(super) fn bind(
         let state = if confirmed && old.state == STATE_PROVISIONAL { STATE_CONFIRMED } else { old.state };
         let expires = if old.expires == 0 { 0 } else { expires };
         let hits = old.hits.wrapping_add(1);
+        // A request in clear takes no tunnel away.
+        let tunnel = if tunnel == 0 { old.tunnel } else { tunnel };
         sessions.insert(*key, Session { tunnel, state, used: now, expires, hits, ..old })?;
         return Ok(backend);
     }

@@ -1,5 +1,6 @@
 //! The right to send one request, and what comes back.
 
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -9,9 +10,11 @@ use bytes::Bytes;
 use hyper::body::{Body as _, Frame, Incoming, SizeHint};
 use hyper::client::conn::{http1, http2};
 use hyper::{Request, Response, StatusCode};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::oneshot;
 
 use super::Body;
-use super::tunnel::Tunnel;
+use super::tunnel::{Tunnel, Wire};
 
 /// Hyper's sending half of a tunnel.
 pub(super) enum Sender {
@@ -19,6 +22,8 @@ pub(super) enum Sender {
     Http1(http1::SendRequest<Body>),
     /// Many at once: each has a clone.
     Http2(http2::SendRequest<Body>),
+    /// One flow: whoever asks through it is given the connection.
+    Flow(oneshot::Sender<oneshot::Sender<Wire>>),
 }
 
 /// The right to send one request over an established tunnel. Dropped unused, it counts as nothing.
@@ -87,7 +92,7 @@ impl Lease {
                 *request.version_mut() = hyper::Version::HTTP_2;
                 sender.try_send_request(request).await
             }
-            None => unreachable!("a lease has its sender until it is sent or dropped"),
+            Some(Sender::Flow(_)) | None => unreachable!("a lease of requests has its sender until it is sent"),
         };
         match sent {
             Ok(response) => {
@@ -114,9 +119,54 @@ impl Lease {
     }
 }
 
+impl Lease {
+    /// The connection itself, for one flow; none if it has just ended. The tunnel leaves its pool and is replaced.
+    pub async fn stream(mut self) -> Option<Stream> {
+        let Some(Sender::Flow(sender)) = self.sender.take() else { return None };
+        let tunnel = &self.flight.0;
+        tunnel.used.store(true, Relaxed);
+        tunnel.requests.fetch_add(1, Relaxed);
+        tunnel.pool.remove(tunnel);
+        let (give, given) = oneshot::channel();
+        sender.send(give).ok()?;
+        let wire = given.await.ok()?;
+        Some(Stream { wire, _flight: InFlight::new(tunnel) })
+    }
+}
+
+/// A tunnel's connection, given to one flow. It is in flight until this is dropped.
+pub struct Stream {
+    wire: Wire,
+    _flight: InFlight,
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.wire).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.wire).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.wire).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.wire).poll_shutdown(cx)
+    }
+}
+
 impl Drop for Lease {
     fn drop(&mut self) {
-        if let Some(sender @ Sender::Http1(_)) = self.sender.take() {
+        if let Some(sender @ (Sender::Http1(_) | Sender::Flow(_))) = self.sender.take() {
             self.flight.0.pool.give_back(&self.flight.0, sender);
         }
     }

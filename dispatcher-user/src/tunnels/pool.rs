@@ -59,7 +59,7 @@ struct Members {
 /// A tunnel that takes requests.
 struct Member {
     tunnel: Arc<Tunnel>,
-    /// None while the one request of HTTP/1.1 has it.
+    /// None while the one request of HTTP/1.1, or the flow, has it.
     sender: Option<Sender>,
     /// It is to be replaced.
     stale: bool,
@@ -320,7 +320,7 @@ impl Members {
         })?;
         let sender = match &member.sender {
             Some(Sender::Http2(sender)) => Some(Sender::Http2(sender.clone())),
-            Some(Sender::Http1(_)) | None => member.sender.take(),
+            Some(Sender::Http1(_) | Sender::Flow(_)) | None => member.sender.take(),
         };
         sender.map(|sender| Lease::new(&member.tunnel, sender))
     }
@@ -370,6 +370,7 @@ impl Member {
             Some(Sender::Http2(sender)) => {
                 !sender.is_closed() && self.tunnel.in_flight.load(Relaxed) < self.tunnel.streams.load(Relaxed)
             }
+            Some(Sender::Flow(sender)) => !sender.is_closed(),
             None => false,
         }
     }
@@ -380,7 +381,7 @@ impl Member {
         if used { self.tunnel.since } else { self.tunnel.since + SETTLED }
     }
 
-    /// Without a sender, hyper closes the connection when nothing is in flight.
+    /// Without a sender, the driver closes the connection when nothing is in flight.
     fn retire(self) {
         self.tunnel.retiring.store(true, Relaxed);
     }

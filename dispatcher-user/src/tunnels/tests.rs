@@ -26,9 +26,12 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
+use tokio_util::either::Either;
 
 use super::pool::{MOST_WAITING, WINDOW, delay};
-use super::{Body, Lease, Reply, SendError, Settings, State, Target, Tunnels, Unavailable};
+use super::{
+    Body, Carries, Lease, Reply, SendError, Settings, State, Target, Tls, Tunnels, Unavailable,
+};
 
 const NAME: &str = "backend.test";
 const BACKEND: u32 = 7;
@@ -69,6 +72,8 @@ struct Setup {
     expired: bool,
     wants_certificate: bool,
     streams: u32,
+    /// It speaks HTTP/1.1 without TLS.
+    clear: bool,
 }
 
 const H2: Setup = Setup {
@@ -78,6 +83,7 @@ const H2: Setup = Setup {
     expired: false,
     wants_certificate: false,
     streams: 100,
+    clear: false,
 };
 const H1: Setup = Setup { alpn: b"http/1.1", ..H2 };
 const TLS12: &[&SupportedProtocolVersion] = &[&version::TLS12];
@@ -146,7 +152,7 @@ impl Server {
             cut: watch::Sender::new(()),
             drain: watch::Sender::new(()),
         });
-        let acceptor = TlsAcceptor::from(Arc::new(setup.config()));
+        let acceptor = (!setup.clear).then(|| TlsAcceptor::from(Arc::new(setup.config())));
         let streams = setup.streams;
         let mut tasks = JoinSet::new();
         let all = Arc::clone(&shared);
@@ -169,12 +175,18 @@ impl Server {
     }
 }
 
-async fn serve(shared: Arc<Shared>, acceptor: TlsAcceptor, socket: TcpStream, streams: u32) {
+async fn serve(shared: Arc<Shared>, acceptor: Option<TlsAcceptor>, socket: TcpStream, streams: u32) {
     let mut cut = shared.cut.subscribe();
     let mut drain = shared.drain.subscribe();
     let peer = socket.peer_addr().unwrap();
-    let Ok(stream) = acceptor.accept(socket).await else { return };
-    let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+    let (stream, http2) = match acceptor {
+        Some(acceptor) => {
+            let Ok(stream) = acceptor.accept(socket).await else { return };
+            let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+            (Either::Left(stream), http2)
+        }
+        None => (Either::Right(socket), false),
+    };
     let io = TokioIo::new(stream);
     let service = service_fn(move |request| answer(Arc::clone(&shared), peer, request));
     if http2 {
@@ -266,8 +278,8 @@ fn client() -> ClientConfig {
 
 fn settings(established: usize) -> Settings {
     Settings {
-        tls: Arc::new(client()),
-        name: ServerName::try_from(NAME).unwrap(),
+        tls: Some(Tls { config: Arc::new(client()), name: ServerName::try_from(NAME).unwrap() }),
+        carries: Carries::Requests,
         established,
         most: 4,
         max_age: LONG,
@@ -585,7 +597,8 @@ async fn an_unknown_authority_is_refused() {
         .unwrap()
         .with_root_certificates(Arc::clone(&Authority::new("unknown").roots))
         .with_no_client_auth();
-    let error = refusal(&H2, Settings { tls: Arc::new(tls), ..settings(2) }).await;
+    let tls = Tls { config: Arc::new(tls), name: ServerName::try_from(NAME).unwrap() };
+    let error = refusal(&H2, Settings { tls: Some(tls), ..settings(2) }).await;
     assert!(error.contains("UnknownIssuer"), "{error}");
     assert!(error.starts_with("TLS handshake with 127.0.0.1:"), "{error}");
     assert_eq!(error.lines().count(), 1);
@@ -819,6 +832,93 @@ async fn an_upgraded_tunnel_leaves_the_pool_and_is_replaced() {
     assert!(within(io.read_exact(&mut word)).await.is_err());
     drop(io);
     assert!(tunnels.list().iter().all(|one| one.id > id));
+}
+
+#[tokio::test]
+async fn requests_in_clear_are_sent_in_the_same_way() {
+    let server = Server::start(&Setup { clear: true, ..H1 }).await;
+    let tunnels = tunnels(server.address, Settings { tls: None, most: 1, ..settings(1) });
+    established(&tunnels, 1).await;
+    assert_eq!(port(lease(&tunnels).await, "/").await, tunnels.list()[0].source.port());
+    assert_eq!(port(lease(&tunnels).await, "/").await, tunnels.list()[0].source.port());
+    let [one] = tunnels.list().try_into().unwrap();
+    assert_eq!((one.version, one.cipher_suite, one.group, one.requests), ("none", "none", None, 2));
+    assert_eq!(server.accepted(), 1);
+}
+
+fn for_flows(established: usize) -> Settings {
+    let mut config = client();
+    config.alpn_protocols.clear();
+    let tls = Tls { config: Arc::new(config), name: ServerName::try_from(NAME).unwrap() };
+    Settings { tls: Some(tls), carries: Carries::Flow, ..settings(established) }
+}
+
+#[tokio::test]
+async fn a_flow_has_a_connection_of_its_own() {
+    let server = Server::start(&H1).await;
+    let tunnels = tunnels(server.address, for_flows(2));
+    established(&tunnels, 2).await;
+    let unused = tunnels.take(BACKEND, 0).unwrap();
+    let id = unused.id();
+    drop(unused);
+    let lease = tunnels.take(BACKEND, id).unwrap();
+    let mut stream = within(lease.stream()).await.expect("it is there");
+    let used = tunnels.list().into_iter().find(|one| one.id == id).unwrap();
+    assert_eq!((used.state, used.in_flight, used.requests), (State::Used, 1, 1));
+    stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+    stream.flush().await.unwrap();
+    let mut answer = String::new();
+    within(stream.read_to_string(&mut answer)).await.unwrap();
+    assert!(answer.ends_with(&format!("\r\n\r\n{}", used.source.port())), "{answer}");
+    // Another has taken its place.
+    established(&tunnels, 2).await;
+    assert!(!open(&tunnels).contains(&id));
+    drop(stream);
+    until("it is gone", || tunnels.list().len() == 2).await;
+    assert_eq!((server.accepted(), tunnels.backends()[0].failed), (3, 0));
+}
+
+#[tokio::test]
+async fn a_flow_can_be_cut() {
+    let server = Server::start(&H1).await;
+    let tunnels = tunnels(server.address, for_flows(1));
+    established(&tunnels, 1).await;
+    let mut stream = within(tunnels.take(BACKEND, 0).unwrap().stream()).await.expect("it is there");
+    let id = tunnels.list().iter().find(|one| one.state == State::Used).unwrap().id;
+    let (read, closed) = tokio::join!(within(stream.read_u8()), async {
+        sleep(Duration::from_millis(20)).await;
+        tunnels.close(id)
+    });
+    assert!(closed);
+    assert!(read.unwrap_err().to_string().contains("closed on our side"));
+}
+
+#[tokio::test]
+async fn what_waits_for_a_flow_is_replaced_when_its_peer_ends_it() {
+    let server = Server::start(&H1).await;
+    let tunnels = tunnels(server.address, for_flows(2));
+    established(&tunnels, 2).await;
+    let before = open(&tunnels);
+    server.shared.cut.send_replace(());
+    until("others are there", || {
+        let now = open(&tunnels);
+        now.len() == 2 && now.iter().all(|id| !before.contains(id))
+    })
+    .await;
+    // Who is no longer followed is told so.
+    tunnels.follow(Vec::new());
+    until("all have ended", || tunnels.list().is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_peer_that_speaks_first_is_none_for_flows() {
+    // Its settings of HTTP/2.
+    let mut settings = for_flows(1);
+    if let Some(tls) = &mut settings.tls {
+        tls.config = Arc::new(client());
+    }
+    let error = refusal(&H2, settings).await;
+    assert!(error.contains("spoke before it was asked"), "{error}");
 }
 
 #[tokio::test]

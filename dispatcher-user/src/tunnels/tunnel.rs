@@ -16,16 +16,17 @@ use futures_util::task::AtomicWaker;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use socket2::{SockRef, TcpKeepalive};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use tokio_util::either::Either;
 
 use super::lease::Sender;
 use super::pool::Pool;
-use super::{Body, Context, State, lock};
+use super::{Body, Carries, Context, State, Tls, lock};
 
 /// A peer that says nothing for this long is asked whether it lives: by TCP, and sooner by HTTP/2.
 const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -33,6 +34,9 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 const PING_INTERVAL: Duration = Duration::from_secs(15);
 /// An HTTP/2 tunnel whose peer does not answer that within this time ends.
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a tunnel that is no longer needed has to say so to its peer.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// The live tunnels.
 #[derive(Default)]
@@ -68,6 +72,8 @@ pub(super) struct Tunnel {
     /// The most requests at once: 1 for HTTP/1.1, the peer's limit of streams for HTTP/2.
     pub(super) streams: AtomicUsize,
     pub(super) retiring: AtomicBool,
+    /// A flow has it.
+    pub(super) used: AtomicBool,
     killed: AtomicBool,
     /// Why reading ended.
     failure: OnceLock<String>,
@@ -93,16 +99,28 @@ pub(super) async fn open(pool: Arc<Pool>) -> Result<(), String> {
     // A peer that vanished is found out, with HTTP/1.1 too.
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 3).with_retries(3);
     let _ = SockRef::from(&socket).set_tcp_keepalive(&keepalive);
-    let name = settings.name.clone();
-    let handshake = TlsConnector::from(Arc::clone(&settings.tls)).connect(name, socket);
-    let stream = within(deadline, handshake)
-        .await
-        .map_err(|e| format!("TLS handshake with {address} as {}: {e}", settings.name.to_str()))?;
+    let stream = match &settings.tls {
+        Some(Tls { config, name }) => {
+            let handshake = TlsConnector::from(Arc::clone(config)).connect(name.clone(), socket);
+            let stream = within(deadline, handshake)
+                .await
+                .map_err(|e| format!("TLS handshake with {address} as {}: {e}", name.to_str()))?;
+            Either::Left(stream)
+        }
+        None => Either::Right(socket),
+    };
     pool.count_handshake();
 
     let tunnel = pool.registry.add(&pool, &stream).map_err(|e| format!("connect to {address}: {e}"))?;
     log::debug!("{}: tunnel {} from {} is established", pool.target.name, tunnel.id, tunnel.source);
-    let wire = TokioIo::new(Wire { stream, tunnel: Arc::clone(&tunnel), fresh: false });
+    let wire = Wire { stream, tunnel: Arc::clone(&tunnel), fresh: false };
+    if settings.carries == Carries::Flow {
+        let (sender, asked) = oneshot::channel();
+        pool.add(Arc::clone(&tunnel), Sender::Flow(sender));
+        tokio::spawn(hold(tunnel, wire, asked));
+        return Ok(());
+    }
+    let wire = TokioIo::new(wire);
     if tunnel.alpn.as_deref() == Some("h2") {
         let handshake = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
@@ -146,10 +164,15 @@ pub(super) fn random() -> f64 {
 
 impl Registry {
     /// Lists a new tunnel.
-    fn add(&self, pool: &Arc<Pool>, stream: &TlsStream<TcpStream>) -> io::Result<Arc<Tunnel>> {
-        let (socket, tls) = stream.get_ref();
+    fn add(&self, pool: &Arc<Pool>, stream: &Transport) -> io::Result<Arc<Tunnel>> {
+        let (socket, tls) = match stream {
+            Either::Left(stream) => (stream.get_ref().0, Some(stream.get_ref().1)),
+            Either::Right(socket) => (socket, None),
+        };
         let (source, destination) = (socket.local_addr()?, socket.peer_addr()?);
-        let alpn = tls.alpn_protocol().map(|name| String::from_utf8_lossy(name).into_owned());
+        let alpn = tls.and_then(|tls| tls.alpn_protocol());
+        let alpn = alpn.map(|name| String::from_utf8_lossy(name).into_owned());
+        let unknown = if tls.is_some() { "unknown" } else { "none" };
         let max_age = pool.target.settings.max_age;
         let since = Instant::now();
         let mut listed = lock(&self.listed);
@@ -164,12 +187,17 @@ impl Registry {
             pool: Arc::clone(pool),
             source,
             destination,
-            version: tls.protocol_version().and_then(|version| version.as_str()).unwrap_or("unknown"),
+            version: tls
+                .and_then(|tls| tls.protocol_version())
+                .and_then(|version| version.as_str())
+                .unwrap_or(unknown),
             cipher_suite: tls
-                .negotiated_cipher_suite()
+                .and_then(|tls| tls.negotiated_cipher_suite())
                 .and_then(|suite| suite.suite().as_str())
-                .unwrap_or("unknown"),
-            group: tls.negotiated_key_exchange_group().and_then(|group| group.name().as_str()),
+                .unwrap_or(unknown),
+            group: tls
+                .and_then(|tls| tls.negotiated_key_exchange_group())
+                .and_then(|group| group.name().as_str()),
             streams: AtomicUsize::new(usize::from(alpn.as_deref() != Some("h2"))),
             alpn,
             since,
@@ -179,6 +207,7 @@ impl Registry {
             requests: AtomicU64::new(0),
             in_flight: AtomicUsize::new(0),
             retiring: AtomicBool::new(false),
+            used: AtomicBool::new(false),
             killed: AtomicBool::new(false),
             failure: OnceLock::new(),
             cooling: Mutex::new(None),
@@ -236,7 +265,11 @@ impl Tunnel {
             received: self.received.load(Relaxed),
             requests: self.requests.load(Relaxed),
             in_flight: self.in_flight.load(Relaxed),
-            state: if self.retiring.load(Relaxed) { State::Retiring } else { State::Open },
+            state: match (self.used.load(Relaxed), self.retiring.load(Relaxed)) {
+                (true, _) => State::Used,
+                (false, true) => State::Retiring,
+                (false, false) => State::Open,
+            },
         }
     }
 
@@ -315,9 +348,32 @@ fn turn(tunnel: &Tunnel, connection: &mut Connection2, cx: &mut TaskContext<'_>)
     polled.map(|end| tunnel.reason(end))
 }
 
-/// The TLS stream of a tunnel, which is listed until this is dropped. Counts, and can be killed.
-struct Wire {
-    stream: TlsStream<TcpStream>,
+/// Holds a connection until a flow asks for it, or until it ends.
+async fn hold(tunnel: Arc<Tunnel>, mut wire: Wire, mut asked: oneshot::Receiver<oneshot::Sender<Wire>>) {
+    let reason = tokio::select! {
+        biased;
+        asked = &mut asked => {
+            match asked {
+                // Whoever asks and goes away leaves it to be closed.
+                Ok(give) => drop(give.send(wire)),
+                Err(_retired) => drop(timeout_at(Instant::now() + FAREWELL, wire.shutdown()).await),
+            }
+            return;
+        }
+        read = wire.read_u8() => match read {
+            Ok(_) => "the peer spoke before it was asked".to_owned(),
+            Err(error) => tunnel.failure.get().cloned().unwrap_or_else(|| line(&error.to_string())),
+        },
+    };
+    tunnel.pool.ended(&tunnel, &reason);
+}
+
+/// A connection, with TLS or in clear.
+type Transport = Either<TlsStream<TcpStream>, TcpStream>;
+
+/// The connection of a tunnel, which is listed until this is dropped. Counts, and can be killed.
+pub(super) struct Wire {
+    stream: Transport,
     tunnel: Arc<Tunnel>,
     /// Something was read since the driver was woken.
     fresh: bool,
@@ -325,7 +381,7 @@ struct Wire {
 
 impl Wire {
     /// The stream, unless it was killed.
-    fn alive(&mut self) -> io::Result<Pin<&mut TlsStream<TcpStream>>> {
+    fn alive(&mut self) -> io::Result<Pin<&mut Transport>> {
         if self.tunnel.killed.load(Relaxed) {
             return Err(io::Error::new(
                 io::ErrorKind::ConnectionAborted,
