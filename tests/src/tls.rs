@@ -546,6 +546,14 @@ impl User {
         Self { config: Arc::new(config), version: self.version }
     }
 
+    /// The same user, who takes no session: each handshake is a full one.
+    #[must_use]
+    pub fn forgetful(&self) -> Self {
+        let mut config = ClientConfig::clone(&self.config);
+        config.resumption = Resumption::disabled();
+        Self { config: Arc::new(config), version: self.version }
+    }
+
     /// The same user with a hello that needs more than `bytes`.
     #[must_use]
     pub fn with_long_hello(&self, bytes: usize) -> Self {
@@ -590,7 +598,15 @@ impl User {
 
     /// Connects, asks any HTTP server for a page, and reads to the end: was the session resumed?
     pub fn resumes(&self, netns: &Netns, from: IpAddr, to: SocketAddr) -> Result<bool, Failure> {
-        let mut line = self.connect(netns, from, to)?;
+        self.ask_any(self.connect(netns, from, to)?)
+    }
+
+    /// The same on a TCP connection.
+    pub fn resumes_on(&self, stream: TcpStream) -> Result<bool, Failure> {
+        self.ask_any(self.secure(stream).map_err(Failure::Handshake)?)
+    }
+
+    fn ask_any(&self, mut line: Line<StreamOwned<ClientConnection, TcpStream>>) -> Result<bool, Failure> {
         let ask = |line: &mut Line<StreamOwned<ClientConnection, TcpStream>>| {
             write!(line, "GET / HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n\r\n")?;
             line.flush()?;

@@ -58,6 +58,9 @@ pub const VIP: [IpAddr; 2] = [
 pub const POOL: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(10, 2, 0, 2)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 2))];
 
+/// Address of a client on the backends' network.
+pub const NEAR: Ipv4Addr = Ipv4Addr::new(10, 2, 0, 200);
+
 /// One of two address families.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Family {
@@ -178,6 +181,16 @@ impl Topology {
             Ipv4Addr::new(10, 1, 0, host).into(),
             Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, u16::from(host)).into(),
         ])
+    }
+
+    /// A client at [`NEAR`], where the backends are on a bridge.
+    pub fn near(&self) -> Result<Netns> {
+        let netns = Netns::new("near")?;
+        let switch = self.switch.as_ref().context("no switch")?;
+        cable(&netns, "eth0", switch, "near")?;
+        switch.ip("link set near master br0")?;
+        netns.ip(&format!("address add {NEAR}/24 dev eth0"))?;
+        Ok(netns)
     }
 
     /// Drops a share of the packets that leave and reach a namespace.

@@ -80,4 +80,5 @@ pub(crate) const TOOLS: &[Tool] = &[
     tool("tcpdump", Need::Test, ["tcpdump", "tcpdump", "tcpdump"], "captures of failed scenarios"),
     tool("python3", Need::Test, ["python3", "python3", "python"], "small peers with odd manners"),
     tool("wrk", Need::Test, ["wrk", "wrk", "wrk"], "load"),
+    tool("h2load", Need::Test, ["nghttp2-client", "nghttp2", "nghttp2"], "load over HTTP/2"),
 ];

@@ -13,7 +13,7 @@
 //! servers of its own. Then, with the dispatcher only, three servers of each other make.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -25,28 +25,27 @@ use anyhow::{Context as _, Result, bail, ensure};
 use dispatcher_user::api;
 
 use crate::{
-    bench::report::{Goal, Report, Row, median},
+    bench::{
+        FORGET,
+        report::{Goal, Report, Row, median},
+    },
     daemon::{Daemon, Folder, Process, Service},
     netns::Netns,
     servers::{Make, Resumed, Running, Way},
     sockets,
     tls::{Authority, User},
-    topology::{Family, Plan, Topology, VIP, cable},
+    topology::{Family, NEAR, Plan, Topology, VIP},
 };
 
 const PORT: u16 = 443;
 const BACKENDS: u8 = 3;
 /// Client addresses.
 const CLIENTS: u8 = 16;
-/// Address of the client that is on the backends' network.
-const NEAR: Ipv4Addr = Ipv4Addr::new(10, 2, 0, 200);
 /// Users of each kind a round, and visits of each after the first.
 const USERS: usize = 6;
 const RETURNS: usize = 10;
 /// Threads that make resuming handshakes.
 const THREADS: usize = 6;
-/// Sockets in TIME_WAIT do not pile up.
-const FORGET: &str = "ipv4/tcp_max_tw_buckets=0";
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -217,23 +216,13 @@ impl Variant {
             .zip(&topology.backends)
             .map(|(n, place)| make.start(&place.netns, &format!("b{n}"), PORT, authority))
             .collect::<Result<Vec<_>>>()?;
+        let near = (kind == Kind::Direct).then(|| topology.near()).transpose()?;
         let places = topology.backends.iter().map(|place| &place.netns);
-        for netns in places.chain([&topology.clients, &topology.dispatcher]) {
+        for netns in places.chain([&topology.clients, &topology.dispatcher]).chain(&near) {
             netns.sysctl(&[FORGET])?;
         }
-        let mut near = None;
         let balancer = match kind {
-            Kind::Direct => {
-                let netns = Netns::new("near")?;
-                netns.sysctl(&[FORGET])?;
-                let switch = topology.switch.as_ref().context("no switch")?;
-                cable(&netns, "eth0", switch, "near")?;
-                switch.ip("link set near master br0")?;
-                netns.ip(&format!("address add {NEAR}/24 dev eth0"))?;
-                near = Some(netns);
-                Balancer::None
-            }
-            Kind::Routed => Balancer::None,
+            Kind::Direct | Kind::Routed => Balancer::None,
             Kind::Dispatcher => dispatcher(&topology, make.expected().state)?,
             Kind::Haproxy => haproxy(&topology)?,
             Kind::NginxStream => nginx_stream(&topology)?,

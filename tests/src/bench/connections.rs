@@ -11,10 +11,8 @@
 //! has its turn.
 
 use std::{
-    fs,
     io::{Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
-    process::{Child, Stdio},
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -23,33 +21,29 @@ use dispatcher_common::reason::Reason;
 
 use crate::{
     bench::{
+        FORGET,
+        load::{Found, Generator},
+        origin::{HTTP, HTTPS, Origin},
         report::{Report, Row, median},
         sniff::{Seen, Sniffer},
+        usage::{children, packet_threads, process, raise_files},
     },
-    daemon::{Daemon, Folder, Process, Service},
+    daemon::{Daemon, Service},
     hello,
     netns::Netns,
     packet::flags,
     sockets,
     tls::Authority,
-    topology::{Family, Plan, Topology, VIP, cable},
+    topology::{Family, NEAR, Plan, Topology, VIP},
 };
 
-const HTTP: u16 = 80;
-const HTTPS: u16 = 443;
 /// A service whose misses the daemon decides; its backends listen on [`HTTPS`].
 const HELD: u16 = 444;
 const BACKENDS: u8 = 3;
 /// Connections of wrk at a time, to each address that it is sent to.
 const PARALLEL: u8 = 4;
-/// Address of the client that is on the backends' network.
-const NEAR: Ipv4Addr = Ipv4Addr::new(10, 2, 0, 200);
-/// No socket waits in TIME_WAIT.
-const FORGET: &str = "ipv4/tcp_max_tw_buckets=0";
 /// How long one first segment may take.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Open files: wrk and nginx together need a few hundred.
-const FILES: u64 = 20_000;
 
 #[derive(Clone, Copy)]
 struct Effort {
@@ -117,7 +111,7 @@ struct Variant {
     kind: Kind,
     // In the order in which they must end.
     daemon: Option<Daemon>,
-    servers: Vec<Server>,
+    servers: Vec<Origin>,
     near: Option<Netns>,
     topology: Topology,
 }
@@ -139,7 +133,7 @@ impl Variant {
         let topology = Topology::new(Plan { backends: BACKENDS, ..Plan::default() })?;
         let servers = (1..)
             .zip(&topology.backends)
-            .map(|(number, place)| Server::start(&place.netns, &format!("b{number}"), authority))
+            .map(|(number, place)| Origin::start(&place.netns, &format!("b{number}"), authority, false))
             .collect::<Result<Vec<_>>>()?;
         // wrk often closes first: 28k ports toward one address would be used up within two seconds.
         let servers_at = topology.backends.iter().map(|place| &place.netns);
@@ -150,12 +144,8 @@ impl Variant {
         match kind {
             Kind::Routed => {}
             Kind::Direct => {
-                let near = Netns::new("near")?;
+                let near = variant.topology.near()?;
                 near.sysctl(&[FORGET])?;
-                let switch = variant.topology.switch.as_ref().context("no switch")?;
-                cable(&near, "eth0", switch, "near")?;
-                switch.ip("link set near master br0")?;
-                near.ip(&format!("address add {NEAR}/24 dev eth0"))?;
                 variant.near = Some(near);
             }
             Kind::Nft => variant.translate()?,
@@ -222,7 +212,8 @@ impl Variant {
             .iter()
             .map(|target| self.wrk(*target, effort.seconds, PARALLEL, &["-H", "Connection: close"]))
             .collect::<Result<Vec<_>>>()?;
-        let results = wrks.into_iter().map(Wrk::finish).collect::<Result<Vec<_>>>()?;
+        let results =
+            wrks.into_iter().map(|wrk| Found::by_wrk(&wrk.finish()?)).collect::<Result<Vec<_>>>()?;
         let cpu = self.cpu()? - before;
         let requests: u64 = results.iter().map(|result| result.requests).sum();
         ensure!(requests > 0, "no connection succeeded");
@@ -231,7 +222,7 @@ impl Variant {
         samples.cpu.push(cpu / requests as f64 * 10_000.0);
         samples.drops.extend(self.drops()?.zip(drops).map(|(after, before)| (after - before) as f64));
         let target = targets.first().context("no backend")?;
-        let result = self.wrk(*target, effort.seconds, 2, &["--latency"])?.finish()?;
+        let result = Found::by_wrk(&self.wrk(*target, effort.seconds, 2, &["--latency"])?.finish()?)?;
         samples.p50.push(result.p50.context("wrk shows no median")?);
         samples.p99.push(result.p99.context("wrk shows no 99th percentile")?);
         Ok(())
@@ -243,13 +234,9 @@ impl Variant {
         Ok(Some(daemon.drops()?.iter().map(|(_, packets)| packets).sum()))
     }
 
-    fn wrk(&self, target: IpAddr, seconds: u32, connections: u8, more: &[&str]) -> Result<Wrk> {
-        let mut command = self.client().command("wrk");
-        command.args(["-t1", &format!("-c{connections}"), &format!("-d{seconds}s"), "--timeout", "2s"]);
-        command.args(more).arg(format!("http://{}/", SocketAddr::new(target, HTTP)));
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let child = command.spawn().context("starting wrk; `cargo xtask setup` says how to get it")?;
-        Ok(Wrk(Some(child)))
+    fn wrk(&self, target: IpAddr, seconds: u32, connections: u8, more: &[&str]) -> Result<Generator> {
+        let url = format!("http://{}/", SocketAddr::new(target, HTTP));
+        Generator::wrk(self.client(), &url, seconds, connections, more)
     }
 
     /// CPU seconds so far of all whose work is for connections: wrk (those that have ended), nginx,
@@ -262,119 +249,6 @@ impl Variant {
             seconds += process(id)?;
         }
         Ok(seconds)
-    }
-}
-
-/// A running wrk; it is ended when dropped.
-struct Wrk(Option<Child>);
-
-impl Wrk {
-    fn finish(mut self) -> Result<WrkResult> {
-        let child = self.0.take().context("has ended")?;
-        let output = child.wait_with_output().context("waiting for wrk")?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        let errors = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "wrk: {}: {}", output.status, errors.trim());
-        WrkResult::read(&text).with_context(|| format!("wrk said:\n{text}"))
-    }
-}
-
-impl Drop for Wrk {
-    fn drop(&mut self) {
-        if let Some(mut child) = self.0.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Debug)]
-struct WrkResult {
-    requests: u64,
-    rate: f64,
-    failed: u64,
-    /// Milliseconds.
-    p50: Option<f64>,
-    p99: Option<f64>,
-}
-
-impl WrkResult {
-    fn read(text: &str) -> Result<Self> {
-        let line = |start: &str| text.lines().map(str::trim).find_map(|line| line.strip_prefix(start));
-        let requests =
-            text.lines().find_map(|line| line.split_once(" requests in ")).context("no requests")?;
-        let rate = line("Requests/sec:").context("no rate")?;
-        let numbers = |text: &str| -> u64 {
-            text.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse::<u64>().ok()).sum()
-        };
-        let failed =
-            line("Socket errors:").map_or(0, numbers) + line("Non-2xx or 3xx responses:").map_or(0, numbers);
-        let percentile = |start| line(start).map(|text| milliseconds(text.trim())).transpose();
-        Ok(Self {
-            requests: requests.0.trim().parse().context("the number of requests")?,
-            rate: rate.trim().parse().context("the rate")?,
-            failed,
-            p50: percentile("50%")?,
-            p99: percentile("99%")?,
-        })
-    }
-}
-
-/// A duration as wrk writes it.
-fn milliseconds(text: &str) -> Result<f64> {
-    for (unit, factor) in [("us", 0.001), ("ms", 1.0), ("s", 1000.0)] {
-        if let Some(number) = text.strip_suffix(unit) {
-            return Ok(number.parse::<f64>().with_context(|| format!("duration {text}"))? * factor);
-        }
-    }
-    bail!("duration {text}")
-}
-
-/// An nginx with a small answer on a plain and on a TLS port.
-struct Server {
-    process: Process,
-    _folder: Folder,
-}
-
-impl Server {
-    fn start(netns: &Netns, name: &str, authority: &Authority) -> Result<Self> {
-        let folder = Folder::new()?;
-        let credentials = authority.issue(name)?;
-        folder.write("certificate.pem", &credentials.certificate_pem)?;
-        folder.write("key.pem", &credentials.key_pem)?;
-        let path = folder.path().display();
-        let text = format!(
-            "daemon off;\nmaster_process off;\nworker_processes 1;\nworker_rlimit_nofile {FILES};\n\
-             error_log stderr warn;\npid {path}/pid;\n\
-             events {{ worker_connections 8192; }}\n\
-             http {{\n\
-               access_log off;\nkeepalive_requests 100000000;\n\
-               client_body_temp_path {path}/body;\nproxy_temp_path {path}/proxy;\n\
-               fastcgi_temp_path {path}/fastcgi;\nuwsgi_temp_path {path}/uwsgi;\nscgi_temp_path {path}/scgi;\n\
-               server {{\n\
-                 listen {HTTP} backlog=4096;\nlisten {HTTPS} ssl backlog=4096;\n\
-                 ssl_certificate {path}/certificate.pem;\nssl_certificate_key {path}/key.pem;\n\
-                 ssl_protocols TLSv1.2 TLSv1.3;\n\
-                 ssl_session_cache shared:sessions:4m;\nssl_session_tickets off;\n\
-                 location / {{ return 200 'ok'; }}\n\
-               }}\n\
-             }}\n"
-        );
-        let config = folder.write("nginx.conf", &text)?;
-        let mut command = netns.command("nginx");
-        command.arg("-p").arg(folder.path()).arg("-c").arg(&config);
-        let mut process = Process::start(command, None)
-            .context("starting nginx; `cargo xtask setup` says how to get it")?;
-        let deadline = Instant::now() + sockets::PATIENCE;
-        let local = IpAddr::from([127, 0, 0, 1]);
-        while sockets::connect(netns, local, SocketAddr::new(local, HTTPS)).is_err() {
-            if let Some(status) = process.ended() {
-                bail!("nginx: {status}; it said:\n{}", process.log());
-            }
-            ensure!(Instant::now() < deadline, "nginx does not listen; it said:\n{}", process.log());
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(Self { process, _folder: folder })
     }
 }
 
@@ -504,81 +378,4 @@ fn report(variants: &[Variant], samples: &[Samples], hellos: &Hellos) -> Report 
         rows.push(Row::new(case, Kind::Dispatcher.name(), metric, "us", values));
     }
     Report { bench: "connections", rows, goals: Vec::new() }
-}
-
-/// CPU seconds of children that have been waited for.
-fn children() -> f64 {
-    // SAFETY: all-zero is a valid rusage, and the call writes one.
-    let usage = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        libc::getrusage(libc::RUSAGE_CHILDREN, &raw mut usage);
-        usage
-    };
-    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
-    seconds(usage.ru_utime) + seconds(usage.ru_stime)
-}
-
-/// CPU seconds of a process.
-fn process(id: u32) -> Result<f64> {
-    let path = format!("/proc/{id}/stat");
-    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-    // The name is in parentheses and may hold anything; user and system time are the 12th and 13th
-    // field behind it.
-    let (_, fields) = text.rsplit_once(')').with_context(|| format!("{path}: {text}"))?;
-    let mut ticks = 0_u64;
-    for field in fields.split_whitespace().skip(11).take(2) {
-        ticks += field.parse::<u64>().with_context(|| format!("{path}: {text}"))?;
-    }
-    // SAFETY: takes and returns numbers.
-    let tick = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
-    Ok(ticks as f64 / tick as f64)
-}
-
-/// The kernel's threads that handle packets when softirqs take too long.
-fn packet_threads() -> Result<Vec<u32>> {
-    let entries = fs::read_dir("/proc").context("reading /proc")?;
-    let named = entries.flatten().filter(|entry| {
-        fs::read_to_string(entry.path().join("comm")).is_ok_and(|name| name.starts_with("ksoftirqd/"))
-    });
-    Ok(named.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
-}
-
-/// Allows as many open files as the measurement needs; children inherit it.
-fn raise_files() -> Result<()> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: both calls are given one rlimit.
-    let done = unsafe {
-        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 && {
-            limit.rlim_cur = limit.rlim_max.min(FILES);
-            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) == 0
-        }
-    };
-    ensure!(done, "raising the limit of open files: {}", std::io::Error::last_os_error());
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_wrk_says_is_read() {
-        let text = "Running 1s test @ http://198.51.100.1:80/\n  1 threads and 2 connections\n  \
-            Thread Stats   Avg      Stdev     Max   +/- Stdev\n    Latency   123.45us   67.00us   1.20ms   88.00%\n  \
-            Latency Distribution\n     50%  112.00us\n     75%  140.00us\n     90%    0.20ms\n     99%    1.02ms\n  \
-            15791 requests in 1.10s, 2.50MB read\n  Socket errors: connect 1, read 2, write 0, timeout 3\n\
-            Requests/sec:  14355.10\nTransfer/sec:      2.27MB\n";
-        let result = WrkResult::read(text).expect("reads");
-        assert_eq!((result.requests, result.failed), (15_791, 6));
-        assert_eq!((result.p50, result.p99), (Some(0.112), Some(1.02)));
-        assert_eq!(result.rate, 14_355.1);
-        assert!(WrkResult::read("").is_err());
-        assert!(milliseconds("3 parsecs").is_err());
-    }
-
-    #[test]
-    fn this_process_has_used_time() {
-        assert!(process(std::process::id()).expect("reads") >= 0.0);
-        assert!(!packet_threads().expect("reads").is_empty());
-    }
 }

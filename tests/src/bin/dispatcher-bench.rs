@@ -3,7 +3,7 @@
 use std::{io::stdout, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use dispatcher_tests::bench::{affinity, connections, control, fastpath};
+use dispatcher_tests::bench::{affinity, connections, control, fastpath, tunnels};
 
 /// Measure the dispatcher
 #[derive(Parser)]
@@ -37,6 +37,8 @@ enum Bench {
         #[arg(long, value_name = "FILE")]
         object: Option<PathBuf>,
     },
+    /// Requests through established tunnels, beside HAProxy
+    Tunnels(Common),
 }
 
 #[derive(clap::Args)]
@@ -56,6 +58,7 @@ fn main() -> ExitCode {
             println!("connections  real connections through namespaces, beside routing and nftables");
             println!("control      the daemon: reloads, tables, misses, memory, lists");
             println!("fastpath     nanoseconds a packet, by BPF_PROG_RUN");
+            println!("tunnels      requests through established tunnels, beside HAProxy");
             return ExitCode::SUCCESS;
         }
         Bench::Affinity(common) => affinity::run(common.quick)
@@ -63,6 +66,8 @@ fn main() -> ExitCode {
         Bench::Connections(common) => connections::run(common.quick)
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
         Bench::Control { common, only } => control::run(common.quick, only)
+            .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
+        Bench::Tunnels(common) => tunnels::run(common.quick)
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
         Bench::Fastpath { common, object } => fastpath::run(common.quick, object.as_deref())
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),

@@ -1,0 +1,60 @@
+//! nginx with a small answer, in clear and over TLS.
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context as _, Result};
+
+use super::usage::FILES;
+use crate::{
+    daemon::{Folder, Process},
+    netns::Netns,
+    tls::Authority,
+};
+
+/// Its port in clear.
+pub const HTTP: u16 = 80;
+/// Its port with TLS.
+pub const HTTPS: u16 = 443;
+
+/// An nginx with a small answer on a plain and on a TLS port.
+pub struct Origin {
+    /// The server.
+    pub process: Process,
+    _folder: Folder,
+}
+
+impl Origin {
+    /// Starts one. `http2` is what TLS may speak besides HTTP/1.1.
+    pub fn start(netns: &Netns, name: &str, authority: &Authority, http2: bool) -> Result<Self> {
+        let http2 = if http2 { "http2" } else { "" };
+        let folder = Folder::new()?;
+        let credentials = authority.issue(name)?;
+        folder.write("certificate.pem", &credentials.certificate_pem)?;
+        folder.write("key.pem", &credentials.key_pem)?;
+        let path = folder.path().display();
+        let text = format!(
+            "daemon off;\nmaster_process off;\nworker_processes 1;\nworker_rlimit_nofile {FILES};\n\
+             error_log stderr warn;\npid {path}/pid;\n\
+             events {{ worker_connections 8192; }}\n\
+             http {{\n\
+               access_log off;\nkeepalive_requests 100000000;\n\
+               client_body_temp_path {path}/body;\nproxy_temp_path {path}/proxy;\n\
+               fastcgi_temp_path {path}/fastcgi;\nuwsgi_temp_path {path}/uwsgi;\nscgi_temp_path {path}/scgi;\n\
+               server {{\n\
+                 listen {HTTP} backlog=4096;\nlisten {HTTPS} ssl {http2} backlog=4096;\n\
+                 ssl_certificate {path}/certificate.pem;\nssl_certificate_key {path}/key.pem;\n\
+                 ssl_protocols TLSv1.2 TLSv1.3;\n\
+                 ssl_session_cache shared:sessions:4m;\nssl_session_tickets off;\n\
+                 location / {{ return 200 'ok'; }}\nlocation = /status {{ stub_status; }}\n\
+               }}\n\
+             }}\n"
+        );
+        let config = folder.write("nginx.conf", &text)?;
+        let mut command = netns.command("nginx");
+        command.arg("-p").arg(folder.path()).arg("-c").arg(&config);
+        let mut process = Process::start(command, None)
+            .context("starting nginx; `cargo xtask setup` says how to get it")?;
+        process.listens(netns, SocketAddr::new(IpAddr::from([127, 0, 0, 1]), HTTPS)).context("nginx")?;
+        Ok(Self { process, _folder: folder })
+    }
+}
