@@ -19,6 +19,8 @@ pub const PROGRAM_FIRST_DATA: &str = "first_data";
 pub const PROGRAM_ANSWER: &str = "answer";
 /// Name of the XDP program for datagrams of QUIC services; `dispatcher` calls it through `STAGES`.
 pub const PROGRAM_DATAGRAM: &str = "datagram";
+/// Name of the XDP program for SYNs to listeners of the daemon; `dispatcher` calls it through `STAGES`.
+pub const PROGRAM_LISTENER: &str = "listener";
 /// Name of the XDP program that runs on frames leaving through a replay map.
 pub const PROGRAM_EMIT: &str = "emit";
 /// Name of the XDP program through which the daemon releases held hellos.
@@ -70,8 +72,11 @@ pub const STAGE_FIRST_DATA: u32 = 0;
 pub const STAGE_ANSWER: u32 = 1;
 /// Index of the `datagram` program in `STAGES`.
 pub const STAGE_DATAGRAM: u32 = 2;
+/// Index of the `listener` program in `STAGES`.
+pub const STAGE_LISTENER: u32 = 3;
 /// The programs of `STAGES`, in order of their indexes.
-pub const STAGE_PROGRAMS: [&str; 3] = [PROGRAM_FIRST_DATA, PROGRAM_ANSWER, PROGRAM_DATAGRAM];
+pub const STAGE_PROGRAMS: [&str; 4] =
+    [PROGRAM_FIRST_DATA, PROGRAM_ANSWER, PROGRAM_DATAGRAM, PROGRAM_LISTENER];
 /// Prefix of the replay device maps `REPLAY0` .. `REPLAY7`, one an interface through which backends
 /// are reached. Every one has [`REPLAY_WIDTH`] entries, all the same interface with the `emit` program.
 pub const MAP_REPLAY_PREFIX: &str = "REPLAY";

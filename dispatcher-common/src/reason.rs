@@ -94,6 +94,8 @@ reasons! {
         TimeExceeded = 19 "time_exceeded",
         /// No backend can take the connection: answered with RST.
         ResetNoBackend = 20 "reset_no_backend",
+        /// SYN to a listener of the daemon whose queue is full, answered with a cookie of the kernel's.
+        SynCookie = 21 "syn_cookie",
     }
     Pass {
         /// Neither VIP nor backend.
@@ -107,6 +109,8 @@ reasons! {
         /// ICMP that is no error about a flow of ours.
         IcmpOther = 36 "icmp_other",
         // 37: unused
+        /// To a service that the daemon serves itself.
+        ToDaemon = 38 "to_daemon",
     }
     Consume {
         /// Bare ACK that completes a handshake with a valid cookie.

@@ -35,6 +35,8 @@ impl VipKey {
 pub const MODE_PASSTHROUGH: u8 = 1;
 /// Bound on the first packet by consistent hash.
 pub const MODE_L4: u8 = 2;
+/// Served by a listener of the daemon: packets go up.
+pub const MODE_LOCAL: u8 = 3;
 
 /// Backends see the dispatcher's address, not the client's.
 pub const FRONTEND_SOURCE_DISPATCHER: u32 = 1 << 0;

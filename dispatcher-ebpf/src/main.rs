@@ -19,6 +19,7 @@ mod http;
 mod icmp;
 mod identify;
 mod l4;
+mod listener;
 mod options;
 mod packet;
 mod parse;
@@ -90,6 +91,12 @@ fn answer(ctx: XdpContext) -> u32 {
 #[xdp]
 fn datagram(ctx: XdpContext) -> u32 {
     finish(pipeline::datagram(&Frame::new(&ctx)))
+}
+
+/// A SYN to a listener of the daemon; called by `dispatcher`.
+#[xdp]
+fn listener(ctx: XdpContext) -> u32 {
+    finish(pipeline::listener(&Frame::new(&ctx)))
 }
 
 /// Frames that the daemon makes to release held hellos.

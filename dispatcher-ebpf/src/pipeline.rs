@@ -3,15 +3,15 @@
 //! ```text
 //! parse -> ours? -> flow known? -> rewrite -> redirect
 //!                        | no
-//!                        +-> SYN: cookie | first data: stash -> session -> bind | l4: bind
+//!                        +-> SYN: cookie | first data: stash -> session -> bind | l4: bind | the daemon's: pass
 //! ```
 
 use dispatcher_common::{
-    abi::{STAGE_DATAGRAM, STAGE_FIRST_DATA},
+    abi::{STAGE_DATAGRAM, STAGE_FIRST_DATA, STAGE_LISTENER},
     flow::{FLAG_QUIC, FLAG_SYN_SENT, FLAG_TO_BACKEND, FLAGS_SLOW, Flow},
     globals::Globals,
     reason::Reason,
-    service::MODE_L4,
+    service::{MODE_L4, MODE_LOCAL},
     tcp::{ACK, FIN, RST, SYN},
 };
 
@@ -177,6 +177,9 @@ pub fn new_connection(frame: &Frame, p: &Parsed, globals: &Globals) -> Verdict {
         return Verdict(Reason::NoService);
     };
     let view = frame.view();
+    if frontend.mode == MODE_LOCAL {
+        return local(view, p);
+    }
     if hops(view, p) <= 1 {
         return icmp::time_exceeded(frame, p, &p.key.dst);
     }
@@ -215,6 +218,15 @@ pub fn new_connection(frame: &Frame, p: &Parsed, globals: &Globals) -> Verdict {
     }
     reply::reset(frame, p)?;
     Verdict(Reason::ResetClient)
+}
+
+/// A packet for a listener of the daemon goes up; a SYN is looked at before.
+#[inline(always)]
+fn local(view: View, p: &Parsed) -> Verdict {
+    let tcp = view.ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
+    // SAFETY: `ptr` checked the bounds.
+    let flags = unsafe { (*tcp).flags } & (SYN | FIN | RST | ACK);
+    if flags == SYN { stage(STAGE_LISTENER) } else { Verdict(Reason::ToDaemon) }
 }
 
 /// Asks for another program, with a stack of its own, to go on with the packet.
@@ -269,6 +281,12 @@ pub fn datagram(frame: &Frame) -> Verdict {
         return Verdict(Reason::NoService);
     };
     quic::bind(frame, p, index, frontend)
+}
+
+/// The stage of SYNs to listeners of the daemon.
+#[inline(always)]
+pub fn listener(frame: &Frame) -> Verdict {
+    crate::listener::syn(frame, parse_again(frame)?)
 }
 
 /// The stage of a backend's first packets.

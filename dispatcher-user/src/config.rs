@@ -183,6 +183,8 @@ pub struct Service {
     pub terminate: Option<Terminate>,
     /// The way to the backends, with [`Mode::Terminate`] and [`Mode::Relay`].
     pub tunnels: Option<Tunnels>,
+    /// Clients' connections at a time, where the daemon serves them.
+    pub max_connections: u32,
     /// Length of the server ID in QUIC connection IDs of configuration n, 0 where there is none.
     pub quic_lb: [u8; 8],
     /// The backends.
@@ -202,7 +204,12 @@ impl Service {
         vips.iter().chain(self.clear_vips()).copied()
     }
 
-    /// Those of them where clients speak in clear.
+    /// All addresses that clients connect to: those that the data path knows.
+    pub fn published(&self) -> impl Iterator<Item = SocketAddr> {
+        self.vips.iter().chain(self.clear_vips()).copied()
+    }
+
+    /// Those where clients speak in clear to a service that ends TLS.
     fn clear_vips(&self) -> &[SocketAddr] {
         let clear = self.terminate.as_ref().and_then(|terminate| terminate.clear.as_ref());
         clear.map_or(&[], |clear| &clear.vips)
@@ -567,9 +574,10 @@ impl Config {
 fn shortages(services: &[Service], capacities: &Capacities) -> impl Iterator<Item = Shortage> + use<> {
     let (mut frontends, mut backends, mut table, mut sources) = (0_u64, 0_u64, 0_u64, 0_u64);
     for service in services {
-        frontends += service.frontends().len() as u64;
+        let published = service.published().count() as u64;
+        frontends += published;
         backends += service.backends.len() as u64;
-        table += service.frontends().len() as u64 * u64::from(service.table_size) * 2;
+        table += published * u64::from(service.table_size) * 2;
         if let Source::Dispatcher { addresses, .. } = &service.source {
             sources += addresses.len() as u64;
         }
@@ -841,8 +849,8 @@ impl Text<'_> {
             source: self.source(raw)?,
             proxy_protocol,
             balance: balance.unwrap_or_default(),
-            // One that has no frontend has no table.
-            table_size: if mode.is_local() { 4093 } else { self.table_size(raw)? },
+            // The daemon needs no table.
+            table_size: if mode.is_local() { 1 } else { self.table_size(raw)? },
             session_ttl: self.duration(raw.session_ttl.as_ref(), "service.session_ttl", 3600)?,
             provisional_ttl: self.duration(raw.provisional_ttl.as_ref(), "service.provisional_ttl", 10)?,
             wscale: number(&raw.wscale, "service.wscale", 7, WSCALE)? as u8,
@@ -856,6 +864,12 @@ impl Text<'_> {
             quic_lb: self.quic_lb(raw, &affinity, &backends)?,
             terminate,
             tunnels,
+            max_connections: number(
+                &raw.max_connections,
+                "service.max_connections",
+                20_000,
+                terminate::CONNECTIONS,
+            )?,
             affinity,
             backends,
             name,
@@ -909,6 +923,12 @@ impl Text<'_> {
                 let problem = format!(
                     "\"{text}\" does not go with protocol = \"{}\": \"quic-cid\" is for \"udp\", and the only one there; remove it",
                     if protocol == Protocol::Udp { "udp" } else { "tcp" }
+                );
+                return Err(self.error(span, "service.affinity", problem));
+            }
+            if mode == Mode::Relay && matches!(one, Affinity::HttpCookie(_)) {
+                let problem = format!(
+                    "\"{text}\" does not go with mode = \"relay\", which does not end TLS; \"tls-ticket\", \"tls-session-id\" and \"client-address\" do"
                 );
                 return Err(self.error(span, "service.affinity", problem));
             }

@@ -8,6 +8,7 @@ pub(crate) mod probe;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -25,7 +26,7 @@ use tokio::task::JoinSet;
 use self::probe::{Client, Target};
 use crate::{
     api,
-    config::{Backend, Config, Service, Tickets},
+    config::{Backend, Config, Mode, Service, Tickets},
     dataplane::{self, Dataplane, monotonic_seconds},
     state::Shared,
 };
@@ -178,14 +179,25 @@ fn due(shared: &Shared) -> Vec<(Who, Target, Option<u32>)> {
                     continue;
                 };
                 if due.len() < AT_ONCE && record.next.is_none_or(|next| now >= next) {
-                    let target =
-                        Target { address, server_name: server_name.clone(), proxy: service.proxy_protocol };
+                    let target = target(shared, service, backend, address, server_name.clone());
                     due.push(((backend.id, server_name), target, service.ticket));
                 }
             }
         }
     }
     due
+}
+
+fn target(
+    shared: &Shared,
+    service: &Service,
+    backend: &Backend,
+    address: SocketAddr,
+    server_name: Option<String>,
+) -> Target {
+    let tunnel =
+        (service.mode == Mode::Relay).then(|| (Arc::clone(&shared.terminator.tunnels), backend.id));
+    Target { address, tunnel, server_name, proxy: service.proxy_protocol }
 }
 
 async fn look(shared: &Arc<Shared>, due: Vec<(Who, Target, Option<u32>)>) {
@@ -344,11 +356,7 @@ async fn share(shared: &Arc<Shared>) {
                         let state = shared.state();
                         let up = |v4: &bool| state.actual.is_up(one.id, *v4);
                         let address = [true, false].into_iter().find(up).and_then(|v4| one.address(v4))?;
-                        Some(Target {
-                            address,
-                            server_name: server_name.clone(),
-                            proxy: service.proxy_protocol,
-                        })
+                        Some(target(shared, service, one, address, server_name.clone()))
                     });
                     let before = record.shared_with.contains(other);
                     let shares = match (target, record.found.clients.first()) {

@@ -15,6 +15,7 @@ mod discovery;
 mod events;
 pub mod explain;
 mod health;
+mod identify;
 pub mod logging;
 pub mod netlink;
 pub mod privileges;

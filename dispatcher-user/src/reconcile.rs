@@ -18,7 +18,7 @@ use dispatcher_common::{
     service::{
         BACKEND_DEAD, BACKEND_DISABLED, BACKEND_DRAIN, BACKEND_UNHEALTHY, BACKEND_UP, Backend as Endpoint,
         FRONTEND_MISS_DAEMON, FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_PROXY_V2, FRONTEND_REFUSED,
-        FRONTEND_SOURCE_DISPATCHER, Frontend, MODE_L4, MODE_PASSTHROUGH, VipKey, endpoint_index,
+        FRONTEND_SOURCE_DISPATCHER, Frontend, MODE_L4, MODE_LOCAL, MODE_PASSTHROUGH, VipKey, endpoint_index,
     },
     session::{
         KIND_QUIC_SERVER, STATE_CONFIGURED, STATE_PINNED, Session, SessionKey, TICKET_NAMED, TICKET_UNKNOWN,
@@ -29,6 +29,7 @@ use crate::{
     balancer::{Balance, Candidate},
     config::{AdminState, Backend, Config, Miss, Mode, Service, Source},
     dataplane::{Dataplane, Error, monotonic_seconds},
+    terminate::Reached,
 };
 
 mod tables;
@@ -432,7 +433,7 @@ impl<'c> Plan<'_, 'c> {
     fn filter(&mut self) {
         let mut addresses = BTreeSet::new();
         for service in &self.config().services {
-            addresses.extend(service.frontends().iter().map(SocketAddr::ip));
+            addresses.extend(service.published().map(|vip| vip.ip()));
             addresses
                 .extend(service.backends.iter().flat_map(Backend::addresses).map(|address| address.ip()));
         }
@@ -488,8 +489,12 @@ impl<'c> Plan<'_, 'c> {
     fn frontends(&mut self, sources: &BTreeMap<(u32, bool), (u32, u32)>) {
         for service in &self.config().services {
             let mut tables: BTreeMap<bool, Table> = BTreeMap::new();
-            for address in service.frontends() {
-                let vip = (*address, service.protocol.number());
+            for address in service.published() {
+                let vip = (address, service.protocol.number());
+                if service.mode.is_local() {
+                    self.frontend(service, vip, Table::found(Vec::new()), (0, 0));
+                    continue;
+                }
                 let v4 = address.is_ipv4();
                 let table = tables
                     .entry(v4)
@@ -548,7 +553,7 @@ impl<'c> Plan<'_, 'c> {
         let services = &self.config().services;
         let wanted: BTreeSet<Vip> = services
             .iter()
-            .flat_map(|service| service.frontends().iter().map(|vip| (*vip, service.protocol.number())))
+            .flat_map(|service| service.published().map(|vip| (vip, service.protocol.number())))
             .collect();
         let gone: Vec<Vip> =
             self.next.frontends.keys().filter(|vip| !wanted.contains(vip)).copied().collect();
@@ -594,8 +599,8 @@ fn rendered(service: &Service, (address, proto): Vip, (source_base, source_len):
         proto,
         mode: match service.mode {
             Mode::L4 => MODE_L4,
-            // The data path has no frontend of a service that ends TLS.
-            Mode::Passthrough | Mode::Terminate | Mode::Relay => MODE_PASSTHROUGH,
+            Mode::Passthrough => MODE_PASSTHROUGH,
+            Mode::Terminate | Mode::Relay => MODE_LOCAL,
         },
         service: service.id,
         flags,
@@ -643,13 +648,8 @@ pub struct Pool {
     pub known: BTreeMap<u32, u32>,
 }
 
-/// Who may be picked where a service ends TLS: whatever family a backend is reached by, and where.
-#[must_use]
-pub fn pool_of_all(
-    desired: &Desired<'_>,
-    actual: &Actual,
-    service: &Service,
-) -> (Pool, BTreeMap<u32, (String, SocketAddr)>) {
+/// What a service that the daemon serves itself must know of its backends, whatever family they are reached by.
+pub(crate) fn reached(desired: &Desired<'_>, actual: &Actual, service: &Service) -> Reached {
     let mut takers = candidates(desired, actual, service, false);
     for one in candidates(desired, actual, service, true) {
         if !takers.iter().any(|other| other.id == one.id) {
@@ -675,7 +675,8 @@ pub fn pool_of_all(
         candidates: takers,
         known,
     };
-    (pool, addresses)
+    let tickets = service.backends.iter().map(|backend| (backend.id, desired.ticket(service, backend)));
+    Reached { pool, addresses, ticket_formats: desired.ticket_formats(service), tickets: tickets.collect() }
 }
 
 /// The pools, by frontend index.

@@ -25,7 +25,7 @@ use crate::{
     response_times::ResponseTimes,
     slow_start::{self, SlowStart},
     store::Store,
-    terminate::{Reached, Terminator},
+    terminate::Terminator,
 };
 
 /// Pools by frontend index, and how often loads were counted.
@@ -168,8 +168,7 @@ impl Shared {
         let failed = changes.iter().find_map(|change| state.actual.apply(change, &self.dataplane).err());
         let local = config.services.iter().filter(|service| service.mode.is_local());
         let reached = local.map(|service| {
-            let (pool, addresses) = reconcile::pool_of_all(&state.desired(config), &state.actual, service);
-            (service.id, Reached { pool, addresses })
+            (service.id, reconcile::reached(&state.desired(config), &state.actual, service))
         });
         self.terminator.find(reached.collect());
         let pools = reconcile::pools(&state.desired(config), &state.actual);

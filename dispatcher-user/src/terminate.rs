@@ -1,17 +1,18 @@
-//! Services that end TLS: clients are served by rustls and hyper, and each request goes through an established
-//! tunnel to the backend of its session.
+//! Services that the daemon serves itself, through established tunnels to the backends.
 //!
 //! ```text
-//! accept -> handshake -> request -> session (cookie) -> backend -> tunnel -> answer
+//! terminate: accept -> handshake -> request -> session (cookie) -> backend -> tunnel -> answer
+//! relay:     accept -> first bytes -> session (ticket, ID, address) -> backend -> tunnel -> bytes both ways
 //! ```
 //!
-//! A `Site` is all that requests of a service need; a reload puts another in its place.
+//! A `Site` is all that requests of a service need, a `Relay` what its connections need; a reload puts another in
+//! its place.
 
 use std::{
     collections::BTreeMap,
     io,
     net::{IpAddr, SocketAddr, TcpListener as StdListener},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -25,11 +26,15 @@ use crate::{
     config::{self, Config, Service, Terminate},
     reconcile::Pool,
     state::Shared,
+    terminate::counts::{Counted, Counts},
     tunnels::{Carries, Load, Settings, Target, Tls, Tunnels},
 };
 
+mod access;
 mod certificates;
 mod connection;
+pub(crate) mod counts;
+mod relay;
 mod request;
 pub(crate) mod secure;
 mod session;
@@ -134,12 +139,65 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// All that requests of a service need.
 pub(crate) struct Site {
-    service: Service,
+    service: Arc<Service>,
     terminate: Terminate,
     /// Name of the cookie by which sessions are known.
     cookie: String,
     tls: Arc<ServerConfig>,
     way: Arc<Way>,
+    log: Option<access::Log>,
+}
+
+/// All that connections need of a service that relays them.
+pub(crate) struct Relay {
+    service: Arc<Service>,
+    /// Kinds of identifiers, in the order in which they are looked up.
+    kinds: Vec<u8>,
+    way: Arc<Way>,
+}
+
+/// What serves the clients of a service.
+#[derive(Clone)]
+enum Front<S, R> {
+    Terminate(S),
+    Relay(R),
+}
+
+/// One that runs: whoever serves its clients follows it.
+type Running = Front<watch::Sender<Arc<Site>>, watch::Sender<Arc<Relay>>>;
+/// One that is to run.
+type Ready = Front<Arc<Site>, Arc<Relay>>;
+
+impl Running {
+    fn now(&self) -> Ready {
+        match self {
+            Self::Terminate(site) => Ready::Terminate(Arc::clone(&site.borrow())),
+            Self::Relay(relay) => Ready::Relay(Arc::clone(&relay.borrow())),
+        }
+    }
+}
+
+impl Ready {
+    fn service(&self) -> &Arc<Service> {
+        match self {
+            Self::Terminate(site) => &site.service,
+            Self::Relay(relay) => &relay.service,
+        }
+    }
+
+    fn way(&self) -> &Arc<Way> {
+        match self {
+            Self::Terminate(site) => &site.way,
+            Self::Relay(relay) => &relay.way,
+        }
+    }
+
+    fn clear(&self) -> Option<&config::Clear> {
+        match self {
+            Self::Terminate(site) => site.terminate.clear.as_ref(),
+            Self::Relay(_) => None,
+        }
+    }
 }
 
 /// Backends of a service that can be reached.
@@ -148,6 +206,10 @@ pub(crate) struct Reached {
     pub(crate) pool: Pool,
     /// Their names, `service/backend`, and where they are, by backend id.
     pub(crate) addresses: BTreeMap<u32, (String, SocketAddr)>,
+    /// Formats of their tickets, a bit each (`session::TICKET_FORMATS`).
+    pub(crate) ticket_formats: u8,
+    /// What is known of their tickets (`session::TICKET_*`), by backend id.
+    pub(crate) tickets: BTreeMap<u32, u32>,
 }
 
 /// By service id.
@@ -155,7 +217,8 @@ type All<T> = BTreeMap<u32, T>;
 
 /// What runs for services that end TLS.
 pub(crate) struct Terminator {
-    sites: Mutex<All<watch::Sender<Arc<Site>>>>,
+    fronts: Mutex<All<Running>>,
+    counts: Mutex<All<Arc<Counts>>>,
     listeners: Mutex<BTreeMap<SocketAddr, JoinHandle<()>>>,
     balancers: Mutex<All<(Balance, Box<dyn Balancer>)>>,
     /// What the reconciler has found.
@@ -170,7 +233,8 @@ pub(crate) struct Terminator {
 impl Default for Terminator {
     fn default() -> Self {
         Self {
-            sites: Mutex::default(),
+            fronts: Mutex::default(),
+            counts: Mutex::default(),
             listeners: Mutex::default(),
             balancers: Mutex::default(),
             reached: watch::Sender::new(All::new()),
@@ -184,7 +248,7 @@ impl Default for Terminator {
 /// What a configuration needs, checked and ready.
 #[derive(Default)]
 pub(crate) struct Prepared {
-    sites: Vec<Arc<Site>>,
+    fronts: Vec<Ready>,
     /// VIPs that nobody listened on.
     listeners: Vec<(SocketAddr, StdListener)>,
 }
@@ -195,16 +259,25 @@ impl Terminator {
         let mut prepared = Prepared::default();
         let bound = lock(&self.listeners);
         for service in &config.services {
-            let (Some(terminate), Some(tunnels)) = (&service.terminate, &service.tunnels) else { continue };
-            let old = lock(&self.sites).get(&service.id).map(|site| Arc::clone(&site.borrow().way));
+            let Some(tunnels) = &service.tunnels else { continue };
+            let old = lock(&self.fronts).get(&service.id).map(|front| Arc::clone(front.now().way()));
             let name = &service.name;
-            prepared.sites.push(Arc::new(Site {
-                cookie: service.cookie().unwrap_or(config::DEFAULT_COOKIE).to_owned(),
-                tls: certificates::server(name, terminate)?,
-                way: certificates::way(name, tunnels, Carries::Requests, old)?,
-                terminate: terminate.clone(),
-                service: service.clone(),
-            }));
+            let own = Arc::new(service.clone());
+            prepared.fronts.push(match &service.terminate {
+                Some(terminate) => Ready::Terminate(Arc::new(Site {
+                    cookie: service.cookie().unwrap_or(config::DEFAULT_COOKIE).to_owned(),
+                    tls: certificates::server(name, terminate)?,
+                    way: certificates::way(name, tunnels, Carries::Requests, old)?,
+                    log: terminate.access_log.as_ref().map(|file| open(name, file)).transpose()?,
+                    terminate: terminate.clone(),
+                    service: own,
+                })),
+                None => Ready::Relay(Arc::new(Relay {
+                    kinds: service.affinity.iter().map(config::Affinity::kind).collect(),
+                    way: certificates::way(name, tunnels, Carries::Flow, old)?,
+                    service: own,
+                })),
+            });
             for vip in service.listeners().filter(|vip| !bound.contains_key(vip)) {
                 let listener = listen(vip).map_err(|source| Error::Listen {
                     service: name.clone(),
@@ -219,22 +292,29 @@ impl Terminator {
 
     /// Puts in force what was prepared. Connections of services that stay go on.
     pub(crate) fn install(&self, shared: &Arc<Shared>, prepared: Prepared) {
-        let Prepared { sites, listeners } = prepared;
-        let mut running = lock(&self.sites);
+        let Prepared { fronts, listeners } = prepared;
+        let mut running = lock(&self.fronts);
         let mut bound = lock(&self.listeners);
         bound.retain(|vip, task| {
-            let stays = sites.iter().any(|site| site.service.listeners().any(|one| one == *vip));
+            let stays = fronts.iter().any(|one| one.service().listeners().any(|one| one == *vip));
             if !stays {
                 task.abort();
             }
             stays
         });
         // Whoever serves a client of one that goes hears of it: its sender is dropped.
-        running.retain(|id, _| sites.iter().any(|site| site.service.id == *id));
-        for site in sites {
-            match running.get(&site.service.id) {
-                Some(sender) => drop(sender.send_replace(site)),
-                None => drop(running.insert(site.service.id, watch::Sender::new(site))),
+        running.retain(|id, _| fronts.iter().any(|one| one.service().id == *id));
+        for front in fronts {
+            let id = front.service().id;
+            match (running.get(&id), front) {
+                (Some(Running::Terminate(sender)), Ready::Terminate(site)) => drop(sender.send_replace(site)),
+                (Some(Running::Relay(sender)), Ready::Relay(relay)) => drop(sender.send_replace(relay)),
+                (_, Ready::Terminate(site)) => {
+                    running.insert(id, Running::Terminate(watch::Sender::new(site)));
+                }
+                (_, Ready::Relay(relay)) => {
+                    running.insert(id, Running::Relay(watch::Sender::new(relay)));
+                }
             }
         }
         for (vip, listener) in listeners {
@@ -245,10 +325,25 @@ impl Terminator {
     }
 
     /// The service that has a VIP.
-    fn at(&self, vip: SocketAddr) -> Option<watch::Receiver<Arc<Site>>> {
-        let sites = lock(&self.sites);
-        let found = sites.values().find(|site| site.borrow().service.listeners().any(|one| one == vip))?;
-        Some(found.subscribe())
+    fn at(&self, vip: SocketAddr) -> Option<Front<watch::Receiver<Arc<Site>>, watch::Receiver<Arc<Relay>>>> {
+        let fronts = lock(&self.fronts);
+        let is_there = |front: &&Running| front.now().service().listeners().any(|one| one == vip);
+        Some(match fronts.values().find(is_there)? {
+            Front::Terminate(site) => Front::Terminate(site.subscribe()),
+            Front::Relay(relay) => Front::Relay(relay.subscribe()),
+        })
+    }
+
+    /// The counters of a service.
+    fn counts(&self, service: u32) -> Arc<Counts> {
+        Arc::clone(lock(&self.counts).entry(service).or_default())
+    }
+
+    /// What is counted of each service, by its name.
+    pub(crate) fn counted(&self) -> Vec<(String, Counted)> {
+        let services: Vec<_> =
+            lock(&self.fronts).values().map(|front| Arc::clone(front.now().service())).collect();
+        services.iter().map(|service| (service.name.clone(), self.counts(service.id).read())).collect()
     }
 
     /// Takes note of the backends that can be reached.
@@ -264,12 +359,12 @@ impl Terminator {
 
     /// Lets the tunnels follow services and backends.
     fn follow(&self) {
-        let sites = lock(&self.sites);
+        let fronts = lock(&self.fronts);
         let reached = self.reached.borrow();
         let (mut targets, mut clear) = (Vec::new(), Vec::new());
-        for (service, site) in sites.iter() {
+        for (service, front) in fronts.iter() {
             let Some(reached) = reached.get(service) else { continue };
-            let site = site.borrow();
+            let front = front.now();
             for (backend, (name, address)) in &reached.addresses {
                 let target = |address: SocketAddr, settings| Target {
                     backend: *backend,
@@ -277,10 +372,10 @@ impl Terminator {
                     address,
                     settings,
                 };
-                targets.push(target(*address, site.way.settings(address.ip())));
-                if let Some(way) = &site.terminate.clear {
+                targets.push(target(*address, front.way().settings(address.ip())));
+                if let Some(way) = front.clear() {
                     let address = SocketAddr::new(address.ip(), way.port);
-                    clear.push(target(address, Arc::clone(&site.way.clear)));
+                    clear.push(target(address, Arc::clone(&front.way().clear)));
                 }
             }
         }
@@ -335,6 +430,14 @@ impl Terminator {
 /// What the configuration of a daemon that starts needs.
 pub(crate) fn prepare(config: &Config) -> Result<Prepared, Error> {
     Terminator::default().prepare(config)
+}
+
+fn open(service: &str, path: &Path) -> Result<access::Log, Error> {
+    access::Log::open(path).map_err(|error| Error::File {
+        service: service.to_owned(),
+        path: path.to_owned(),
+        problem: format!("{error}; the access log must be in a folder in which the daemon may write"),
+    })
 }
 
 fn listen(vip: SocketAddr) -> io::Result<StdListener> {

@@ -13,7 +13,7 @@ use dispatcher_common::{
     reason::Reason,
     service::{
         BACKEND_UP, Backend, FRONTEND_MISS_DAEMON, FRONTEND_PROXY_V2, FRONTEND_SOURCE_DISPATCHER, Frontend,
-        MODE_L4, MODE_PASSTHROUGH, VipKey, endpoint_index, stable_id,
+        MODE_L4, MODE_LOCAL, MODE_PASSTHROUGH, VipKey, endpoint_index, stable_id,
     },
     session::{KIND_QUIC_CID, KIND_TICKET_NAME, KIND_TLS_SESSION_ID, Session, SessionKey},
 };
@@ -89,16 +89,26 @@ pub enum Service {
     L4 = 80,
     /// `l4`, UDP, `affinity = "quic-cid"`.
     Quic = 4433,
+    /// Served by a listener of the daemon.
+    Local = 448,
 }
 
 impl Service {
-    const ALL: [Self; 7] =
-        [Self::Plain, Self::Pool, Self::Proxy, Self::Held, Self::Empty, Self::L4, Self::Quic];
+    const ALL: [Self; 8] = [
+        Self::Plain,
+        Self::Pool,
+        Self::Proxy,
+        Self::Held,
+        Self::Empty,
+        Self::L4,
+        Self::Quic,
+        Self::Local,
+    ];
 
     /// The IP protocol numbers of its frontends.
     fn protocols(self) -> &'static [u8] {
         match self {
-            Self::Plain | Self::Pool | Self::Proxy | Self::Held | Self::Empty => &[6],
+            Self::Plain | Self::Pool | Self::Proxy | Self::Held | Self::Empty | Self::Local => &[6],
             Self::L4 => &[6, 17],
             Self::Quic => &[17],
         }
@@ -106,7 +116,7 @@ impl Service {
 
     fn flags(self) -> u32 {
         match self {
-            Self::Plain | Self::Empty | Self::L4 | Self::Quic => 0,
+            Self::Plain | Self::Empty | Self::L4 | Self::Quic | Self::Local => 0,
             Self::Pool => FRONTEND_SOURCE_DISPATCHER,
             Self::Proxy => FRONTEND_SOURCE_DISPATCHER | FRONTEND_PROXY_V2,
             Self::Held => FRONTEND_MISS_DAEMON,
@@ -328,7 +338,11 @@ impl Machine {
                         addr: family.vip().into(),
                         port: (service as u16).to_be(),
                         proto: protocol,
-                        mode: if service.protocols().contains(&17) { MODE_L4 } else { MODE_PASSTHROUGH },
+                        mode: match service {
+                            Service::Local => MODE_LOCAL,
+                            Service::L4 | Service::Quic => MODE_L4,
+                            _ => MODE_PASSTHROUGH,
+                        },
                         service: service.id(),
                         flags: service.flags(),
                         table_base: 0,

@@ -92,12 +92,14 @@ fn take(frame: &[u8], tags: &[[u8; 4]]) -> Option<Vec<u8>> {
 }
 
 /// A packet socket bound to a device.
-struct Port(OwnedFd);
+#[derive(Debug)]
+pub struct Port(OwnedFd);
 
 const ALL: u16 = (libc::ETH_P_ALL as u16).to_be();
 
 impl Port {
-    fn open(device: &str) -> io::Result<Self> {
+    /// Opens one in the namespace of this thread.
+    pub fn open(device: &str) -> io::Result<Self> {
         let name = CString::new(device)?;
         // SAFETY: plain system calls; the name is terminated, and the new descriptor is owned by
         // nobody else.
@@ -174,7 +176,8 @@ impl Port {
         Some(frame)
     }
 
-    fn send(&self, frame: &[u8]) {
+    /// Sends a frame.
+    pub fn send(&self, frame: &[u8]) {
         // SAFETY: the pointer and the length are those of `frame`. A frame that the device does not
         // take is lost, as on any wire.
         unsafe { libc::send(self.0.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };

@@ -11,6 +11,7 @@ use dispatcher_user::{
     logging,
     reload::Source,
 };
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Keep TLS sessions on their backend, in XDP
@@ -96,8 +97,17 @@ fn run(args: Args) -> Result<()> {
         println!("{}: good", config.summary());
         return Ok(());
     }
+    allow_files();
     let options = Options { keep_privileges: args.keep_privileges, source };
     Ok(daemon::run(config, options, &mut std::io::stdout(), shutdown())?)
+}
+
+/// Each client and each tunnel is an open file: as many as the system allows.
+fn allow_files() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        log::warn!("more open files than usual cannot be had: {error}");
+    }
 }
 
 /// Ready at the first SIGINT or SIGTERM.

@@ -11,7 +11,7 @@ use super::{
     TABLE_SIZE, TIMES, WEIGHT, WSCALE,
     health::CHECKS,
     schema::{duration, hexadecimal, name, one_of, within},
-    terminate::{ESTABLISHED, PORT, VERSIONS},
+    terminate::{CONNECTIONS, ESTABLISHED, PORT, VERSIONS},
 };
 use crate::balancer::Balance;
 
@@ -261,6 +261,10 @@ pub(crate) struct Service {
     /// Established TLS connections to the backends, with mode = "terminate" or "relay".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) tunnels: Option<Tunnels>,
+    /// Clients' connections at a time, with mode = "terminate" or "relay"; more are closed at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(CONNECTIONS))]
+    pub(super) max_connections: Number,
     /// Connection IDs that name their server, in clear (draft-ietf-quic-load-balancers-21).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) quic_lb: Vec<QuicLb>,
@@ -349,6 +353,9 @@ pub(crate) struct Terminate {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = duration)]
     pub(super) idle_timeout: Text,
+    /// File to which a line of JSON is added for each request; a reload opens it anew.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) access_log: Text,
 }
 
 /// Files of a certificate chain and of its key, PEM.

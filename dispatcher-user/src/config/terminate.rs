@@ -27,6 +27,8 @@ pub struct Terminate {
     pub response_timeout: u32,
     /// Seconds that a connection may stay without a request; and that the header of an HTTP/1.1 request may take.
     pub idle_timeout: u32,
+    /// File to which a line is added for each request.
+    pub access_log: Option<PathBuf>,
     /// Where and how requests in clear are taken.
     pub clear: Option<Clear>,
 }
@@ -87,6 +89,8 @@ pub struct Tunnels {
 pub const DEFAULT_COOKIE: &str = "DISPATCHER";
 
 pub(super) const ESTABLISHED: RangeInclusive<i64> = 1..=1024;
+/// Clients' connections to one service.
+pub(super) const CONNECTIONS: RangeInclusive<i64> = 1..=1 << 24;
 pub(super) const PORT: RangeInclusive<i64> = 1..=65535;
 pub(super) const VERSIONS: [(&str, bool); 2] = [("1.2", false), ("1.3", true)];
 
@@ -107,10 +111,16 @@ impl Text<'_> {
         for (given, key, goes, modes) in [
             (raw.terminate.is_some(), "service.terminate", ends, "mode = \"terminate\" only"),
             (raw.clear.is_some(), "service.clear", ends, "mode = \"terminate\" only"),
+            (
+                raw.max_connections.is_some(),
+                "service.max_connections",
+                mode.is_local(),
+                "mode = \"terminate\" or \"relay\"",
+            ),
             (raw.tunnels.is_some(), "service.tunnels", mode.is_local(), "mode = \"terminate\" or \"relay\""),
         ] {
             if given && !goes {
-                let problem = format!("goes with {modes}; set that, or remove the table");
+                let problem = format!("goes with {modes}; set that, or remove it");
                 return Err(self.error(raw.name.span(), key, problem));
             }
         }
@@ -169,6 +179,11 @@ impl Text<'_> {
             handshake_timeout: seconds(&table.handshake_timeout, "handshake_timeout", 10)?,
             response_timeout: seconds(&table.response_timeout, "response_timeout", 60)?,
             idle_timeout: seconds(&table.idle_timeout, "idle_timeout", 60)?,
+            access_log: table
+                .access_log
+                .as_ref()
+                .map(|file| self.file(file, "service.terminate.access_log"))
+                .transpose()?,
             clear: raw.clear.as_ref().map(|clear| self.clear(clear)).transpose()?,
         })
     }

@@ -641,7 +641,7 @@ fn parse(name: &str, text: &str) -> Config {
 fn the_example_files_are_valid() {
     let names: BTreeSet<String> =
         examples().into_iter().map(|(name, text)| (parse(&name, &text), name).1).collect();
-    let wanted = ["cookie", "full", "l4", "minimal", "quic", "terminate", "tickets"]
+    let wanted = ["cookie", "full", "l4", "minimal", "quic", "relay", "terminate", "tickets"]
         .map(|name| format!("{name}.toml"));
     assert_eq!(names, BTreeSet::from(wanted));
 }
@@ -877,6 +877,10 @@ fn services_that_end_tls() {
         ("mode = \"relay\"\nclear.vip = \"192.0.2.1:80\"".to_owned(), "service.clear", "\"terminate\" only"),
         ("mode = \"relay\"\nmiss = \"daemon\"".to_owned(), "service.miss", "always decides"),
         ("mode = \"relay\"\nwscale = 3".to_owned(), "service.wscale", "remove it"),
+        ("max_connections = 3".to_owned(), "service.max_connections", "\"terminate\" or \"relay\""),
+        (more("max_connections = 0"), "service.max_connections", "use 1 to"),
+        (more("terminate.access_log = \"log\""), "service.terminate.access_log", "an absolute path"),
+        ("mode = \"relay\"\naffinity = \"http-cookie:a\"".to_owned(), "service.affinity", "does not end TLS"),
         (more("clear.vip = []"), "service.clear.vip", "\"192.0.2.10:80\""),
         (more("clear.vip = \"192.0.2.1:443\""), "service.vip", "belongs to service web already"),
         (more("clear = { vip = \"192.0.2.1:80\", port = 0 }"), "service.clear.port", "use 1 to 65535"),

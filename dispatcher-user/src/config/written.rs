@@ -119,6 +119,7 @@ fn service(service: &Service) -> raw::Service {
         slow_start,
         terminate,
         tunnels: way,
+        max_connections,
         quic_lb,
         backends,
     } = service;
@@ -152,6 +153,7 @@ fn service(service: &Service) -> raw::Service {
         terminate: terminate.as_ref().map(ending),
         clear: terminate.as_ref().and_then(|terminate| terminate.clear.as_ref()).map(clear),
         tunnels: way.as_ref().map(tunnels),
+        max_connections: (!ours).then(|| number(*max_connections)).flatten(),
         slow_start: duration(*slow_start),
         tickets: affinity.contains(&Affinity::TlsTicket).then(|| raw::Tickets {
             discovery: Some(tickets.is_some()),
@@ -200,6 +202,7 @@ fn ending(terminate: &Terminate) -> raw::Terminate {
         handshake_timeout,
         response_timeout,
         idle_timeout,
+        access_log,
         clear: _,
     } = terminate;
     let pair = |KeyPair { certificate, key }: &KeyPair| raw::KeyPair {
@@ -212,6 +215,7 @@ fn ending(terminate: &Terminate) -> raw::Terminate {
         handshake_timeout: duration(*handshake_timeout),
         response_timeout: duration(*response_timeout),
         idle_timeout: duration(*idle_timeout),
+        access_log: access_log.as_ref().and_then(|file| text(file.to_string_lossy())),
     }
 }
 

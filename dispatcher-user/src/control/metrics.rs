@@ -14,14 +14,19 @@ use hyper::server::conn::http1;
 use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeMetric as _, NoLabelSet, text},
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric as _, MetricEncoder, NoLabelSet, text},
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
     registry::Registry,
 };
 use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
 
 use super::{Failure, blocking, read_backends, read_counters, status_of};
-use crate::{api, state::Shared};
+use crate::{
+    api,
+    state::Shared,
+    terminate::counts::{Counted, Refusal},
+    tunnels::Status,
+};
 
 /// What is sent.
 const TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -53,6 +58,9 @@ struct Snapshot {
     health: Vec<Checked>,
     /// At the last sweep.
     sessions: [u64; 2],
+    /// Of services that the daemon serves itself.
+    served: Vec<(String, Counted)>,
+    tunnels: Vec<Status>,
 }
 
 impl Snapshot {
@@ -68,6 +76,8 @@ impl Snapshot {
             backends,
             health: checked(shared),
             sessions: shared.counts.sessions(),
+            served: shared.terminator.counted(),
+            tunnels: shared.terminator.tunnels.backends(),
         })
     }
 
@@ -128,13 +138,7 @@ impl Snapshot {
             let name = format!("backend_{name}_seconds");
             let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Histogram)?;
             for (one, times) in self.backends.iter().zip(&self.times) {
-                let part = part(times);
-                let end = |n| Histogram::end(n).map_or(f64::INFINITY, |ns| ns as f64 / 1e9);
-                let buckets: Vec<(f64, u64)> =
-                    part.buckets.iter().enumerate().map(|(n, count)| (end(n), *count)).collect();
-                let (sum, count) = (part.sum as f64 / 1e9, part.count());
-                let labels = labels(one);
-                family.encode_family(&labels)?.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
+                encode_times(&mut family, &labels(one), part(times))?;
             }
         }
         let help = "1 for the state that the backend is in, 0 for the others";
@@ -152,6 +156,80 @@ impl Snapshot {
         for Checked { service, backend, address, healthy } in &self.health {
             let labels = [("service", service), ("backend", backend), ("address", address)];
             ConstGauge::new(u32::from(*healthy)).encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+
+    fn encode_served(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        type Read = fn(&Counted) -> u64;
+        let counters: [(&str, &str, Read); 2] = [
+            ("clients", "Connections of clients that the daemon accepted", |one| one.accepted),
+            ("requests_retried", "Requests offered to another tunnel", |one| one.retried),
+        ];
+        for (name, help, read) in counters {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for (service, counted) in &self.served {
+                let labels = [("service", service.as_str())];
+                ConstCounter::new(read(counted)).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        let help = "Connections of clients that are open";
+        let mut family = encoder.encode_descriptor("clients_open", help, None, MetricType::Gauge)?;
+        for (service, counted) in &self.served {
+            let labels = [("service", service.as_str())];
+            ConstGauge::new(counted.open as f64).encode(family.encode_family(&labels)?)?;
+        }
+        let help = "Connections of clients that the daemon ended, by the reason";
+        let mut family = encoder.encode_descriptor("clients_refused", help, None, MetricType::Counter)?;
+        for (service, counted) in &self.served {
+            for ((_, reason), count) in Refusal::ALL.into_iter().zip(counted.refused) {
+                let labels = [("service", service.as_str()), ("reason", reason)];
+                ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        let help = "Requests that were answered, by their way to the backend and the class of the answer";
+        let mut family = encoder.encode_descriptor("requests", help, None, MetricType::Counter)?;
+        for (service, counted) in &self.served {
+            for (way, classes) in ["clear", "tunnel"].into_iter().zip(counted.requests) {
+                for (class, count) in ["1xx", "2xx", "3xx", "4xx", "5xx"].into_iter().zip(classes) {
+                    let labels = [("service", service.as_str()), ("way", way), ("code", class)];
+                    ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
+                }
+            }
+        }
+        let help = "Time from a request to the head of its answer";
+        let mut family = encoder.encode_descriptor("request_seconds", help, None, MetricType::Histogram)?;
+        for (service, counted) in &self.served {
+            encode_times(&mut family, &[("service", service.as_str())], &counted.times)?;
+        }
+        Ok(())
+    }
+
+    fn encode_tunnels(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let of = |one: &Status| {
+            let (service, backend) = one.name.split_once('/').unwrap_or_default();
+            [("service", service.to_owned()), ("backend", backend.to_owned())]
+        };
+        type Read = fn(&Status) -> u64;
+        let counters: [(&str, &str, Read); 2] = [
+            ("tunnel_handshakes", "TLS handshakes with backends", |one| one.handshakes),
+            ("tunnel_failures", "Attempts that gave no tunnel", |one| one.failed),
+        ];
+        for (name, help, read) in counters {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for one in &self.tunnels {
+                ConstCounter::new(read(one)).encode(family.encode_family(&of(one))?)?;
+            }
+        }
+        let gauges: [(&str, &str, Read); 2] = [
+            ("tunnels", "Established tunnels that take requests", |one| one.established as u64),
+            ("tunnels_failing", "1 while attempts fail", |one| u64::from(one.error.is_some())),
+        ];
+        for (name, help, read) in gauges {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for one in &self.tunnels {
+                ConstGauge::new(read(one) as f64).encode(family.encode_family(&of(one))?)?;
+            }
         }
         Ok(())
     }
@@ -220,6 +298,18 @@ fn checked(shared: &Shared) -> Vec<Checked> {
     found
 }
 
+fn encode_times(
+    family: &mut MetricEncoder<'_>,
+    labels: &impl EncodeLabelSet,
+    times: &Histogram,
+) -> fmt::Result {
+    let end = |n| Histogram::end(n).map_or(f64::INFINITY, |ns| ns as f64 / 1e9);
+    let buckets: Vec<(f64, u64)> =
+        times.buckets.iter().enumerate().map(|(n, count)| (end(n), *count)).collect();
+    let (sum, count) = (times.sum as f64 / 1e9, times.count());
+    family.encode_family(labels)?.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
+}
+
 fn labels(backend: &api::Backend) -> [(&str, &str); 2] {
     [("service", backend.service.as_str()), ("backend", backend.name.as_str())]
 }
@@ -228,6 +318,8 @@ impl Collector for Snapshot {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         self.encode_packets(&mut encoder)?;
         self.encode_backends(&mut encoder)?;
+        self.encode_served(&mut encoder)?;
+        self.encode_tunnels(&mut encoder)?;
         self.encode_daemon(&mut encoder)
     }
 }

@@ -11,10 +11,13 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, UnixTime},
 };
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::TcpStream,
     time::timeout,
 };
+use tokio_util::either::Either;
+
+use crate::tunnels::Tunnels;
 
 /// For a connection and its handshake.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -26,9 +29,11 @@ pub(crate) const PROXY_LOCAL: [u8; 16] =
     [0x0d, 0x0a, 0x0d, 0x0a, 0x00, 0x0d, 0x0a, 0x51, 0x55, 0x49, 0x54, 0x0a, 0x20, 0, 0, 0];
 
 /// Whom to look at.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Target {
     pub(super) address: SocketAddr,
+    /// It is reached through a tunnel to this backend.
+    pub(super) tunnel: Option<(Arc<Tunnels>, u32)>,
     /// The name to ask for.
     pub(super) server_name: Option<String>,
     /// The backend expects a PROXY header.
@@ -67,8 +72,16 @@ pub(super) async fn connect(target: &Target, client: &Client) -> Result<Seen, St
             // Of an address, no name is sent.
             None => ServerName::from(target.address.ip()),
         };
-        let mut stream =
-            TcpStream::connect(target.address).await.map_err(|error| format!("connecting: {error}"))?;
+        let mut stream = match &target.tunnel {
+            None => {
+                let stream = TcpStream::connect(target.address).await;
+                Either::Left(stream.map_err(|error| format!("connecting: {error}"))?)
+            }
+            Some((tunnels, backend)) => {
+                let lease = tunnels.wait(*backend, 0, PATIENCE).await.map_err(|error| error.to_string())?;
+                Either::Right(lease.stream().await.ok_or("the tunnel ended")?)
+            }
+        };
         if target.proxy {
             stream.write_all(&PROXY_LOCAL).await.map_err(|error| format!("writing: {error}"))?;
         }
@@ -77,7 +90,11 @@ pub(super) async fn connect(target: &Target, client: &Client) -> Result<Seen, St
     timeout(PATIENCE, work).await.unwrap_or_else(|_| Err("no answer within 5 s".to_owned()))
 }
 
-async fn talk(stream: &mut TcpStream, client: &Client, name: ServerName<'static>) -> Result<Seen, String> {
+async fn talk(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    client: &Client,
+    name: ServerName<'static>,
+) -> Result<Seen, String> {
     let mut tls = ClientConnection::new(Arc::clone(client), name).map_err(|error| error.to_string())?;
     let mut hello = Vec::new();
     tls.write_tls(&mut hello).map_err(|error| error.to_string())?;
@@ -104,11 +121,15 @@ async fn talk(stream: &mut TcpStream, client: &Client, name: ServerName<'static>
     Ok(Seen { ticket, resumed })
 }
 
-async fn send(stream: &mut TcpStream, bytes: &[u8]) -> Result<(), String> {
-    stream.write_all(bytes).await.map_err(|error| format!("writing: {error}"))
+async fn send(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> Result<(), String> {
+    let sent = async {
+        stream.write_all(bytes).await?;
+        stream.flush().await
+    };
+    sent.await.map_err(|error| format!("writing: {error}"))
 }
 
-async fn receive(stream: &mut TcpStream, tls: &mut ClientConnection) -> Result<(), String> {
+async fn receive(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), tls: &mut ClientConnection) -> Result<(), String> {
     let mut bytes = [0; 4096];
     let len = stream.read(&mut bytes).await.map_err(|error| format!("reading: {error}"))?;
     if len == 0 {

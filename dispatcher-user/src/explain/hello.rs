@@ -8,7 +8,7 @@ use dispatcher_common::{
 };
 use serde::Serialize;
 
-use crate::{api::to_hex, counted};
+use crate::{api::to_hex, counted, identify::client_hello};
 
 /// What a client speaks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
@@ -86,21 +86,6 @@ impl Hello {
     pub(super) fn is_encrypted(&self) -> bool {
         matches!(self.protocol, Some(Protocol::Tls | Protocol::Quic))
     }
-}
-
-/// The ClientHello with which a stream begins, without record headers, and where in it things stand.
-pub(super) fn client_hello(bytes: &[u8]) -> Option<(Vec<u8>, tls::ClientHello)> {
-    if tls::scan_client_hello(bytes) == Scan::NotTls {
-        return None;
-    }
-    let mut message = vec![0; bytes.len()];
-    let len = tls::join_records(bytes, bytes.len(), |from, to, len| {
-        let Some(part) = bytes.get(from..from + len) else { return false };
-        message.get_mut(to..to + len).map(|place| place.copy_from_slice(part)).is_some()
-    });
-    message.truncate(len);
-    let mut found = tls::ClientHello::default();
-    tls::client_hello(&message[..], &mut found).then_some((message, found))
 }
 
 /// Reads the start of a client's stream.

@@ -6,18 +6,15 @@
 use std::net::IpAddr;
 
 use dispatcher_common::{
-    addr::Addr,
     http::{self, FOUND, Reader},
     quic::{self, Form},
     service::Frontend,
-    session::{
-        KIND_CLIENT, KIND_COOKIE, KIND_QUIC_CID, KIND_QUIC_SERVER, KIND_TICKET, KIND_TICKET_NAME,
-        KIND_TLS_SESSION_ID, Session, SessionKey, TICKET_FORMATS, TICKET_HEAD,
-    },
+    session::{KIND_QUIC_CID, KIND_QUIC_SERVER, Session, SessionKey},
     stash::PAYLOAD_MAX,
 };
 
-use super::{Error, hello, machine::Machine};
+use super::{Error, machine::Machine};
+use crate::identify::{self, Wanted};
 
 /// An identifier, and its entry before the program ran.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,35 +33,14 @@ pub(super) fn of_stream(
     stream: &[u8],
 ) -> Result<Vec<SessionKey>, Error> {
     let stream = stream.get(..PAYLOAD_MAX).unwrap_or(stream);
-    let (message, found) = hello::client_hello(stream).unwrap_or_default();
     let cookie = machine.cookie(frontend, stream)?;
-    let [session_id, ticket, psk] = [found.session_id, found.ticket, found.psk].map(|one| one.of(&message));
-    // A client that offers both resumes with the PSK.
-    let sealed = if psk.is_empty() { ticket } else { psk };
-    let key = |kind, id: &[u8]| SessionKey::new(frontend.service, kind, id);
-    let mut keys = Vec::new();
-    for kind in frontend.affinity {
-        match kind {
-            KIND_TICKET_NAME => {
-                let formats =
-                    (0..).zip(TICKET_FORMATS).filter(|(n, _)| frontend.ticket_formats >> n & 1 != 0);
-                let names = formats.filter_map(|(_, (at, len))| {
-                    key(kind, sealed.get(usize::from(at)..usize::from(at + len))?)
-                });
-                keys.extend(names);
-                keys.extend(sealed.get(..TICKET_HEAD).and_then(|head| key(KIND_TICKET, head)));
-            }
-            // Beside a ticket or PSK the session ID is made up by the client (RFC 5077 section 3.4).
-            KIND_TLS_SESSION_ID if sealed.is_empty() => keys.extend(key(kind, session_id)),
-            KIND_COOKIE => {
-                let value = cookie.filter(|reader| reader.state == FOUND);
-                keys.extend(value.and_then(|reader| key(kind, &http::id(reader.hash))));
-            }
-            KIND_CLIENT => keys.extend(key(kind, &Addr::from(client).octets())),
-            _ => {}
-        }
-    }
-    Ok(keys)
+    let cookie = cookie.filter(|reader| reader.state == FOUND).map(|reader| http::id(reader.hash));
+    let wanted = Wanted {
+        service: frontend.service,
+        affinity: &frontend.affinity,
+        ticket_formats: frontend.ticket_formats,
+    };
+    Ok(identify::keys(&wanted, client, stream, cookie))
 }
 
 /// The identifiers of the first datagram of a service that is bound by it.

@@ -76,14 +76,14 @@ impl Machine {
         let services = &config.services;
         let count = |number: usize| u32::try_from(number.max(1)).unwrap_or(u32::MAX);
         let table: u64 =
-            services.iter().map(|one| one.frontends().len() as u64 * u64::from(one.table_size) * 2).sum();
+            services.iter().map(|one| one.published().count() as u64 * u64::from(one.table_size) * 2).sum();
         let wanted = u32::try_from(connections.saturating_mul(8)).unwrap_or(u32::MAX);
         let entries = wanted.next_multiple_of(1024).clamp(FLOWS.0, FLOWS.1);
         let capacities = Capacities {
             flows: entries,
             sessions: entries.max(count(known.sessions.len() * 2)),
             provisional: entries.max(count(known.sessions.len() * 2)),
-            frontends: count(services.iter().map(|one| one.frontends().len()).sum()),
+            frontends: count(services.iter().map(|one| one.published().count()).sum()),
             backends: count(services.iter().map(|one| one.backends.len()).sum()),
             lb_table: u32::try_from(table.max(1)).unwrap_or(u32::MAX),
             sources: config.capacities.sources,

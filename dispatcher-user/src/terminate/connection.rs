@@ -24,7 +24,11 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::either::Either;
 
-use super::{Site, request, seconds};
+use super::{
+    Front, Relay, Site,
+    counts::{Counts, Open, Refusal},
+    relay, request, seconds,
+};
 use crate::state::Shared;
 
 /// Requests of one HTTP/2 connection at a time.
@@ -41,12 +45,17 @@ pub(super) struct Client {
     pub(super) address: SocketAddr,
     /// It speaks in clear.
     pub(super) clear: bool,
+    open: Open,
     requests: AtomicU32,
     /// Told when the last request under way has ended.
     rest: Notify,
 }
 
 impl Client {
+    pub(super) fn counts(&self) -> &Counts {
+        self.open.counts()
+    }
+
     /// The service as it is now.
     pub(super) fn site(&self) -> Arc<Site> {
         Arc::clone(&self.site.borrow())
@@ -60,6 +69,12 @@ impl Busy {
     pub(super) fn new(client: &Arc<Client>) -> Self {
         client.requests.fetch_add(1, Ordering::Relaxed);
         Self(Arc::clone(client))
+    }
+}
+
+impl Busy {
+    pub(super) fn client(&self) -> &Client {
+        &self.0
     }
 }
 
@@ -81,8 +96,8 @@ pub(super) async fn accept(shared: Arc<Shared>, vip: SocketAddr, listener: StdLi
         match listener.accept().await {
             Ok((stream, address)) => {
                 // The VIP may be another service's by now.
-                let Some(site) = shared.terminator.at(vip) else { continue };
-                tokio::spawn(serve(Arc::clone(&shared), site, vip, stream, address));
+                let Some(front) = shared.terminator.at(vip) else { continue };
+                serve_by(&shared, front, vip, stream, address);
             }
             Err(error) => {
                 // Too many files, for example: those that are open end some time.
@@ -93,19 +108,41 @@ pub(super) async fn accept(shared: Arc<Shared>, vip: SocketAddr, listener: StdLi
     }
 }
 
+/// Serves a client, if there are not too many.
+fn serve_by(
+    shared: &Arc<Shared>,
+    front: Front<watch::Receiver<Arc<Site>>, watch::Receiver<Arc<Relay>>>,
+    vip: SocketAddr,
+    stream: TcpStream,
+    address: SocketAddr,
+) {
+    let service = match &front {
+        Front::Terminate(site) => Arc::clone(&site.borrow().service),
+        Front::Relay(relay) => Arc::clone(&relay.borrow().service),
+    };
+    let counts = shared.terminator.counts(service.id);
+    let Some(open) = counts.admit(service.max_connections.into()) else { return };
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE);
+    if let Err(error) = stream.set_nodelay(true).and(SockRef::from(&stream).set_tcp_keepalive(&keepalive)) {
+        log::debug!("{address}: {error}");
+    }
+    let shared = Arc::clone(shared);
+    match front {
+        Front::Terminate(site) => drop(tokio::spawn(serve(shared, site, vip, stream, address, open))),
+        Front::Relay(relay) => drop(tokio::spawn(relay::serve(shared, relay, vip, stream, address, open))),
+    }
+}
+
 async fn serve(
     shared: Arc<Shared>,
     site: watch::Receiver<Arc<Site>>,
     vip: SocketAddr,
     stream: TcpStream,
     address: SocketAddr,
+    open: Open,
 ) {
     let mut closing = shared.terminator.closing.subscribe();
     let now = Arc::clone(&site.borrow());
-    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE);
-    if let Err(error) = stream.set_nodelay(true).and(SockRef::from(&stream).set_tcp_keepalive(&keepalive)) {
-        log::debug!("{address}: {error}");
-    }
     let clear = now.terminate.clear.as_ref().is_some_and(|clear| clear.vips.contains(&vip));
     let stream = if clear {
         Either::Left(stream)
@@ -114,14 +151,20 @@ async fn serve(
         let limit = now.terminate.handshake_timeout;
         match timeout(seconds(limit), acceptor.accept(stream)).await {
             Ok(Ok(stream)) => Either::Right(stream),
-            Ok(Err(error)) => return log::debug!("{address}: handshake: {error}"),
-            Err(_) => return log::debug!("{address}: no handshake within {limit} s"),
+            Ok(Err(error)) => {
+                open.counts().refuse(Refusal::Handshake);
+                return log::debug!("{address}: handshake: {error}");
+            }
+            Err(_) => {
+                open.counts().refuse(Refusal::HandshakeTimeout);
+                return log::debug!("{address}: no handshake within {limit} s");
+            }
         }
     };
     let idle_limit = seconds(now.terminate.idle_timeout);
     drop(now);
     let (requests, rest) = (AtomicU32::new(0), Notify::new());
-    let client = Arc::new(Client { shared, site, address, clear, requests, rest });
+    let client = Arc::new(Client { shared, site, address, clear, open, requests, rest });
     let service = service_fn(|request| request::answer(Arc::clone(&client), request));
     let mut server = auto::Builder::new(TokioExecutor::new());
     server.http1().timer(TokioTimer::new()).header_read_timeout(idle_limit);
@@ -150,7 +193,10 @@ async fn serve(
         }
     };
     if let Err(error) = result {
-        log::debug!("{address}: {error}");
+        if let Some(why) = Refusal::of(&*error) {
+            client.counts().refuse(why);
+        }
+        log::debug!("{address}: {}", crate::one_line(&*error));
     }
 }
 

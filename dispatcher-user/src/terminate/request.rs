@@ -4,7 +4,7 @@ use std::{
     convert::Infallible,
     pin::{Pin, pin},
     sync::{Arc, Mutex},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
@@ -25,7 +25,7 @@ use hyper_util::rt::TokioIo;
 use tokio::time::{error::Elapsed, timeout_at};
 
 use super::{
-    Reached, Site,
+    Reached, Site, access,
     connection::{Busy, Client},
     secure,
     session::{self, Binding},
@@ -72,26 +72,101 @@ pub(super) async fn answer(
     let site = client.site();
     let id = request_id();
     let began = Instant::now();
-    let what = format!("{} {}", request.method(), request.uri().path());
-    let answer = match pass_on(&client, &site, request, &id).await {
+    let mut way = Way { secure: !client.clear, ..Way::default() };
+    let asked = site.log.is_some().then(|| Asked::of(&request));
+    let answer = match pass_on(&client, &site, request, &id, &mut way).await {
         Ok(response) => response,
         Err(Failure { status, problem }) => {
-            log::debug!(
-                "{} {}: {what}: {status}: {problem} (request {id})",
-                site.service.name,
-                client.address
-            );
+            log::debug!("{} {}: {status}: {problem} (request {id})", site.service.name, client.address);
             page(status, &problem, &id)
         }
     };
-    log::debug!(
-        "{} {}: {what}: {} after {} ms (request {id})",
-        site.service.name,
-        client.address,
-        answer.status().as_u16(),
-        began.elapsed().as_millis()
-    );
-    Ok(answer.map(|body| Watched { body, _busy: busy }.boxed_unsync()))
+    let (status, took) = (answer.status(), began.elapsed());
+    client.counts().request(way.secure, status.as_u16(), took);
+    let told = asked.map(|asked| Told { site, asked, id, status, began, took, way, sent: 0, complete: false });
+    Ok(answer.map(|body| {
+        let mut body = Watched { body, told, busy };
+        body.note(0);
+        body.boxed_unsync()
+    }))
+}
+
+/// Which way a request went.
+#[derive(Default)]
+struct Way {
+    backend: u32,
+    /// 0 for none.
+    tunnel: u32,
+    secure: bool,
+    tries: usize,
+}
+
+/// What the access log says of a request.
+struct Asked {
+    time: String,
+    method: Method,
+    host: Option<String>,
+    path: String,
+    version: Version,
+}
+
+impl Asked {
+    fn of(request: &Request<Incoming>) -> Self {
+        let authority = request.uri().authority().map(Authority::to_string);
+        let host = || request.headers().get(HOST)?.to_str().ok().map(str::to_owned);
+        Self {
+            time: access::time(),
+            method: request.method().clone(),
+            host: authority.or_else(host),
+            path: request.uri().path().to_owned(),
+            version: request.version(),
+        }
+    }
+}
+
+/// What the access log says of an answer.
+struct Told {
+    site: Arc<Site>,
+    asked: Asked,
+    id: String,
+    status: StatusCode,
+    began: Instant,
+    took: Duration,
+    way: Way,
+    sent: u64,
+    complete: bool,
+}
+
+impl Told {
+    fn write(&self, client: &Client) {
+        let Self { site, asked, id, status, began, took, way, sent, complete } = self;
+        let Some(log) = &site.log else { return };
+        let reached = client.shared.terminator.reached(site.service.id);
+        let name = reached.as_ref().and_then(|reached| reached.addresses.get(&way.backend));
+        let ms = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
+        log.write(&access::Line {
+            time: asked.time.clone(),
+            service: &site.service.name,
+            client: client.address.ip(),
+            method: asked.method.as_str(),
+            host: asked.host.as_deref(),
+            path: &asked.path,
+            version: match asked.version {
+                Version::HTTP_2 => "2",
+                Version::HTTP_10 => "1.0",
+                _ => "1.1",
+            },
+            status: status.as_u16(),
+            sent_bytes: *sent,
+            head_ms: ms(*took),
+            ms: ms(began.elapsed()),
+            backend: name.and_then(|(name, _)| name.split_once('/')).map(|(_, backend)| backend),
+            tunnel: Some(way.tunnel).filter(|tunnel| *tunnel != 0),
+            tries: way.tries,
+            complete: *complete,
+            request_id: id,
+        });
+    }
 }
 
 /// When the last piece of a request's body was sent: until its end an answer is not due.
@@ -133,7 +208,26 @@ impl Progress {
 /// A body whose request is under way until it has been read, or is dropped.
 struct Watched {
     body: Body,
-    _busy: Busy,
+    told: Option<Told>,
+    busy: Busy,
+}
+
+impl Watched {
+    /// Takes note of what was sent, and whether that was all.
+    fn note(&mut self, sent: usize) {
+        if let Some(told) = &mut self.told {
+            told.sent += sent as u64;
+            told.complete |= self.body.is_end_stream();
+        }
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        if let Some(told) = &self.told {
+            told.write(self.busy.client());
+        }
+    }
 }
 
 impl hyper::body::Body for Watched {
@@ -144,7 +238,14 @@ impl hyper::body::Body for Watched {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        Pin::new(&mut self.body).poll_frame(context)
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+        let sent = frame.as_ref().and_then(|frame| frame.as_ref().ok()).and_then(Frame::data_ref);
+        let sent = sent.map_or(0, Bytes::len);
+        self.note(sent);
+        if let (None, Some(told)) = (&frame, &mut self.told) {
+            told.complete = true;
+        }
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
@@ -179,6 +280,7 @@ async fn pass_on(
     site: &Arc<Site>,
     mut request: Request<Incoming>,
     id: &str,
+    way: &mut Way,
 ) -> Result<Response<Body>, Failure> {
     let authority = check(&request)?;
     let upgraded = wants_upgrade(&request).then(|| hyper::upgrade::on(&mut request));
@@ -199,11 +301,12 @@ async fn pass_on(
     let mut body =
         Some(if empty { nothing() } else { progress.watch(body.map_err(BoxError::from).boxed_unsync()) });
     let repeatable = empty && head.method.is_safe();
+    way.secure = secure;
     let mut avoid = Vec::new();
-    let mut tries = 0;
     loop {
         let (lease, backend) = lease(client, site, secure, key.as_ref(), confirmed, &avoid).await?;
         let tunnel = if secure { lease.id() } else { 0 };
+        (way.backend, way.tunnel, way.tries) = (backend, tunnel, way.tries + 1);
         let request = form(&head, &authority, &lease, protocol.as_ref(), body.take().unwrap_or_else(nothing));
         let limit = super::seconds(site.terminate.response_timeout);
         let sent = progress.within(limit, exchange(lease, request, repeatable)).await;
@@ -220,7 +323,6 @@ async fn pass_on(
                 ));
             }
         };
-        tries += 1;
         // Another tunnel to the same backend, where there is one.
         if client.shared.terminator.road(secure).load(backend).established == 0 {
             avoid.push(backend);
@@ -230,12 +332,12 @@ async fn pass_on(
         if error.is_user() {
             return Err(failure(StatusCode::BAD_REQUEST, "the request's body cannot be read"));
         }
-        if tries >= TRIES || !(unsent || repeatable) {
-            return Err(failure(
-                StatusCode::BAD_GATEWAY,
-                format!("the backend's tunnel failed: {}", crate::one_line(&error)),
-            ));
+        if way.tries >= TRIES || !(unsent || repeatable) {
+            // Why is for the operator.
+            log::debug!("{}: {} (request {id})", site.service.name, crate::one_line(&error));
+            return Err(failure(StatusCode::BAD_GATEWAY, "the connection to the backend failed"));
         }
+        client.counts().retry();
     }
 }
 
@@ -371,7 +473,7 @@ async fn lease(
         let Some(key) = key else { return Ok((lease, backend)) };
         let tunnel = if secure { lease.id() } else { 0 };
         let binding = Binding { backend, tunnel, confirmed: confirmed && known.is_some() };
-        let bound = session::bind(sessions, key, binding, site, &reached).map_err(broken)?;
+        let bound = session::bind(sessions, key, binding, &site.service, &reached).map_err(broken)?;
         if bound == backend || !usable(bound) {
             return Ok((lease, backend));
         }
@@ -456,7 +558,7 @@ fn finish(
         sets = true;
         let Some(reached) = &reached else { continue };
         let key = session::key(site, value);
-        if let Err(error) = session::bind(client.shared.dataplane.sessions(), &key, binding, site, reached) {
+        if let Err(error) = session::bind(client.shared.dataplane.sessions(), &key, binding, &site.service, reached) {
             log::error!("{error}");
         }
     }

@@ -4,12 +4,18 @@ use std::net::IpAddr;
 
 use dispatcher_common::{
     http,
-    session::{KIND_COOKIE, STATE_CONFIRMED, STATE_PINNED, STATE_PROVISIONAL, Session, SessionKey},
+    session::{
+        KIND_CLIENT, KIND_COOKIE, KIND_TICKET_NAME, STATE_CONFIRMED, STATE_PINNED, STATE_PROVISIONAL,
+        Session, SessionKey,
+    },
 };
 use hyper::{HeaderMap, header::COOKIE, http::HeaderValue};
 
 use super::{Reached, Site};
-use crate::dataplane::{Error, Sessions, monotonic_seconds};
+use crate::{
+    config::Service,
+    dataplane::{Error, Sessions, monotonic_seconds},
+};
 
 /// Random bytes of a session that we give.
 const ID: usize = 16;
@@ -77,19 +83,22 @@ pub(super) fn bind(
     sessions: &Sessions,
     key: &SessionKey,
     binding: Binding,
-    site: &Site,
+    service: &Service,
     reached: &Reached,
 ) -> Result<u32, Error> {
     let Binding { backend, tunnel, confirmed } = binding;
     let now = monotonic_seconds();
-    let expires = now.saturating_add(site.service.session_ttl).max(1);
+    let end = |life: u32| now.saturating_add(life).max(1);
+    // An address, and a cookie, live as long as a confirmed one although nobody confirms them.
+    let lasts = matches!(key.kind, KIND_COOKIE | KIND_CLIENT);
     if let Some((old, known)) = find(sessions, key, reached)? {
         // What one backend has set, another does not take away while the first can be reached.
         if known != backend {
             return Ok(known);
         }
         let state = if confirmed && old.state == STATE_PROVISIONAL { STATE_CONFIRMED } else { old.state };
-        let expires = if old.expires == 0 { 0 } else { expires };
+        let extends = state == STATE_CONFIRMED || state == STATE_PROVISIONAL && lasts;
+        let expires = if extends { end(service.session_ttl) } else { old.expires };
         let hits = old.hits.wrapping_add(1);
         // A request in clear takes no tunnel away.
         let tunnel = if tunnel == 0 { old.tunnel } else { tunnel };
@@ -97,6 +106,8 @@ pub(super) fn bind(
         return Ok(backend);
     }
     let state = if confirmed { STATE_CONFIRMED } else { STATE_PROVISIONAL };
+    let expires =
+        end(if confirmed || lasts { service.session_ttl } else { service.provisional_ttl });
     let new = Session { tunnel, state, created: now, used: now, expires, hits: 1, ..Session::of(backend) };
     if sessions.insert_new(*key, new)? {
         return Ok(backend);
@@ -107,6 +118,29 @@ pub(super) fn bind(
         // Expired, or its backend is gone.
         None => sessions.insert(*key, new).map(|()| backend),
     }
+}
+
+/// The server issued or accepted an identifier: it is the backend's from now on.
+pub(super) fn confirm(sessions: &Sessions, key: &SessionKey, backend: u32, life: u32) -> Result<(), Error> {
+    let now = monotonic_seconds();
+    let expires = now.saturating_add(life).max(1);
+    let Some(mut old) = sessions.get(key)?.filter(|old| !old.expired(now)) else {
+        let new = Session { state: STATE_CONFIRMED, created: now, used: now, expires, ..Session::of(backend) };
+        return sessions.insert(*key, new);
+    };
+    // What two servers accept they share: key names are random, and nothing else is issued twice.
+    let shared = key.kind == KIND_TICKET_NAME && old.state != STATE_PROVISIONAL;
+    if old.state == STATE_PINNED || shared && old.has(backend) && old.state != STATE_CONFIRMED {
+        return Ok(());
+    }
+    if shared {
+        old.add(backend);
+        let expires = if old.state == STATE_CONFIRMED { expires } else { old.expires };
+        return sessions.insert(*key, Session { used: now, expires, ..old });
+    }
+    let Session { tunnel, created, hits, .. } = old;
+    let new = Session { tunnel, created, hits, used: now, expires, ..Session::of(backend) };
+    sessions.insert(*key, Session { state: STATE_CONFIRMED, ..new })
 }
 
 /// A hash of a client's address: one client keeps its backend with consistent hashing.

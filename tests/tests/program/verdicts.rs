@@ -53,7 +53,9 @@ fn rows(family: Family) -> Vec<Row> {
         packet.dont_fragment = false;
         packet.frame()
     };
-    let plain = Service::Plain as u16;
+    let (plain, local) = (Service::Plain as u16, Service::Local as u16);
+    let later = |flags| Body::Tcp(Tcp { src: 1, dst: local, flags, payload: vec![1; 9], ..Tcp::default() });
+    let last_hop = Packet { ttl: 1, ..to_vip(family, later(flags::ACK)) };
     vec![
         ("TCP to someone else", elsewhere(family, tcp(443)).frame(), Reason::NotOurs),
         ("UDP to someone else", elsewhere(family, udp(443)).frame(), Reason::NotOurs),
@@ -67,6 +69,11 @@ fn rows(family: Family) -> Vec<Row> {
         ("UDP to a TCP service", to_vip(family, udp(plain)).frame(), Reason::NoService),
         ("another protocol to a VIP", to_vip(family, Body::Raw(47, vec![0; 8])).frame(), Reason::NoService),
         ("a ping to a VIP", to_vip(family, icmp(echo)).frame(), Reason::IcmpOther),
+        ("a SYN to a listener that is not there", to_vip(family, tcp(local)).frame(), Reason::ToDaemon),
+        ("data to a listener", to_vip(family, later(flags::ACK)).frame(), Reason::ToDaemon),
+        ("an end to a listener", to_vip(family, later(flags::FIN | flags::ACK)).frame(), Reason::ToDaemon),
+        ("nonsense to a listener", to_vip(family, later(flags::SYN | flags::RST)).frame(), Reason::ToDaemon),
+        ("at its last hop, which is here", last_hop.frame(), Reason::ToDaemon),
         ("TCP of a backend without flow", from_backend(tcp(5000)).frame(), Reason::BackendOther),
         ("UDP of a backend without flow", from_backend(udp(53)).frame(), Reason::BackendOther),
         ("first fragment", fragment(0, true), Reason::Fragment),

@@ -148,7 +148,26 @@ fn snapshot(backends: Vec<api::Backend>) -> Snapshot {
     let mut times = BackendTimes::default();
     (times.connect.buckets[1], times.connect.buckets[23], times.connect.sum) = (2, 1, 9_000_000_000);
     let times = vec![times; backends.len()];
-    Snapshot { status, counters, backends, times, health, sessions: [77, 5] }
+    let mut refused = [0; Refusal::ALL.len()];
+    refused[1] = 12;
+    let served = Counted {
+        accepted: 9,
+        open: 4,
+        refused,
+        requests: [[0, 1, 0, 0, 0], [0, 7, 0, 0, 2]],
+        retried: 3,
+        times: Histogram::default(),
+    };
+    let tunnels = Status {
+        backend: 1,
+        name: "shop/a".into(),
+        established: 4,
+        error: Some(("refused".into(), std::time::SystemTime::UNIX_EPOCH)),
+        handshakes: 6,
+        failed: 1,
+    };
+    let (served, tunnels) = (vec![("shop".into(), served)], vec![tunnels]);
+    Snapshot { status, counters, backends, times, health, sessions: [77, 5], served, tunnels }
 }
 
 fn value(samples: &BTreeMap<String, Vec<Sample>>, name: &str, labels: &[(&str, &str)]) -> f64 {
@@ -161,6 +180,29 @@ fn value(samples: &BTreeMap<String, Vec<Sample>>, name: &str, labels: &[(&str, &
         .find(|(found, _)| same(found))
         .unwrap_or_else(|| panic!("{name} has no {labels:?}: {of_name:?}"))
         .1
+}
+
+#[test]
+fn clients_requests_and_tunnels_are_there() {
+    let samples = parse(&snapshot(vec![backend("a", "up")]).text().expect("a text"));
+    let shop = ("service", "shop");
+    let backend = [shop, ("backend", "a")];
+    for (name, labels, number) in [
+        ("dispatcher_clients_total", &[shop][..], 9.0),
+        ("dispatcher_clients_open", &[shop], 4.0),
+        ("dispatcher_clients_refused_total", &[shop, ("reason", "handshake")], 12.0),
+        ("dispatcher_clients_refused_total", &[shop, ("reason", "limit")], 0.0),
+        ("dispatcher_requests_total", &[shop, ("way", "clear"), ("code", "2xx")], 1.0),
+        ("dispatcher_requests_total", &[shop, ("way", "tunnel"), ("code", "5xx")], 2.0),
+        ("dispatcher_requests_retried_total", &[shop], 3.0),
+        ("dispatcher_request_seconds_count", &[shop], 0.0),
+        ("dispatcher_tunnels", &backend, 4.0),
+        ("dispatcher_tunnels_failing", &backend, 1.0),
+        ("dispatcher_tunnel_handshakes_total", &backend, 6.0),
+        ("dispatcher_tunnel_failures_total", &backend, 1.0),
+    ] {
+        assert_eq!(value(&samples, name, labels), number, "{name} {labels:?}");
+    }
 }
 
 #[test]

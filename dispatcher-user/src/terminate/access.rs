@@ -1,0 +1,112 @@
+//! The access log: a line of JSON for each request, when its answer has ended.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, BufWriter, Write as _},
+    net::IpAddr,
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+    sync::{
+        atomic::{AtomicU64, Ordering::Relaxed},
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
+    thread::{self, JoinHandle},
+};
+
+use jiff::{Timestamp, Unit};
+use serde::Serialize;
+
+/// Lines that wait to be written; more are lost rather than waited for.
+const WAITING: usize = 8192;
+
+/// A file to which lines are added, by a thread of its own: a slow disk holds up no request.
+pub(super) struct Log {
+    path: PathBuf,
+    lines: Option<SyncSender<Vec<u8>>>,
+    writer: Option<JoinHandle<()>>,
+    /// Lines that were lost since the last complaint.
+    lost: AtomicU64,
+}
+
+impl Log {
+    /// Opens a file, which only its owner and group may read.
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
+        let file = OpenOptions::new().append(true).create(true).mode(0o640).open(path)?;
+        let (lines, waiting) = sync_channel(WAITING);
+        let name = path.to_owned();
+        let work = move || write_all(file, &waiting, &name);
+        let writer = thread::Builder::new().name("access-log".to_owned()).spawn(work)?;
+        let lost = AtomicU64::new(0);
+        Ok(Self { path: path.to_owned(), lines: Some(lines), writer: Some(writer), lost })
+    }
+
+    pub(super) fn write(&self, line: &Line<'_>) {
+        let Ok(mut text) = serde_json::to_vec(line) else { return };
+        text.push(b'\n');
+        let Some(lines) = &self.lines else { return };
+        if lines.try_send(text).is_err() {
+            self.lost.fetch_add(1, Relaxed);
+        } else if let lost @ 1.. = self.lost.swap(0, Relaxed) {
+            log::warn!("{}: {lost} lines were lost: it could not be written fast enough", self.path.display());
+        }
+    }
+}
+
+/// What waits is written.
+impl Drop for Log {
+    fn drop(&mut self) {
+        self.lines = None;
+        if let Some(Err(_)) = self.writer.take().map(JoinHandle::join) {
+            log::error!("{}: its writer panicked", self.path.display());
+        }
+    }
+}
+
+fn write_all(file: File, waiting: &Receiver<Vec<u8>>, path: &Path) {
+    let mut file = BufWriter::new(file);
+    let mut told = false;
+    while let Ok(line) = waiting.recv() {
+        let all = std::iter::once(line).chain(waiting.try_iter());
+        let written = all.take(WAITING).try_for_each(|line| file.write_all(&line));
+        match written.and_then(|()| file.flush()) {
+            Ok(()) => told = false,
+            Err(error) if !std::mem::replace(&mut told, true) => {
+                log::error!("{}: {error}; requests are not logged until it can be written", path.display());
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+/// One request. Neither its query nor its cookies are told, which may hold secrets.
+#[derive(Serialize)]
+pub(super) struct Line<'l> {
+    /// When it came, RFC 3339, UTC.
+    pub(super) time: String,
+    pub(super) service: &'l str,
+    pub(super) client: IpAddr,
+    pub(super) method: &'l str,
+    pub(super) host: Option<&'l str>,
+    pub(super) path: &'l str,
+    pub(super) version: &'l str,
+    pub(super) status: u16,
+    /// Bytes of the answer's body that were given to the client.
+    pub(super) sent_bytes: u64,
+    /// Until the answer's head was there, and until its end, milliseconds.
+    pub(super) head_ms: f64,
+    pub(super) ms: f64,
+    pub(super) backend: Option<&'l str>,
+    /// The tunnel's number; none for a request in clear.
+    pub(super) tunnel: Option<u32>,
+    /// Tunnels that it was offered to.
+    pub(super) tries: usize,
+    /// The body was sent to its end.
+    pub(super) complete: bool,
+    pub(super) request_id: &'l str,
+}
+
+/// The time now, as lines have it.
+pub(super) fn time() -> String {
+    let now = Timestamp::now();
+    now.round(Unit::Millisecond).unwrap_or(now).to_string()
+}
