@@ -24,7 +24,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::either::Either;
 
-use super::{Site, request, seconds};
+use super::{Site, request, seconds, session::Recent};
 use crate::state::Shared;
 
 /// Requests of one HTTP/2 connection at a time.
@@ -41,6 +41,8 @@ pub(super) struct Client {
     pub(super) address: SocketAddr,
     /// It speaks in clear.
     pub(super) clear: bool,
+    /// The session of the last request.
+    pub(super) recent: Recent,
     requests: AtomicU32,
     /// Told when the last request under way has ended.
     rest: Notify,
@@ -50,6 +52,14 @@ impl Client {
     /// The service as it is now.
     pub(super) fn site(&self) -> Arc<Site> {
         Arc::clone(&self.site.borrow())
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        if let Err(error) = self.recent.flush(self.shared.dataplane.sessions()) {
+            log::error!("{error}");
+        }
     }
 }
 
@@ -121,7 +131,7 @@ async fn serve(
     let idle_limit = seconds(now.terminate.idle_timeout);
     drop(now);
     let (requests, rest) = (AtomicU32::new(0), Notify::new());
-    let client = Arc::new(Client { shared, site, address, clear, requests, rest });
+    let client = Arc::new(Client { shared, site, address, clear, recent: Recent::default(), requests, rest });
     let service = service_fn(|request| request::answer(Arc::clone(&client), request));
     let mut server = auto::Builder::new(TokioExecutor::new());
     server.http1().timer(TokioTimer::new()).header_read_timeout(idle_limit);

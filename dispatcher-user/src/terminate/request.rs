@@ -350,7 +350,11 @@ async fn lease(
     let Some(reached) = terminator.reached(site.service.id) else {
         return Err(unavailable("no backend of this service can be reached".to_owned()));
     };
-    let known = key.map(|key| session::find(sessions, key, &reached)).transpose().map_err(broken)?.flatten();
+    let known = match key.map(|key| (key, client.recent.find(key, &reached))) {
+        None => None,
+        Some((_, Some(seen))) => Some(seen),
+        Some((key, None)) => session::find(sessions, key, &reached).map_err(broken)?,
+    };
     let usable = |backend: u32| !avoid.contains(&backend) && !road.load(backend).failing;
     let known = known.filter(|(_, backend)| usable(*backend));
     let mut wanted = known.map_or(0, |(session, _)| session.tunnel);
@@ -371,7 +375,7 @@ async fn lease(
         let Some(key) = key else { return Ok((lease, backend)) };
         let tunnel = if secure { lease.id() } else { 0 };
         let binding = Binding { backend, tunnel, confirmed: confirmed && known.is_some() };
-        let bound = session::bind(sessions, key, binding, site, &reached).map_err(broken)?;
+        let bound = session::bind(sessions, key, binding, site, &reached, &client.recent).map_err(broken)?;
         if bound == backend || !usable(bound) {
             return Ok((lease, backend));
         }
@@ -456,7 +460,8 @@ fn finish(
         sets = true;
         let Some(reached) = &reached else { continue };
         let key = session::key(site, value);
-        if let Err(error) = session::bind(client.shared.dataplane.sessions(), &key, binding, site, reached) {
+        let sessions = client.shared.dataplane.sessions();
+        if let Err(error) = session::bind(sessions, &key, binding, site, reached, &client.recent) {
             log::error!("{error}");
         }
     }
