@@ -879,12 +879,7 @@ impl Text<'_> {
     }
 
     /// Addresses and ports that clients connect to.
-    fn vips(
-        &self,
-        list: &Spanned<raw::OneOrMany>,
-        key: &str,
-        port: u16,
-    ) -> Result<Vec<SocketAddr>, Error> {
+    fn vips(&self, list: &Spanned<raw::OneOrMany>, key: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
         let mut vips = Vec::new();
         for text in list.get_ref().as_slice() {
             let span = self.element(list, text);
@@ -895,8 +890,9 @@ impl Text<'_> {
             vips.push(vip);
         }
         if vips.is_empty() {
-            let problem =
-                format!("the list is empty; give at least one address and port, such as \"192.0.2.10:{port}\"");
+            let problem = format!(
+                "the list is empty; give at least one address and port, such as \"192.0.2.10:{port}\""
+            );
             return Err(self.error(list.span(), key, problem));
         }
         Ok(vips)

@@ -195,8 +195,7 @@ fn target(
     address: SocketAddr,
     server_name: Option<String>,
 ) -> Target {
-    let tunnel =
-        (service.mode == Mode::Relay).then(|| (Arc::clone(&shared.terminator.tunnels), backend.id));
+    let tunnel = (service.mode == Mode::Relay).then(|| (Arc::clone(&shared.terminator.tunnels), backend.id));
     Target { address, tunnel, server_name, proxy: service.proxy_protocol }
 }
 

@@ -167,9 +167,8 @@ impl Shared {
         let changes = reconcile::diff(&state.desired(config), &state.actual);
         let failed = changes.iter().find_map(|change| state.actual.apply(change, &self.dataplane).err());
         let local = config.services.iter().filter(|service| service.mode.is_local());
-        let reached = local.map(|service| {
-            (service.id, reconcile::reached(&state.desired(config), &state.actual, service))
-        });
+        let reached = local
+            .map(|service| (service.id, reconcile::reached(&state.desired(config), &state.actual, service)));
         self.terminator.find(reached.collect());
         let pools = reconcile::pools(&state.desired(config), &state.actual);
         *self.pools.lock().unwrap_or_else(PoisonError::into_inner) = (Arc::new(pools), state.counted);

@@ -279,11 +279,8 @@ impl Terminator {
                 })),
             });
             for vip in service.listeners().filter(|vip| !bound.contains_key(vip)) {
-                let listener = listen(vip).map_err(|source| Error::Listen {
-                    service: name.clone(),
-                    vip,
-                    source,
-                })?;
+                let listener =
+                    listen(vip).map_err(|source| Error::Listen { service: name.clone(), vip, source })?;
                 prepared.listeners.push((vip, listener));
             }
         }

@@ -331,22 +331,27 @@ impl Daemon {
 
     /// Starts it from the text of a configuration.
     pub fn start_with(netns: &Netns, config: &str) -> Result<Self> {
+        Self::start_program(&program("dispatcherd")?, netns, config)
+    }
+
+    /// The same with another program.
+    pub fn start_program(program: &Path, netns: &Netns, config: &str) -> Result<Self> {
         let folder = Folder::new()?;
         let socket = folder.path().join(SOCKET);
-        let process = Self::launch(netns, &folder, config)?;
+        let process = Self::launch(program, netns, &folder, config)?;
         Ok(Self { process, socket, folder })
     }
 
     /// Starts it again after its end, with a configuration.
     pub fn again(&mut self, netns: &Netns, config: &str) -> Result<()> {
         ensure!(self.process.ended().is_some(), "it still runs");
-        self.process = Self::launch(netns, &self.folder, config)?;
+        self.process = Self::launch(&program("dispatcherd")?, netns, &self.folder, config)?;
         Ok(())
     }
 
-    fn launch(netns: &Netns, folder: &Folder, config: &str) -> Result<Process> {
+    fn launch(program: &Path, netns: &Netns, folder: &Folder, config: &str) -> Result<Process> {
         let file = folder.write(FILE, config)?;
-        let mut command = netns.command(program("dispatcherd")?);
+        let mut command = netns.command(program);
         command.arg("--config").arg(&file).arg("--control").arg(folder.path().join(SOCKET));
         let (sender, lines) = mpsc::channel();
         let mut process = Process::start(command, Some(sender))?;

@@ -94,16 +94,8 @@ pub enum Service {
 }
 
 impl Service {
-    const ALL: [Self; 8] = [
-        Self::Plain,
-        Self::Pool,
-        Self::Proxy,
-        Self::Held,
-        Self::Empty,
-        Self::L4,
-        Self::Quic,
-        Self::Local,
-    ];
+    const ALL: [Self; 8] =
+        [Self::Plain, Self::Pool, Self::Proxy, Self::Held, Self::Empty, Self::L4, Self::Quic, Self::Local];
 
     /// The IP protocol numbers of its frontends.
     fn protocols(self) -> &'static [u8] {

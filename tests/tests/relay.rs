@@ -221,7 +221,10 @@ fn claim_c2_tickets_lead_home_through_tunnels() {
 #[test]
 fn servers_are_told_of_clients_and_lost_ones_are_left_alone() {
     let proxied = Manners { proxy: true, ..Manners::default() };
-    let mut scene = Scene::new(proxied, &["proxy_protocol = \"v2\"", "affinity = [\"tls-session-id\", \"client-address\"]"]);
+    let mut scene = Scene::new(
+        proxied,
+        &["proxy_protocol = \"v2\"", "affinity = [\"tls-session-id\", \"client-address\"]"],
+    );
     let user = scene.user(Version::Tls12);
     for (turn, family) in Family::BOTH.into_iter().enumerate() {
         let seen = scene.visit(&user, family, turn);
@@ -322,7 +325,9 @@ impl Flood {
         let port = topology.clients.run(|| Port::open("eth0"))?;
         // Answers are sent, and nobody takes them.
         let mac = macs[1].map(|byte| format!("{byte:02x}")).join(":");
-        topology.dispatcher.ip(&format!("neighbour add {} lladdr {mac} dev cl0 nud permanent", ghost(family)))?;
+        topology
+            .dispatcher
+            .ip(&format!("neighbour add {} lladdr {mac} dev cl0 nud permanent", ghost(family)))?;
         Ok(Self { port, family, macs })
     }
 

@@ -139,8 +139,7 @@ impl Text<'_> {
             (raw.sack.map(|_| raw.name.span()), "service.sack"),
         ] {
             if let Some(span) = span {
-                let problem =
-                    "does not go with this mode, in which the daemon and the kernel's own TCP serve clients; remove it";
+                let problem = "does not go with this mode, in which the daemon and the kernel's own TCP serve clients; remove it";
                 return Err(self.error(span, key, problem));
             }
         }

@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 
 use super::{
-    ATTACH, Affinity, Backend, Config, Health, HttpCheck, Interface, KEY_NAMES, KeyPair, MISSES, MODES, Mode,
-    Clear, PROTOCOLS, PROXY, SOURCES, STATES, Secure, Service, Source, Terminate, Tickets, Tunnels,
+    ATTACH, Affinity, Backend, Clear, Config, Health, HttpCheck, Interface, KEY_NAMES, KeyPair, MISSES,
+    MODES, Mode, PROTOCOLS, PROXY, SOURCES, STATES, Secure, Service, Source, Terminate, Tickets, Tunnels,
     health::CHECKS,
     raw::{self, OneOrMany, Spanned},
     terminate::VERSIONS,

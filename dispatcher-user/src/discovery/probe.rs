@@ -129,7 +129,10 @@ async fn send(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> Result<()
     sent.await.map_err(|error| format!("writing: {error}"))
 }
 
-async fn receive(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), tls: &mut ClientConnection) -> Result<(), String> {
+async fn receive(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    tls: &mut ClientConnection,
+) -> Result<(), String> {
     let mut bytes = [0; 4096];
     let len = stream.read(&mut bytes).await.map_err(|error| format!("reading: {error}"))?;
     if len == 0 {

@@ -47,7 +47,10 @@ impl Log {
         if lines.try_send(text).is_err() {
             self.lost.fetch_add(1, Relaxed);
         } else if let lost @ 1.. = self.lost.swap(0, Relaxed) {
-            log::warn!("{}: {lost} lines were lost: it could not be written fast enough", self.path.display());
+            log::warn!(
+                "{}: {lost} lines were lost: it could not be written fast enough",
+                self.path.display()
+            );
         }
     }
 }

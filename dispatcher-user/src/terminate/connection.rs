@@ -28,8 +28,9 @@ use super::{
     Front, Relay, Site,
     counts::{Counts, Open, Refusal},
     relay, request, seconds,
+    session::Recent,
 };
-use crate::state::Shared;
+use crate::{gather::gather, state::Shared};
 
 /// Requests of one HTTP/2 connection at a time.
 const STREAMS: u32 = 128;
@@ -46,6 +47,8 @@ pub(super) struct Client {
     /// It speaks in clear.
     pub(super) clear: bool,
     open: Open,
+    /// The session of the last request.
+    pub(super) recent: Recent,
     requests: AtomicU32,
     /// Told when the last request under way has ended.
     rest: Notify,
@@ -59,6 +62,14 @@ impl Client {
     /// The service as it is now.
     pub(super) fn site(&self) -> Arc<Site> {
         Arc::clone(&self.site.borrow())
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        if let Err(error) = self.recent.flush(self.shared.dataplane.sessions()) {
+            log::error!("{error}");
+        }
     }
 }
 
@@ -144,13 +155,17 @@ async fn serve(
     let mut closing = shared.terminator.closing.subscribe();
     let now = Arc::clone(&site.borrow());
     let clear = now.terminate.clear.as_ref().is_some_and(|clear| clear.vips.contains(&vip));
+    let mut http2 = false;
     let stream = if clear {
         Either::Left(stream)
     } else {
         let acceptor = TlsAcceptor::from(Arc::clone(&now.tls));
         let limit = now.terminate.handshake_timeout;
         match timeout(seconds(limit), acceptor.accept(stream)).await {
-            Ok(Ok(stream)) => Either::Right(stream),
+            Ok(Ok(stream)) => {
+                http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+                Either::Right(stream)
+            }
             Ok(Err(error)) => {
                 open.counts().refuse(Refusal::Handshake);
                 return log::debug!("{address}: handshake: {error}");
@@ -164,7 +179,8 @@ async fn serve(
     let idle_limit = seconds(now.terminate.idle_timeout);
     drop(now);
     let (requests, rest) = (AtomicU32::new(0), Notify::new());
-    let client = Arc::new(Client { shared, site, address, clear, open, requests, rest });
+    let recent = Recent::default();
+    let client = Arc::new(Client { shared, site, address, clear, open, recent, requests, rest });
     let service = service_fn(|request| request::answer(Arc::clone(&client), request));
     let mut server = auto::Builder::new(TokioExecutor::new());
     server.http1().timer(TokioTimer::new()).header_read_timeout(idle_limit);
@@ -185,13 +201,16 @@ async fn serve(
             () = idle(&client) => {}
         }
     };
-    let result = tokio::select! {
-        result = &mut connection => result,
-        () = ended => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+    let work = async {
+        tokio::select! {
+            result = &mut connection => result,
+            () = ended => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
         }
     };
+    let result = if http2 { gather(work).await } else { work.await };
     if let Err(error) = result {
         if let Some(why) = Refusal::of(&*error) {
             client.counts().refuse(why);

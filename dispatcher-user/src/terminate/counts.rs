@@ -193,7 +193,9 @@ mod tests {
     #[test]
     fn requests_are_counted_by_way_and_class() {
         let counts = Counts::default();
-        for (secure, status) in [(true, 200), (true, 204), (false, 404), (true, 101), (true, 599), (true, 999)] {
+        for (secure, status) in
+            [(true, 200), (true, 204), (false, 404), (true, 101), (true, 599), (true, 999)]
+        {
             counts.request(secure, status, Duration::from_micros(3));
         }
         let counted = counts.read();

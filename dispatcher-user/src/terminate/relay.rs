@@ -27,7 +27,9 @@ use dispatcher_common::{
     tls::{self, Later, Scan},
 };
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf, copy_bidirectional_with_sizes},
+    io::{
+        AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf, copy_bidirectional_with_sizes,
+    },
     net::TcpStream,
     sync::watch,
     time::{Instant, timeout_at},
@@ -99,7 +101,8 @@ pub(super) async fn serve(
         return log::debug!("{name} {address}: sending into the tunnel: {error}");
     }
     let answer = Answer { bytes: Vec::new(), offer: Offer::of(&first) };
-    let learner = reached.take().map(|reached| Learner { shared: &shared, relay: &relay, reached, backend, known });
+    let learner =
+        reached.take().map(|reached| Learner { shared: &shared, relay: &relay, reached, backend, known });
     let mut tunnel = Learning { tunnel, answer: learner.map(|learner| (answer, learner)) };
     let mut closing = shared.terminator.closing.subscribe();
     let mut watched = site.clone();
@@ -155,7 +158,8 @@ async fn bind(
                 break;
             }
         }
-        let pick = || terminator.pick(&terminator.tunnels, &relay.service, &reached.pool, client.ip(), &avoid);
+        let pick =
+            || terminator.pick(&terminator.tunnels, &relay.service, &reached.pool, client.ip(), &avoid);
         let backend = known.map(|(_, backend)| backend).or_else(|| pick().map(|one| one.id));
         let backend = backend.ok_or("no backend takes connections")?;
         let patience = until.saturating_duration_since(Instant::now());
@@ -175,7 +179,8 @@ async fn bind(
         if let Some(key) = known.map(|(key, _)| key).as_ref().or(first) {
             let tunnel = if key.kind == KIND_TICKET_NAME { 0 } else { id };
             let binding = Binding { backend, tunnel, confirmed: false };
-            let bound = session::bind(sessions, key, binding, &relay.service, reached);
+            let bound =
+                session::bind(sessions, key, binding, &relay.service, reached, &session::Recent::default());
             // Of two racing first connections both go to one backend.
             let bound = bound.map_err(|error| error.to_string())?;
             if bound != backend && known.is_none() && !avoid.contains(&bound) {
@@ -259,7 +264,9 @@ impl Answer {
                         }
                         at = next;
                     }
-                    [] | [20 | 22] | [20 | 22, 3] | [20 | 22, 3, _] | [20 | 22, 3, _, _] => return Taught::More,
+                    [] | [20 | 22] | [20 | 22, 3] | [20 | 22, 3, _] | [20 | 22, 3, _, _] => {
+                        return Taught::More;
+                    }
                     _ => return Taught::Nothing,
                 },
             }
@@ -337,7 +344,8 @@ impl Learner<'_> {
                 if !id.is_empty() {
                     self.key(KIND_TLS_SESSION_ID, id);
                 }
-                let known = self.reached.tickets.get(&self.backend).and_then(|one| one.checked_sub(TICKET_NAMED));
+                let known =
+                    self.reached.tickets.get(&self.backend).and_then(|one| one.checked_sub(TICKET_NAMED));
                 match known.and_then(|format| TICKET_FORMATS.get(format as usize)) {
                     Some((at, len)) => {
                         if let Some(name) = head.get(usize::from(*at)..usize::from(at + len)) {

@@ -83,7 +83,8 @@ pub(super) async fn answer(
     };
     let (status, took) = (answer.status(), began.elapsed());
     client.counts().request(way.secure, status.as_u16(), took);
-    let told = asked.map(|asked| Told { site, asked, id, status, began, took, way, sent: 0, complete: false });
+    let told =
+        asked.map(|asked| Told { site, asked, id, status, began, took, way, sent: 0, complete: false });
     Ok(answer.map(|body| {
         let mut body = Watched { body, told, busy };
         body.note(0);
@@ -452,7 +453,11 @@ async fn lease(
     let Some(reached) = terminator.reached(site.service.id) else {
         return Err(unavailable("no backend of this service can be reached".to_owned()));
     };
-    let known = key.map(|key| session::find(sessions, key, &reached)).transpose().map_err(broken)?.flatten();
+    let known = match key.map(|key| (key, client.recent.find(key, &reached))) {
+        None => None,
+        Some((_, Some(seen))) => Some(seen),
+        Some((key, None)) => session::find(sessions, key, &reached).map_err(broken)?,
+    };
     let usable = |backend: u32| !avoid.contains(&backend) && !road.load(backend).failing;
     let known = known.filter(|(_, backend)| usable(*backend));
     let mut wanted = known.map_or(0, |(session, _)| session.tunnel);
@@ -473,7 +478,9 @@ async fn lease(
         let Some(key) = key else { return Ok((lease, backend)) };
         let tunnel = if secure { lease.id() } else { 0 };
         let binding = Binding { backend, tunnel, confirmed: confirmed && known.is_some() };
-        let bound = session::bind(sessions, key, binding, &site.service, &reached).map_err(broken)?;
+        let service = &site.service;
+        let bound =
+            session::bind(sessions, key, binding, service, &reached, &client.recent).map_err(broken)?;
         if bound == backend || !usable(bound) {
             return Ok((lease, backend));
         }
@@ -558,7 +565,8 @@ fn finish(
         sets = true;
         let Some(reached) = &reached else { continue };
         let key = session::key(site, value);
-        if let Err(error) = session::bind(client.shared.dataplane.sessions(), &key, binding, &site.service, reached) {
+        let sessions = client.shared.dataplane.sessions();
+        if let Err(error) = session::bind(sessions, &key, binding, &site.service, reached, &client.recent) {
             log::error!("{error}");
         }
     }

@@ -1,6 +1,6 @@
 //! Sessions of requests: the cookie's value leads to backend and tunnel, by the same table as in the data path.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Mutex};
 
 use dispatcher_common::{
     http,
@@ -11,7 +11,7 @@ use dispatcher_common::{
 };
 use hyper::{HeaderMap, header::COOKIE, http::HeaderValue};
 
-use super::{Reached, Site};
+use super::{Reached, Site, lock};
 use crate::{
     config::Service,
     dataplane::{Error, Sessions, monotonic_seconds},
@@ -60,11 +60,85 @@ pub(super) fn find(
     reached: &Reached,
 ) -> Result<Option<(Session, u32)>, Error> {
     let now = monotonic_seconds();
-    let usable = |session: Session| {
-        let backend = session.ids().find(|id| reached.pool.known.contains_key(id))?;
-        (!session.expired(now)).then_some((session, backend))
-    };
-    Ok(sessions.all(key)?.find_map(usable))
+    Ok(sessions.all(key)?.find_map(|session| usable(session, reached, now)))
+}
+
+fn usable(session: Session, reached: &Reached, now: u32) -> Option<(Session, u32)> {
+    let backend = session.ids().find(|id| reached.pool.known.contains_key(id))?;
+    (!session.expired(now)).then_some((session, backend))
+}
+
+/// The session of a connection's last request. For the rest of the second in which it was read and written, requests
+/// that change nothing but the number of hits need not ask the table. What others change in the table holds a second
+/// later.
+#[derive(Default)]
+pub(super) struct Recent(Mutex<Option<Seen>>);
+
+struct Seen {
+    key: SessionKey,
+    /// As it was written.
+    session: Session,
+    /// Hits that the table does not know of.
+    hits: u32,
+}
+
+impl Recent {
+    /// The session, if it is that one and from this second.
+    pub(super) fn find(&self, key: &SessionKey, reached: &Reached) -> Option<(Session, u32)> {
+        let now = monotonic_seconds();
+        let session =
+            lock(&self.0).as_ref().filter(|seen| seen.key == *key && seen.session.used == now)?.session;
+        usable(session, reached, now)
+    }
+
+    /// Counts a request; false if there is more to write than that.
+    fn count(&self, key: &SessionKey, binding: Binding) -> bool {
+        let Binding { backend, tunnel, confirmed } = binding;
+        let now = monotonic_seconds();
+        let same = |seen: &&mut Seen| {
+            let Seen { key: known, session, .. } = seen;
+            *known == *key
+                && session.used == now
+                && session.has(backend)
+                && (tunnel == 0 || session.tunnel == tunnel)
+                && !(confirmed && session.state == STATE_PROVISIONAL)
+        };
+        let mut seen = lock(&self.0);
+        let found = seen.as_mut().filter(same);
+        found.map(|seen| seen.hits = seen.hits.wrapping_add(1)).is_some()
+    }
+
+    /// Takes note of what was written. Hits that it did not hold are written now.
+    fn note(&self, sessions: &Sessions, key: &SessionKey, session: Session) -> Result<(), Error> {
+        let seen = lock(&self.0).replace(Seen { key: *key, session, hits: 0 });
+        seen.map_or(Ok(()), |seen| seen.write(sessions))
+    }
+
+    /// Hits of this session that the table does not know of, to be written.
+    fn take(&self, key: &SessionKey) -> u32 {
+        let mut seen = lock(&self.0);
+        let found = seen.as_mut().filter(|seen| seen.key == *key);
+        found.map_or(0, |seen| std::mem::take(&mut seen.hits))
+    }
+
+    /// Writes what the table does not know, at the end of the connection.
+    pub(super) fn flush(&self, sessions: &Sessions) -> Result<(), Error> {
+        let seen = lock(&self.0).take();
+        seen.map_or(Ok(()), |seen| seen.write(sessions))
+    }
+}
+
+impl Seen {
+    fn write(self, sessions: &Sessions) -> Result<(), Error> {
+        if self.hits == 0 {
+            return Ok(());
+        }
+        match sessions.get(&self.key)? {
+            Some(now) => sessions.insert(self.key, Session { hits: now.hits.wrapping_add(self.hits), ..now }),
+            // It was removed meanwhile.
+            None => Ok(()),
+        }
+    }
 }
 
 /// What is written of a session.
@@ -85,8 +159,12 @@ pub(super) fn bind(
     binding: Binding,
     service: &Service,
     reached: &Reached,
+    recent: &Recent,
 ) -> Result<u32, Error> {
     let Binding { backend, tunnel, confirmed } = binding;
+    if recent.count(key, binding) {
+        return Ok(backend);
+    }
     let now = monotonic_seconds();
     let end = |life: u32| now.saturating_add(life).max(1);
     // An address, and a cookie, live as long as a confirmed one although nobody confirms them.
@@ -99,15 +177,15 @@ pub(super) fn bind(
         let state = if confirmed && old.state == STATE_PROVISIONAL { STATE_CONFIRMED } else { old.state };
         let extends = state == STATE_CONFIRMED || state == STATE_PROVISIONAL && lasts;
         let expires = if extends { end(service.session_ttl) } else { old.expires };
-        let hits = old.hits.wrapping_add(1);
+        let hits = old.hits.wrapping_add(1).wrapping_add(recent.take(key));
         // A request in clear takes no tunnel away.
         let tunnel = if tunnel == 0 { old.tunnel } else { tunnel };
-        sessions.insert(*key, Session { tunnel, state, used: now, expires, hits, ..old })?;
-        return Ok(backend);
+        let new = Session { tunnel, state, used: now, expires, hits, ..old };
+        sessions.insert(*key, new)?;
+        return recent.note(sessions, key, new).map(|()| backend);
     }
     let state = if confirmed { STATE_CONFIRMED } else { STATE_PROVISIONAL };
-    let expires =
-        end(if confirmed || lasts { service.session_ttl } else { service.provisional_ttl });
+    let expires = end(if confirmed || lasts { service.session_ttl } else { service.provisional_ttl });
     let new = Session { tunnel, state, created: now, used: now, expires, hits: 1, ..Session::of(backend) };
     if sessions.insert_new(*key, new)? {
         return Ok(backend);
@@ -125,7 +203,8 @@ pub(super) fn confirm(sessions: &Sessions, key: &SessionKey, backend: u32, life:
     let now = monotonic_seconds();
     let expires = now.saturating_add(life).max(1);
     let Some(mut old) = sessions.get(key)?.filter(|old| !old.expired(now)) else {
-        let new = Session { state: STATE_CONFIRMED, created: now, used: now, expires, ..Session::of(backend) };
+        let new =
+            Session { state: STATE_CONFIRMED, created: now, used: now, expires, ..Session::of(backend) };
         return sessions.insert(*key, new);
     };
     // What two servers accept they share: key names are random, and nothing else is issued twice.

@@ -92,7 +92,9 @@ impl Lease {
                 *request.version_mut() = hyper::Version::HTTP_2;
                 sender.try_send_request(request).await
             }
-            Some(Sender::Flow(_)) | None => unreachable!("a lease of requests has its sender until it is sent"),
+            Some(Sender::Flow(_)) | None => {
+                unreachable!("a lease of requests has its sender until it is sent")
+            }
         };
         match sent {
             Ok(response) => {

@@ -29,9 +29,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::either::Either;
 
 use super::pool::{MOST_WAITING, WINDOW, delay};
-use super::{
-    Body, Carries, Lease, Reply, SendError, Settings, State, Target, Tls, Tunnels, Unavailable,
-};
+use super::{Body, Carries, Lease, Reply, SendError, Settings, State, Target, Tls, Tunnels, Unavailable};
 
 const NAME: &str = "backend.test";
 const BACKEND: u32 = 7;

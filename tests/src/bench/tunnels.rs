@@ -8,13 +8,15 @@
 //! haproxy-h2      the same --- backends, HTTP/2
 //! ```
 //!
+//! `--against FILE` measures another dispatcherd instead of the others: `against-h1`, `against-h2`.
+//!
 //! Each variant has namespaces and servers of its own; what stands between starts anew in each round.
 
 use std::{
     collections::BTreeMap,
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -35,7 +37,7 @@ use crate::{
         report::{Goal, Report, Row, median},
         usage::{process, raise_files, resident},
     },
-    daemon::{Daemon, Folder, Process, Service},
+    daemon::{Daemon, Folder, Process, Service, config, program},
     http,
     netns::Netns,
     sockets,
@@ -95,8 +97,8 @@ struct Effort {
     idle: usize,
 }
 
-/// Measures.
-pub fn run(quick: bool) -> Result<Report> {
+/// Measures; `against` is another dispatcherd that takes the place of all but ours.
+pub fn run(quick: bool, against: Option<&Path>) -> Result<Report> {
     let effort = if quick {
         Effort { rounds: 1, seconds: 1, connecting: 0.3, idle: 200 }
     } else {
@@ -105,7 +107,7 @@ pub fn run(quick: bool) -> Result<Report> {
     raise_files()?;
     let authority = Authority::new()?;
     let variants =
-        Kind::ALL.into_iter().map(|kind| Variant::new(kind, &authority)).collect::<Result<Vec<_>>>()?;
+        kinds(against).into_iter().map(|kind| Variant::new(kind, &authority)).collect::<Result<Vec<_>>>()?;
     let mut samples = vec![Samples::new(); variants.len()];
     for round in 0..effort.rounds {
         for step in 0..variants.len() {
@@ -118,14 +120,14 @@ pub fn run(quick: bool) -> Result<Report> {
             }
         }
     }
-    Ok(report(&variants, &samples))
+    Ok(report(&variants, &samples, against))
 }
 
 /// One value a round.
 type Samples = BTreeMap<What, Vec<f64>>;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Kind {
+enum Kind<'a> {
     Direct,
     /// `http2`: to the backends.
     Dispatcher {
@@ -134,17 +136,28 @@ enum Kind {
     Haproxy {
         http2: bool,
     },
+    /// Another dispatcherd.
+    Against {
+        http2: bool,
+        program: &'a Path,
+    },
 }
 
-impl Kind {
-    const ALL: [Self; 5] = [
-        Self::Direct,
-        Self::Dispatcher { http2: false },
-        Self::Dispatcher { http2: true },
-        Self::Haproxy { http2: false },
-        Self::Haproxy { http2: true },
-    ];
+/// What is measured.
+fn kinds(against: Option<&Path>) -> Vec<Kind<'_>> {
+    let versions = [false, true];
+    let own = versions.map(|http2| Kind::Dispatcher { http2 });
+    let others = versions.map(|http2| other(http2, against));
+    let direct = against.is_none().then_some(Kind::Direct);
+    direct.into_iter().chain(own).chain(others).collect()
+}
 
+/// Whom we are compared with.
+fn other(http2: bool, against: Option<&Path>) -> Kind<'_> {
+    against.map_or(Kind::Haproxy { http2 }, |program| Kind::Against { http2, program })
+}
+
+impl Kind<'_> {
     fn name(self) -> &'static str {
         match self {
             Self::Direct => "direct",
@@ -152,6 +165,8 @@ impl Kind {
             Self::Dispatcher { http2: true } => "dispatcher-h2",
             Self::Haproxy { http2: false } => "haproxy-h1",
             Self::Haproxy { http2: true } => "haproxy-h2",
+            Self::Against { http2: false, .. } => "against-h1",
+            Self::Against { http2: true, .. } => "against-h2",
         }
     }
 
@@ -159,14 +174,14 @@ impl Kind {
         match self {
             // Clients of both versions come to it.
             Self::Direct => true,
-            Self::Dispatcher { http2 } | Self::Haproxy { http2 } => http2,
+            Self::Dispatcher { http2 } | Self::Haproxy { http2 } | Self::Against { http2, .. } => http2,
         }
     }
 }
 
 /// Namespaces and servers of one variant.
-struct Variant {
-    kind: Kind,
+struct Variant<'a> {
+    kind: Kind<'a>,
     // In the order in which they must end.
     _origins: Vec<Origin>,
     near: Option<Netns>,
@@ -209,8 +224,8 @@ impl Between {
     }
 }
 
-impl Variant {
-    fn new(kind: Kind, authority: &Authority) -> Result<Self> {
+impl<'a> Variant<'a> {
+    fn new(kind: Kind<'a>, authority: &Authority) -> Result<Self> {
         let topology = Topology::new(Plan::default())?;
         let origins = (1..)
             .zip(&topology.backends)
@@ -240,7 +255,7 @@ impl Variant {
         let first = self.topology.backends.first().map_or(VIP[0], |place| place.address(Family::V4));
         let (from, to) = match self.kind {
             Kind::Direct => (NEAR.into(), first),
-            Kind::Dispatcher { .. } | Kind::Haproxy { .. } => {
+            Kind::Dispatcher { .. } | Kind::Haproxy { .. } | Kind::Against { .. } => {
                 (self.topology.client(Family::V4, number), VIP[0])
             }
         };
@@ -252,34 +267,8 @@ impl Variant {
         let dispatcher = &self.topology.dispatcher;
         match self.kind {
             Kind::Direct => Ok(Between::Nothing),
-            Kind::Dispatcher { http2 } => {
-                let [certificate, key] = &self.web;
-                // Many requests share a connection of HTTP/2.
-                let established = if http2 { 4 } else { POOL };
-                let service = Service::new("web", HTTPS)
-                    .with("mode = \"terminate\"")
-                    .with("balance = \"weighted-round-robin\"")
-                    .with(&format!(
-                        "terminate.certificates = [{{ certificate = \"{}\", key = \"{}\" }}]",
-                        certificate.display(),
-                        key.display()
-                    ))
-                    .with(&format!("tunnels.roots = \"{}\"", self.roots.display()))
-                    .with(&format!("tunnels.server_name = \"{HOST}\""))
-                    .with(&format!("tunnels.established = {established}"));
-                let daemon = Daemon::start(&self.topology, "native", &[service])?;
-                let between = Between::Dispatcher(Box::new(daemon));
-                let deadline = Instant::now() + sockets::PATIENCE;
-                loop {
-                    let found = between.tunnels()?;
-                    let all = found.len() == self.topology.backends.len();
-                    if all && found.iter().all(|one| one.established == established) {
-                        return Ok(between);
-                    }
-                    ensure!(Instant::now() < deadline, "tunnels are not established: {found:#?}");
-                    std::thread::sleep(Duration::from_millis(20));
-                }
-            }
+            Kind::Dispatcher { http2 } => self.dispatcher(&program("dispatcherd")?, http2),
+            Kind::Against { http2, program } => self.dispatcher(program, http2),
             Kind::Haproxy { http2 } => {
                 let file = self.folder.write("haproxy.cfg", &self.haproxy(http2))?;
                 let mut command = dispatcher.command("haproxy");
@@ -288,6 +277,39 @@ impl Variant {
                 process.listens(dispatcher, SocketAddr::new(VIP[0], HTTPS)).context("haproxy")?;
                 Ok(Between::Haproxy(process))
             }
+        }
+    }
+
+    fn dispatcher(&self, program: &Path, http2: bool) -> Result<Between> {
+        let [certificate, key] = &self.web;
+        // Many requests share a connection of HTTP/2.
+        let established = if http2 { 4 } else { POOL };
+        let service = Service::new("web", HTTPS)
+            .with("mode = \"terminate\"")
+            .with("balance = \"weighted-round-robin\"")
+            .with(&format!(
+                "terminate.certificates = [{{ certificate = \"{}\", key = \"{}\" }}]",
+                certificate.display(),
+                key.display()
+            ))
+            .with(&format!("tunnels.roots = \"{}\"", self.roots.display()))
+            .with(&format!("tunnels.server_name = \"{HOST}\""))
+            .with(&format!("tunnels.established = {established}"));
+        let daemon = Daemon::start_program(
+            program,
+            &self.topology.dispatcher,
+            &config(&self.topology, "native", &[service]),
+        )?;
+        let between = Between::Dispatcher(Box::new(daemon));
+        let deadline = Instant::now() + sockets::PATIENCE;
+        loop {
+            let found = between.tunnels()?;
+            let all = found.len() == self.topology.backends.len();
+            if all && found.iter().all(|one| one.established == established) {
+                return Ok(between);
+            }
+            ensure!(Instant::now() < deadline, "tunnels are not established: {found:#?}");
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 
@@ -517,7 +539,7 @@ fn sum(all: &[Found]) -> Found {
     }
 }
 
-fn report(variants: &[Variant], samples: &[Samples]) -> Report {
+fn report(variants: &[Variant<'_>], samples: &[Samples], against: Option<&Path>) -> Report {
     let whats: std::collections::BTreeSet<What> = samples.iter().flat_map(BTreeMap::keys).copied().collect();
     let mut rows = Vec::new();
     for what @ (case, metric, unit) in whats {
@@ -530,13 +552,13 @@ fn report(variants: &[Variant], samples: &[Samples]) -> Report {
             rows.push(Row::new(case, variant.kind.name(), metric, unit, values));
         }
     }
-    let of = |kind: Kind, what: What| {
+    let of = |kind: Kind<'_>, what: What| {
         let at = variants.iter().position(|variant| variant.kind == kind)?;
         samples.get(at)?.get(&what)
     };
     let mut goals = Vec::new();
     for http2 in [false, true] {
-        let (own, other) = (Kind::Dispatcher { http2 }, Kind::Haproxy { http2 });
+        let (own, other) = (Kind::Dispatcher { http2 }, other(http2, against));
         for (what @ (case, metric, _), higher) in GOALS {
             let (Some(ours), Some(theirs)) = (of(own, what), of(other, what)) else { continue };
             let ratios: Vec<f64> = ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect();

@@ -38,7 +38,13 @@ enum Bench {
         object: Option<PathBuf>,
     },
     /// Requests through established tunnels, beside HAProxy
-    Tunnels(Common),
+    Tunnels {
+        #[command(flatten)]
+        common: Common,
+        /// Beside this dispatcherd instead: what a change brings
+        #[arg(long, value_name = "FILE")]
+        against: Option<PathBuf>,
+    },
 }
 
 #[derive(clap::Args)]
@@ -67,7 +73,7 @@ fn main() -> ExitCode {
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
         Bench::Control { common, only } => control::run(common.quick, only)
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
-        Bench::Tunnels(common) => tunnels::run(common.quick)
+        Bench::Tunnels { common, against } => tunnels::run(common.quick, against.as_deref())
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
         Bench::Fastpath { common, object } => fastpath::run(common.quick, object.as_deref())
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
