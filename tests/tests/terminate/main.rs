@@ -1,0 +1,7 @@
+//! Services that end TLS: sessions by cookie, through tunnels that are established already.
+
+mod reload;
+mod requests;
+mod scene;
+mod sessions;
+mod tunnels;
