@@ -1332,7 +1332,7 @@ impl Text<'_> {
         let mut services = config.services.clone();
         for (raw, service) in raw.service.iter().zip(&mut services) {
             let (size, backends) = (service.table_size, service.backends.len());
-            if backends <= size as usize {
+            if service.mode.is_local() || backends <= size as usize {
                 continue;
             }
             // So that weights are told apart: a hundred entries a backend, as far as the range goes.

@@ -80,7 +80,9 @@ impl Family {
         self.of(VIP)
     }
 
-    fn of(self, [v4, v6]: [IpAddr; 2]) -> IpAddr {
+    /// The address of this family.
+    #[must_use]
+    pub fn of(self, [v4, v6]: [IpAddr; 2]) -> IpAddr {
         match self {
             Self::V4 => v4,
             Self::V6 => v6,
