@@ -465,7 +465,8 @@ mod tests {
     fn session_ids_are_learned() {
         let bytes = record(22, &hello(1, &[7; 32], &[]));
         assert_eq!(taught(&bytes, Offer::default()), Taught::Id(vec![7; 32]));
-        for end in 0..bytes.len() {
+        // Up to where the cipher suite is.
+        for end in 0..bytes.len() - 5 {
             assert_eq!(taught(&bytes[..end], Offer::default()), Taught::More, "{end}");
         }
         assert_eq!(taught(&record(22, &hello(1, &[], &[])), Offer::default()), Taught::Nothing);
