@@ -14,6 +14,7 @@ pub mod dataplane;
 mod discovery;
 mod events;
 pub mod explain;
+mod gather;
 mod health;
 pub mod logging;
 pub mod netlink;

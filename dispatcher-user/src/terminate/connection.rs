@@ -25,7 +25,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::either::Either;
 
 use super::{Site, request, seconds, session::Recent};
-use crate::state::Shared;
+use crate::{gather::gather, state::Shared};
 
 /// Requests of one HTTP/2 connection at a time.
 const STREAMS: u32 = 128;
@@ -117,13 +117,17 @@ async fn serve(
         log::debug!("{address}: {error}");
     }
     let clear = now.terminate.clear.as_ref().is_some_and(|clear| clear.vips.contains(&vip));
+    let mut http2 = false;
     let stream = if clear {
         Either::Left(stream)
     } else {
         let acceptor = TlsAcceptor::from(Arc::clone(&now.tls));
         let limit = now.terminate.handshake_timeout;
         match timeout(seconds(limit), acceptor.accept(stream)).await {
-            Ok(Ok(stream)) => Either::Right(stream),
+            Ok(Ok(stream)) => {
+                http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+                Either::Right(stream)
+            }
             Ok(Err(error)) => return log::debug!("{address}: handshake: {error}"),
             Err(_) => return log::debug!("{address}: no handshake within {limit} s"),
         }
@@ -152,13 +156,16 @@ async fn serve(
             () = idle(&client) => {}
         }
     };
-    let result = tokio::select! {
-        result = &mut connection => result,
-        () = ended => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+    let work = async {
+        tokio::select! {
+            result = &mut connection => result,
+            () = ended => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
         }
     };
+    let result = if http2 { gather(work).await } else { work.await };
     if let Err(error) = result {
         log::debug!("{address}: {error}");
     }

@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use futures_util::task::AtomicWaker;
 use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper::rt::Executor;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::TcpStream;
@@ -27,6 +28,7 @@ use tokio_util::either::Either;
 use super::lease::Sender;
 use super::pool::Pool;
 use super::{Body, Carries, Context, State, Tls, lock};
+use crate::gather::gather;
 
 /// A peer that says nothing for this long is asked whether it lives: by TCP, and sooner by HTTP/2.
 const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -122,7 +124,7 @@ pub(super) async fn open(pool: Arc<Pool>) -> Result<(), String> {
     }
     let wire = TokioIo::new(wire);
     if tunnel.alpn.as_deref() == Some("h2") {
-        let handshake = http2::Builder::new(TokioExecutor::new())
+        let handshake = http2::Builder::new(Gathering::default())
             .timer(TokioTimer::new())
             .adaptive_window(true)
             // Nothing is sent before the peer said how many requests it takes: `told` waits for that.
@@ -323,7 +325,21 @@ async fn drive1(tunnel: Arc<Tunnel>, connection: impl Future<Output = hyper::Res
     lock(&tunnel.cooling).take();
 }
 
-type Connection2 = http2::Connection<TokioIo<Wire>, Body, TokioExecutor>;
+type Connection2 = http2::Connection<TokioIo<Wire>, Body, Gathering>;
+
+/// Runs what hyper needs for HTTP/2. The first task is the one that reads and writes.
+#[derive(Clone, Default)]
+struct Gathering(Arc<AtomicBool>);
+
+impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Gathering {
+    fn execute(&self, future: F) {
+        if self.0.swap(true, Relaxed) {
+            tokio::spawn(future);
+        } else {
+            tokio::spawn(gather(future));
+        }
+    }
+}
 
 /// Drives the requests of HTTP/2 and follows the peer's limit of streams.
 async fn drive2(tunnel: Arc<Tunnel>, mut connection: Connection2) {
