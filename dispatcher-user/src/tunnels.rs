@@ -244,7 +244,10 @@ impl Tunnels {
     /// As [`take`](Self::take), but waits for its turn, first come, first served, for at most `patience`.
     pub async fn wait(&self, backend: u32, wanted: u32, patience: Duration) -> Result<Lease, Unavailable> {
         let turn = match self.pools().get(&backend) {
-            Some(pool) => pool.queue(wanted)?,
+            Some(pool) => match pool.take(wanted) {
+                Some(lease) => return Ok(lease),
+                None => pool.queue(wanted)?,
+            },
             None => return Err(Unavailable::Unknown(backend)),
         };
         match tokio::time::timeout(patience, turn).await {

@@ -5,7 +5,7 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -18,8 +18,8 @@ use hyper_util::{
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Notify, watch},
-    time::{sleep, timeout},
+    sync::watch,
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::either::Either;
@@ -50,8 +50,9 @@ pub(super) struct Client {
     /// The session of the last request.
     pub(super) recent: Recent,
     requests: AtomicU32,
-    /// Told when the last request under way has ended.
-    rest: Notify,
+    began: Instant,
+    /// Milliseconds from then until the last request ended.
+    rests: AtomicU64,
 }
 
 impl Client {
@@ -91,9 +92,8 @@ impl Busy {
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        if self.0.requests.fetch_sub(1, Ordering::Relaxed) == 1 {
-            self.0.rest.notify_one();
-        }
+        self.0.rests.store(self.0.began.elapsed().as_millis() as u64, Ordering::Relaxed);
+        self.0.requests.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -178,10 +178,10 @@ async fn serve(
     };
     let idle_limit = seconds(now.terminate.idle_timeout);
     drop(now);
-    let (requests, rest) = (AtomicU32::new(0), Notify::new());
+    let (requests, rests, began) = (AtomicU32::new(0), AtomicU64::new(0), Instant::now());
     let recent = Recent::default();
-    let client = Arc::new(Client { shared, site, address, clear, open, recent, requests, rest });
-    let service = service_fn(|request| request::answer(Arc::clone(&client), request));
+    let client = Arc::new(Client { shared, site, address, clear, open, recent, requests, rests, began });
+    let service = service_fn(|request| Box::pin(request::answer(Arc::clone(&client), request)));
     let mut server = auto::Builder::new(TokioExecutor::new());
     server.http1().timer(TokioTimer::new()).header_read_timeout(idle_limit);
     server
@@ -222,16 +222,14 @@ async fn serve(
 /// Ready when no request has come for as long as the service allows.
 async fn idle(client: &Client) {
     loop {
-        if client.requests.load(Ordering::Relaxed) > 0 {
-            client.rest.notified().await;
-            continue;
-        }
         let limit = seconds(client.site().terminate.idle_timeout);
-        // A request that begins meanwhile ends it all at its end.
-        if timeout(limit, client.rest.notified()).await.is_err()
-            && client.requests.load(Ordering::Relaxed) == 0
-        {
+        let busy = client.requests.load(Ordering::Acquire) > 0;
+        let rests = client.began + Duration::from_millis(client.rests.load(Ordering::Relaxed));
+        let now = Instant::now();
+        let due = if busy { now } else { rests } + limit;
+        if due <= now {
             return;
         }
+        sleep_until(due).await;
     }
 }

@@ -1,20 +1,30 @@
 //! The right to send one request, and what comes back.
 
+use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
+use http_body_util::BodyExt as _;
 use hyper::body::{Body as _, Frame, Incoming, SizeHint};
-use hyper::client::conn::{http1, http2};
+use hyper::client::conn::{TrySendError, http1, http2};
 use hyper::{Request, Response, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::runtime::Handle;
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 use super::Body;
 use super::tunnel::{Tunnel, Wire};
+
+/// How much of an answer is read that nobody wants any more, bytes.
+const UNWANTED: usize = 64 << 10;
+/// How long it may take.
+const UNWANTED_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Hyper's sending half of a tunnel.
 pub(super) enum Sender {
@@ -49,9 +59,12 @@ pub struct SendError {
 
 /// The body of a response. Its request is in flight until it ends or is dropped.
 ///
-/// Dropped before its end, an HTTP/2 stream is reset and an HTTP/1.1 tunnel is closed and replaced.
+/// Dropped before its end, an HTTP/2 stream is reset. An HTTP/1.1 tunnel goes on if what is left is short, else it
+/// is closed and replaced.
 pub struct Reply {
-    incoming: Incoming,
+    /// None once it is dropped.
+    incoming: Option<Incoming>,
+    http2: bool,
     flight: Option<InFlight>,
 }
 
@@ -76,17 +89,19 @@ impl Lease {
     /// HTTP/2 an absolute URI (`https://authority/path?query`), from which its pseudo-headers are made, and no
     /// `Host`. The version field is set here.
     ///
-    /// If this future is dropped, an HTTP/2 stream is reset and an HTTP/1.1 tunnel is closed and replaced.
+    /// If this future is dropped, an HTTP/2 stream is reset. An HTTP/1.1 tunnel goes on if a short answer comes
+    /// soon, else it is closed and replaced.
     /// After a 101 over HTTP/1.1, [`hyper::upgrade::on`] gives the connection; its tunnel is replaced.
     pub async fn send(mut self, mut request: Request<Body>) -> Result<Response<Reply>, SendError> {
         let tunnel = Arc::clone(&self.flight.0);
         tunnel.requests.fetch_add(1, Relaxed);
+        let http2 = self.is_http2();
         let sent = match self.sender.take() {
             Some(Sender::Http1(mut sender)) => {
                 *request.version_mut() = hyper::Version::HTTP_11;
-                let sent = sender.try_send_request(request).await;
-                tunnel.cool(sender);
-                sent
+                let answer = Box::pin(sender.try_send_request(request));
+                let mut asked = Asked { answer: Some((answer, sender)), tunnel: Arc::clone(&tunnel) };
+                poll_fn(|cx| asked.poll(cx)).await
             }
             Some(Sender::Http2(mut sender)) => {
                 *request.version_mut() = hyper::Version::HTTP_2;
@@ -104,7 +119,7 @@ impl Lease {
                 }
                 let flight = InFlight::new(&tunnel);
                 Ok(response.map(|incoming| {
-                    let mut reply = Reply { incoming, flight: Some(flight) };
+                    let mut reply = Reply { incoming: Some(incoming), http2, flight: Some(flight) };
                     reply.settle();
                     reply
                 }))
@@ -177,8 +192,22 @@ impl Drop for Lease {
 impl Reply {
     /// Ends the flight if no more is to come.
     fn settle(&mut self) {
-        if self.incoming.is_end_stream() {
+        if self.is_end_stream() {
             self.flight = None;
+        }
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        let (Some(flight), Some(incoming)) = (self.flight.take(), self.incoming.take()) else { return };
+        let short = incoming.size_hint().upper().is_some_and(|left| left <= UNWANTED as u64);
+        if let (false, true, Ok(runtime)) = (self.http2, short, Handle::try_current()) {
+            runtime.spawn(async move {
+                // Hyper takes the tunnel's next request once all has been read.
+                let _ = timeout(UNWANTED_PATIENCE, skip(incoming)).await;
+                drop(flight);
+            });
         }
     }
 }
@@ -191,7 +220,8 @@ impl hyper::body::Body for Reply {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let frame = ready!(Pin::new(&mut self.incoming).poll_frame(cx));
+        let Some(incoming) = &mut self.incoming else { return Poll::Ready(None) };
+        let frame = ready!(Pin::new(incoming).poll_frame(cx));
         match &frame {
             Some(Ok(_)) => self.settle(),
             Some(Err(_)) | None => self.flight = None,
@@ -200,12 +230,62 @@ impl hyper::body::Body for Reply {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.incoming.is_end_stream()
+        self.incoming.as_ref().is_none_or(Incoming::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.incoming.size_hint()
+        self.incoming.as_ref().map_or_else(SizeHint::default, Incoming::size_hint)
     }
+}
+
+type Answer = Result<Response<Incoming>, TrySendError<Request<Body>>>;
+
+/// A request of HTTP/1.1 until its answer begins. If whoever asked has gone before, the answer is read and thrown
+/// away: clients that leave cost no tunnels.
+struct Asked {
+    answer: Option<(Pin<Box<dyn Future<Output = Answer> + Send>>, http1::SendRequest<Body>)>,
+    tunnel: Arc<Tunnel>,
+}
+
+impl Asked {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Answer> {
+        let Some((answer, _)) = &mut self.answer else { return Poll::Pending };
+        let answer = ready!(answer.as_mut().poll(cx));
+        if let Some((_, sender)) = self.answer.take() {
+            self.tunnel.cool(sender);
+        }
+        Poll::Ready(answer)
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        let Some((answer, sender)) = self.answer.take() else { return };
+        // There is none when the daemon ends.
+        let Ok(runtime) = Handle::try_current() else { return };
+        let (tunnel, flight) = (Arc::clone(&self.tunnel), InFlight::new(&self.tunnel));
+        runtime.spawn(async move {
+            let _flight = flight;
+            let skipped = timeout(UNWANTED_PATIENCE, async {
+                let response = answer.await.ok()?;
+                // What switches protocols goes on as something else.
+                let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+                if upgraded { None } else { skip(response.into_body()).await }
+            });
+            if skipped.await.is_ok_and(|skipped| skipped.is_some()) {
+                tunnel.cool(sender);
+            }
+        });
+    }
+}
+
+/// Reads a body to its end, if it is short.
+async fn skip(mut body: Incoming) -> Option<()> {
+    let mut left = UNWANTED;
+    while let Some(frame) = body.frame().await {
+        left = left.checked_sub(frame.ok()?.data_ref().map_or(0, Bytes::len))?;
+    }
+    Some(())
 }
 
 /// Counts one request in flight.

@@ -107,7 +107,8 @@ impl Pool {
 
     pub(super) fn take(&self, wanted: u32) -> Option<Lease> {
         let mut members = lock(&self.members);
-        let lease = members.pick(wanted);
+        // Nobody overtakes those who wait.
+        let lease = if members.waiting.is_empty() { members.pick(wanted) } else { None };
         self.note_demand(&mut members);
         lease
     }

@@ -941,6 +941,25 @@ async fn a_reply_dropped_half_way_costs_an_http1_tunnel_but_no_http2_tunnel() {
 }
 
 #[tokio::test]
+async fn a_client_that_leaves_costs_no_tunnel() {
+    let server = Server::start(&H1).await;
+    let tunnels = tunnels(server.address, Settings { most: 1, ..settings(1) });
+    let first = lease(&tunnels).await;
+    let id = first.id();
+    // It leaves before the answer begins.
+    let asked = request(&first, "/gate", full(""));
+    assert!(timeout(Duration::from_millis(50), first.send(asked)).await.is_err());
+    server.shared.gate.add_permits(1);
+    // It leaves before the body of the answer was read.
+    let second = within(tunnels.wait(BACKEND, 0, PATIENCE)).await.unwrap();
+    drop(send(second, "/").await.unwrap());
+    let third = within(tunnels.wait(BACKEND, 0, PATIENCE)).await.unwrap();
+    assert_eq!(third.id(), id);
+    port(third, "/").await;
+    assert_eq!(server.accepted(), 1);
+}
+
+#[tokio::test]
 async fn a_request_that_was_not_sent_is_given_back() {
     let server = Server::start(&H2).await;
     let tunnels = tunnels(server.address, settings(1));
