@@ -18,12 +18,16 @@ use serde::{Deserialize, Serialize};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::{
-    daemon::{Daemon, Service},
+    daemon::{Daemon, Folder, Service},
     netns::Netns,
     system::{Nginx, OpensslUser},
     tls::{Authority, Failure, Identity, Manners, Server, User, Version, visit_in_clear},
     topology::{self, Family, Shape, Topology},
 };
+
+mod shop;
+
+use self::shop::Shop;
 
 /// Whose clients and servers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
@@ -71,6 +75,12 @@ pub struct Summary {
     pub misses: u64,
     /// Packets dropped, as the data path counted them.
     pub drops: u64,
+    /// Requests to the service that ends TLS.
+    pub requests: u64,
+    /// Of these, those that came with the cookie of an earlier one.
+    pub shoppers_returning: u64,
+    /// Of these, those that reached the same server.
+    pub shoppers_same_backend: u64,
 }
 
 /// Port of the service and of the servers.
@@ -102,16 +112,21 @@ pub fn run(plan: &Plan, out: &mut (impl Write + std::os::fd::AsFd)) -> Result<bo
     let topology = Topology::new(shape).context("making the namespaces")?;
     describe(plan, &topology, out)?;
     let _servers = servers(plan.peers, &topology, &authority)?;
-    let mut daemon = Daemon::start(&topology, "native", &[Service::new("web", PORT)])?;
+    let folder = Folder::new()?;
+    let services = [Service::new("web", PORT), shop::service(&folder, &authority)?];
+    let mut daemon = Daemon::start(&topology, "native", &services)?;
     writeln!(out, "Look inside: dispatcherctl --socket {} backends\n", daemon.socket().display())?;
 
     wait_for_keys(&daemon, &stop, out)?;
+    shop::wait_for_tunnels(&daemon, &stop, out)?;
     let crowd = Crowd::new(plan, &topology, &authority)?;
+    let shop = Shop::new(&topology, &authority)?;
     let show = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(|| crowd.work(&stop))).collect();
+        let mut workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(|| crowd.work(&stop))).collect();
+        workers.push(scope.spawn(|| shop.work(&stop)));
         // Whatever happens here, the workers must end.
         let _end = SetOnDrop(&stop);
-        let shown = show(plan, &mut daemon, &crowd, &stop, out);
+        let shown = show(plan, &mut daemon, &crowd, &shop, &stop, out);
         stop.store(true, Ordering::Relaxed);
         for worker in workers {
             if worker.join().is_err() {
@@ -122,8 +137,9 @@ pub fn run(plan: &Plan, out: &mut (impl Write + std::os::fd::AsFd)) -> Result<bo
     });
     show?;
 
-    let summary = crowd.summary(&daemon)?;
-    let good = report(&summary, &crowd, out)?;
+    let mut summary = crowd.summary(&daemon)?;
+    shop.sum(&mut summary);
+    let good = report(&summary, &crowd, &shop, out)?;
     if let Some(path) = &plan.json {
         let text = serde_json::to_string_pretty(&summary)? + "\n";
         std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
@@ -406,6 +422,7 @@ fn show(
     plan: &Plan,
     daemon: &mut Daemon,
     crowd: &Crowd<'_>,
+    shop: &Shop<'_>,
     stop: &AtomicBool,
     out: &mut (impl Write + std::os::fd::AsFd),
 ) -> Result<()> {
@@ -424,7 +441,7 @@ fn show(
             bail!("dispatcherd: {status}; it said:\n{}", daemon.process().log());
         }
         if live {
-            let text = table(&daemon.backends()?, crowd, second);
+            let text = format!("{}\n{}", table(&of_web(daemon)?, crowd, second), shop.table(daemon)?);
             if lines_above > 0 {
                 write!(out, "\x1b[{lines_above}A\x1b[J")?;
             }
@@ -449,9 +466,14 @@ fn show(
         }
     }
     if !live {
-        write!(out, "\n{}", table(&daemon.backends()?, crowd, second))?;
+        write!(out, "\n{}\n{}", table(&of_web(daemon)?, crowd, second), shop.table(daemon)?)?;
     }
     Ok(())
+}
+
+/// Backends of the service that the data path serves.
+fn of_web(daemon: &Daemon) -> Result<Vec<api::Backend>> {
+    Ok(daemon.backends()?.into_iter().filter(|one| one.service == "web").collect())
 }
 
 /// Left what the data path counts, right what the clients saw.
@@ -480,22 +502,29 @@ fn table(backends: &[api::Backend], crowd: &Crowd<'_>, second: u64) -> String {
     text
 }
 
-fn report(summary: &Summary, crowd: &Crowd<'_>, out: &mut impl Write) -> Result<bool> {
+fn report(summary: &Summary, crowd: &Crowd<'_>, shop: &Shop<'_>, out: &mut impl Write) -> Result<bool> {
     let Summary { connections, handshakes_ok, handshakes_failed, returning, returning_same_backend, .. } =
         summary;
     writeln!(
         out,
         "\n{connections} connections; {handshakes_ok} handshakes, {handshakes_failed} failed. \
          {returning_same_backend} of {returning} returning sessions reached their own server, {} were resumed.\n\
-         XDP: {} hits, {} misses, {} packets dropped.",
-        summary.resumed, summary.hits, summary.misses, summary.drops
+         XDP: {} hits, {} misses, {} packets dropped.\n\
+         shop: {} requests, {} of {} returning sessions reached their own server.",
+        summary.resumed,
+        summary.hits,
+        summary.misses,
+        summary.drops,
+        summary.requests,
+        summary.shoppers_same_backend,
+        summary.shoppers_returning
     )?;
-    let tally = lock(&crowd.tally);
-    for trouble in tally.troubles.iter().take(10) {
+    let troubles = [lock(&crowd.tally).troubles.clone(), shop.troubles()].concat();
+    for trouble in troubles.iter().take(10) {
         writeln!(out, "trouble: {trouble}")?;
     }
-    if tally.troubles.len() > 10 {
-        writeln!(out, "... and {} more", tally.troubles.len() - 10)?;
+    if troubles.len() > 10 {
+        writeln!(out, "... and {} more", troubles.len() - 10)?;
     }
-    Ok(tally.troubles.is_empty() && *handshakes_failed == 0 && returning == returning_same_backend)
+    Ok(troubles.is_empty() && *handshakes_failed == 0 && returning == returning_same_backend)
 }

@@ -49,6 +49,8 @@ fn assert_good(summary: &Summary) {
     // Whoever came back was known, and nobody else.
     assert_eq!(summary.hits, summary.returning, "{summary:?}");
     assert!(summary.resumed >= summary.returning, "{summary:?}");
+    assert!(summary.shoppers_returning > 0 && summary.requests > summary.shoppers_returning, "{summary:?}");
+    assert_eq!(summary.shoppers_same_backend, summary.shoppers_returning, "{summary:?}");
 }
 
 #[test]
