@@ -239,11 +239,12 @@ impl hyper::body::Body for Reply {
 }
 
 type Answer = Result<Response<Incoming>, TrySendError<Request<Body>>>;
+type Answering = Pin<Box<dyn Future<Output = Answer> + Send>>;
 
 /// A request of HTTP/1.1 until its answer begins. If whoever asked has gone before, the answer is read and thrown
 /// away: clients that leave cost no tunnels.
 struct Asked {
-    answer: Option<(Pin<Box<dyn Future<Output = Answer> + Send>>, http1::SendRequest<Body>)>,
+    answer: Option<(Answering, http1::SendRequest<Body>)>,
     tunnel: Arc<Tunnel>,
 }
 

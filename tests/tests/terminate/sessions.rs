@@ -95,3 +95,34 @@ fn servers_are_lost_and_come_back() {
     assert_ne!(other, home);
     assert_eq!(ask(&scene, "one").backend, other, "and stays there");
 }
+
+#[test]
+fn a_connection_that_stays_counts_its_requests_and_hears_of_a_pin() {
+    let scene = Scene::new(false, &[COOKIE]);
+    let mut line = scene.connect(Family::V4, 0);
+    let text = format!("GET / HTTP/1.1\r\nHost: {HOST}\r\nCookie: sid=stays\r\n\r\n");
+    let mut ask = || {
+        let (_, body) = say(&mut line, &text).expect("an answer");
+        serde_json::from_str::<Identity>(&body).expect("an identity").backend
+    };
+    let home = ask();
+    assert!((1..20).all(|_| ask() == home));
+    let other = ["b1", "b2", "b3"].into_iter().find(|name| *name != home).expect("another");
+    let pin = ["sessions", "pin", "cookie:stays", "--service", "shop", "--backend", other];
+    scene.daemon.told(&pin).expect("pinned");
+    until("it goes where it was pinned to", || ask() == other);
+    drop(line);
+    // Another one, that ends before the table was told.
+    let mut line = scene.connect(Family::V4, 1);
+    let text = text.replace("stays", "ends");
+    for _ in 0..20 {
+        say(&mut line, &text).expect("an answer");
+    }
+    drop(line);
+    let hits = || {
+        let found: Vec<api::Session> =
+            scene.daemon.ask(&["sessions", "show", "cookie:ends"]).expect("a session");
+        found.iter().map(|one| one.hits).sum::<u32>()
+    };
+    until("each request is counted", || hits() == 20);
+}
