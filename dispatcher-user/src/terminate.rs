@@ -37,6 +37,7 @@ pub(crate) mod counts;
 mod relay;
 mod request;
 pub(crate) mod secure;
+mod sending;
 mod session;
 
 /// Connections that wait to be accepted.

@@ -83,7 +83,16 @@ impl Authority {
 
     /// A certificate for [`HOST`] whose subject's common name is the server's.
     pub fn issue(&self, server: &str) -> Result<Credentials> {
-        let mut params = CertificateParams::new(vec![HOST.to_owned()])?;
+        self.issue_for(server, HOST, false)
+    }
+
+    /// One for another name, which may be over.
+    pub fn issue_for(&self, server: &str, name: &str, expired: bool) -> Result<Credentials> {
+        let mut params = CertificateParams::new(vec![name.to_owned()])?;
+        if expired {
+            params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+            params.not_after = rcgen::date_time_ymd(2020, 2, 1);
+        }
         params.distinguished_name.push(DnType::CommonName, server);
         let key = KeyPair::generate()?;
         let certificate = params.signed_by(&key, &self.issuer)?;
@@ -551,6 +560,14 @@ impl User {
     pub fn forgetful(&self) -> Self {
         let mut config = ClientConfig::clone(&self.config);
         config.resumption = Resumption::disabled();
+        Self { config: Arc::new(config), version: self.version }
+    }
+
+    /// The same user, who speaks one protocol above TLS.
+    #[must_use]
+    pub fn with_protocol(&self, name: &str) -> Self {
+        let mut config = ClientConfig::clone(&self.config);
+        config.alpn_protocols = vec![name.as_bytes().to_vec()];
         Self { config: Arc::new(config), version: self.version }
     }
 

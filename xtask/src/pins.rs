@@ -77,6 +77,7 @@ pub(crate) const TOOLS: &[Tool] = &[
         "TLS backends with mbedTLS",
     ),
     tool("haproxy", Need::Test, ["haproxy", "haproxy", "haproxy"], "the proxy we compare with"),
+    tool("stunnel4", Need::Test, ["stunnel4", "stunnel", "stunnel"], "TLS backends that only unwrap"),
     tool("tcpdump", Need::Test, ["tcpdump", "tcpdump", "tcpdump"], "captures of failed scenarios"),
     tool("python3", Need::Test, ["python3", "python3", "python"], "small peers with odd manners"),
     tool("wrk", Need::Test, ["wrk", "wrk", "wrk"], "load"),

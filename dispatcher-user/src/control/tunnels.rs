@@ -128,9 +128,9 @@ pub(super) async fn rotate(
         Some(name) => {
             let all = tunnels.backends();
             let found = all.iter().find(|one| one.name == *name).ok_or_else(|| {
-                not_found(
-                    "no tunnels are kept to such a backend; `dispatcherctl tunnels backends` lists them",
-                )
+                not_found(format!(
+                    "no tunnels are kept to \"{name}\"; `dispatcherctl tunnels backends` lists backends as SERVICE/BACKEND"
+                ))
             })?;
             Some(found.backend)
         }

@@ -28,6 +28,7 @@ use super::{
     Front, Relay, Site,
     counts::{Counts, Open, Refusal},
     relay, request, seconds,
+    sending::Flows,
     session::Recent,
 };
 use crate::{gather::gather, state::Shared};
@@ -36,8 +37,19 @@ use crate::{gather::gather, state::Shared};
 const STREAMS: u32 = 128;
 /// A client that says nothing for so long is asked by TCP whether it is there.
 const KEEPALIVE: Duration = Duration::from_secs(60);
-/// Longest header of a request, bytes.
+/// Longest header of a request, bytes; of HTTP/1.1 also what is read ahead, and held for a client who does not read.
 const HEADER: u32 = 64 << 10;
+/// Requests of HTTP/2 that were reset before they were looked at (CVE-2023-44487): with one more the connection
+/// ends.
+const RESETS: usize = 20;
+/// Streams of HTTP/2 that we had to reset because of what was sent on them (CVE-2025-8671).
+const FAULTS: usize = 128;
+/// Bytes of bodies that an HTTP/2 client may send ahead of a backend that does not read: in one request, and in all.
+const WINDOWS: [u32; 2] = [256 << 10, 1 << 20];
+/// Bytes of one answer that are held for an HTTP/2 client who does not read.
+const HELD: usize = 128 << 10;
+/// How often an HTTP/2 client is asked whether it is there, and how long it may take to say so.
+const PINGS: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(20)];
 
 /// What requests of one connection share.
 pub(super) struct Client {
@@ -53,6 +65,8 @@ pub(super) struct Client {
     began: Instant,
     /// Milliseconds from then until the last request ended.
     rests: AtomicU64,
+    /// Answers on their way.
+    pub(super) flows: Flows,
 }
 
 impl Client {
@@ -179,18 +193,23 @@ async fn serve(
     let idle_limit = seconds(now.terminate.idle_timeout);
     drop(now);
     let (requests, rests, began) = (AtomicU32::new(0), AtomicU64::new(0), Instant::now());
-    let recent = Recent::default();
-    let client = Arc::new(Client { shared, site, address, clear, open, recent, requests, rests, began });
+    let (recent, flows) = (Recent::default(), Flows::default());
+    let client = Arc::new(Client { shared, site, address, clear, open, recent, requests, began, rests, flows });
     let service = service_fn(|request| Box::pin(request::answer(Arc::clone(&client), request)));
     let mut server = auto::Builder::new(TokioExecutor::new());
-    server.http1().timer(TokioTimer::new()).header_read_timeout(idle_limit);
+    server.http1().timer(TokioTimer::new()).header_read_timeout(idle_limit).max_buf_size(HEADER as usize);
     server
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS)
         .max_header_list_size(HEADER)
-        .adaptive_window(true)
-        .keep_alive_interval(Duration::from_secs(30));
+        .max_pending_accept_reset_streams(RESETS)
+        .max_local_error_reset_streams(FAULTS)
+        .initial_stream_window_size(WINDOWS[0])
+        .initial_connection_window_size(WINDOWS[1])
+        .max_send_buf_size(HELD)
+        .keep_alive_interval(PINGS[0])
+        .keep_alive_timeout(PINGS[1]);
     let mut connection = pin!(server.serve_connection_with_upgrades(TokioIo::new(stream), service));
     let mut site = client.site.clone();
     let ended = async {
@@ -206,7 +225,14 @@ async fn serve(
             result = &mut connection => result,
             () = ended => {
                 connection.as_mut().graceful_shutdown();
-                connection.await
+                tokio::select! {
+                    result = &mut connection => result,
+                    // It does not take part in that.
+                    () = async {
+                        sleep(idle_limit).await;
+                        idle(&client).await;
+                    } => Ok(()),
+                }
             }
         }
     };
@@ -219,11 +245,14 @@ async fn serve(
     }
 }
 
-/// Ready when no request has come for as long as the service allows.
+/// Ready when no request has come for as long as the service allows. Answers that nobody takes for so long are cut.
 async fn idle(client: &Client) {
     loop {
         let limit = seconds(client.site().terminate.idle_timeout);
         let busy = client.requests.load(Ordering::Acquire) > 0;
+        if busy {
+            client.flows.cut(limit);
+        }
         let rests = client.began + Duration::from_millis(client.rests.load(Ordering::Relaxed));
         let now = Instant::now();
         let due = if busy { now } else { rests } + limit;

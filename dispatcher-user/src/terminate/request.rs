@@ -3,7 +3,10 @@
 use std::{
     convert::Infallible,
     pin::{Pin, pin},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
@@ -15,8 +18,8 @@ use hyper::{
     HeaderMap, Method, Request, Response, StatusCode, Uri, Version,
     body::{Body as _, Frame, Incoming, SizeHint},
     header::{
-        CACHE_CONTROL, CONNECTION, CONTENT_TYPE, FORWARDED, HOST, HeaderName, HeaderValue, SET_COOKIE, TE,
-        TRAILER, TRANSFER_ENCODING, UPGRADE,
+        CACHE_CONTROL, CONNECTION, CONTENT_TYPE, COOKIE, EXPECT, FORWARDED, HOST, HeaderName, HeaderValue,
+        SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
     },
     http::{request::Parts, uri::Authority},
     upgrade::OnUpgrade,
@@ -44,8 +47,10 @@ const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 /// Of one connection only (RFC 9110 section 7.6.1), beside those that `Connection` names.
-const HOP_BY_HOP: [HeaderName; 6] = [
+const HOP_BY_HOP: [HeaderName; 7] = [
     CONNECTION,
+    // We answer it ourselves as soon as the body is wanted.
+    EXPECT,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
     TE,
@@ -74,11 +79,18 @@ pub(super) async fn answer(
     let began = Instant::now();
     let mut way = Way { secure: !client.clear, ..Way::default() };
     let asked = site.log.is_some().then(|| Asked::of(&request));
+    let http1 = request.version() < Version::HTTP_2;
     let answer = match pass_on(&client, &site, request, &id, &mut way).await {
         Ok(response) => response,
         Err(Failure { status, problem }) => {
-            log::debug!("{} {}: {status}: {problem} (request {id})", site.service.name, client.address);
-            page(status, &problem, &id)
+            let (service, from) = (&site.service.name, client.address);
+            log::debug!("{service} {from}: {status}: {problem} (request {id})");
+            let mut page = page(status, &problem, &id);
+            if http1 && matches!(status, StatusCode::BAD_REQUEST | StatusCode::NOT_IMPLEMENTED) {
+                // What follows may have been meant as something else.
+                page.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            page
         }
     };
     let (status, took) = (answer.status(), began.elapsed());
@@ -88,7 +100,7 @@ pub(super) async fn answer(
     Ok(answer.map(|body| {
         let mut body = Watched { body, told, busy };
         body.note(0);
-        body.boxed_unsync()
+        client.flows.follow(body.boxed_unsync()).boxed_unsync()
     }))
 }
 
@@ -172,21 +184,25 @@ impl Told {
 
 /// When the last piece of a request's body was sent: until its end an answer is not due.
 #[derive(Clone)]
-struct Progress(Arc<Mutex<Instant>>);
+struct Progress(Arc<Mutex<Instant>>, Arc<AtomicBool>);
 
 impl Default for Progress {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(Instant::now())))
+        Self(Arc::new(Mutex::new(Instant::now())), Arc::default())
     }
 }
 
 impl Progress {
-    /// The same body, whose progress is noted.
-    fn watch(&self, body: Body) -> Body {
-        let progress = self.clone();
+    /// The same body, whose progress is noted, and whether it could be read.
+    fn watch(&self, body: Incoming) -> Body {
+        let (progress, broken) = (self.clone(), Arc::clone(&self.1));
         let noted = body.map_frame(move |frame| {
             *super::lock(&progress.0) = Instant::now();
             frame
+        });
+        let noted = noted.map_err(move |error| {
+            broken.store(true, Ordering::Relaxed);
+            BoxError::from(error)
         });
         noted.boxed_unsync()
     }
@@ -287,7 +303,9 @@ async fn pass_on(
     let upgraded = wants_upgrade(&request).then(|| hyper::upgrade::on(&mut request));
     let (mut head, body) = request.into_parts();
     let protocol = upgraded.is_some().then(|| head.headers.get(UPGRADE).cloned()).flatten();
+    let trailers = takes_trailers(&head.headers);
     strip(&mut head.headers);
+    join_cookies(&mut head.headers);
     tell(client, &mut head.headers, &authority, id);
     let given = session::of_request(&head.headers, &site.cookie).map(|value| session::key(site, value));
     let secure = is_secure(client, site, &head, given.is_some());
@@ -299,8 +317,7 @@ async fn pass_on(
     let confirmed = given.is_some() && site.terminate.assign_cookie;
     let empty = body.is_end_stream();
     let progress = Progress::default();
-    let mut body =
-        Some(if empty { nothing() } else { progress.watch(body.map_err(BoxError::from).boxed_unsync()) });
+    let mut body = Some(if empty { nothing() } else { progress.watch(body) });
     let repeatable = empty && head.method.is_safe();
     way.secure = secure;
     let mut avoid = Vec::new();
@@ -308,7 +325,11 @@ async fn pass_on(
         let (lease, backend) = lease(client, site, secure, key.as_ref(), confirmed, &avoid).await?;
         let tunnel = if secure { lease.id() } else { 0 };
         (way.backend, way.tunnel, way.tries) = (backend, tunnel, way.tries + 1);
-        let request = form(&head, &authority, &lease, protocol.as_ref(), body.take().unwrap_or_else(nothing));
+        let mut request =
+            form(&head, &authority, &lease, protocol.as_ref(), body.take().unwrap_or_else(nothing));
+        if trailers && lease.is_http2() {
+            request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
+        }
         let limit = super::seconds(site.terminate.response_timeout);
         let sent = progress.within(limit, exchange(lease, request, repeatable)).await;
         let (error, request) = match sent {
@@ -330,7 +351,7 @@ async fn pass_on(
         }
         let unsent = request.is_some();
         body = request.map(|request| request.into_body());
-        if error.is_user() {
+        if error.is_user() || progress.1.load(Ordering::Relaxed) {
             return Err(failure(StatusCode::BAD_REQUEST, "the request's body cannot be read"));
         }
         if way.tries >= TRIES || !(unsent || repeatable) {
@@ -368,16 +389,31 @@ fn check(request: &Request<Incoming>) -> Result<Authority, Failure> {
         return Err(failure(StatusCode::METHOD_NOT_ALLOWED, "CONNECT is not served here"));
     }
     let headers = request.headers();
+    let mut codings = headers.get_all(TRANSFER_ENCODING).into_iter();
+    let known =
+        codings.next().is_none_or(|coding| coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked"));
+    if !known || codings.next().is_some() {
+        // The others would be lost on the way.
+        return Err(failure(StatusCode::NOT_IMPLEMENTED, "no Transfer-Encoding but chunked is known here"));
+    }
     if headers.get_all(HOST).iter().count() > 1 {
         return Err(refuse("there is more than one Host"));
     }
     let host = headers.get(HOST).map(|host| Authority::try_from(host.as_bytes()));
     let host = host.transpose().map_err(|_| refuse("the Host cannot be read"))?;
-    match (request.uri().authority(), host) {
-        (Some(authority), _) => Ok(authority.clone()),
-        (None, Some(host)) => Ok(host),
-        (None, None) => Err(refuse("there is no Host")),
+    let authority = match (request.uri().authority(), host) {
+        // RFC 9113 section 8.3.1; in HTTP/1.1 the Host beside a whole target does not count (RFC 9112 section 3.2.2).
+        (Some(authority), Some(host)) if request.version() == Version::HTTP_2 && *authority != host => {
+            return Err(refuse("Host and :authority differ"));
+        }
+        (Some(authority), _) => authority.clone(),
+        (None, Some(host)) => host,
+        (None, None) => return Err(refuse("there is no Host")),
+    };
+    if authority.as_str().contains('@') {
+        return Err(refuse("there is a user's name in the Host"));
     }
+    Ok(authority)
 }
 
 /// Whether it goes through a tunnel: all that came over TLS does, and what is declared secure.
@@ -394,6 +430,27 @@ fn wants_upgrade(request: &Request<Incoming>) -> bool {
     request.version() == Version::HTTP_11
         && request.headers().contains_key(UPGRADE)
         && lines.any(|line| line.as_bytes().split(|byte| *byte == b',').any(asks))
+}
+
+/// Whether the client takes trailers, which servers of gRPC want to see.
+fn takes_trailers(headers: &HeaderMap) -> bool {
+    let mut codings =
+        headers.get_all(TE).into_iter().flat_map(|line| line.as_bytes().split(|byte| *byte == b','));
+    codings.any(|coding| {
+        let name = coding.split(|byte| *byte == b';').next().unwrap_or_default();
+        name.trim_ascii().eq_ignore_ascii_case(b"trailers")
+    })
+}
+
+/// HTTP/2 may send each cookie in a field of its own, HTTP/1.1 may not (RFC 9113 section 8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    if headers.get_all(COOKIE).iter().nth(1).is_none() {
+        return;
+    }
+    let lines: Vec<&[u8]> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if let Ok(line) = HeaderValue::from_bytes(&lines.join(&b"; "[..])) {
+        headers.insert(COOKIE, line);
+    }
 }
 
 /// Removes what is for one connection only.

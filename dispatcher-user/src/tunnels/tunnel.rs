@@ -9,7 +9,7 @@ use std::pin::{Pin, pin};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, OnceLock};
-use std::task::{Context as TaskContext, Poll};
+use std::task::{Context as TaskContext, Poll, ready};
 use std::time::Duration;
 
 use futures_util::task::AtomicWaker;
@@ -134,7 +134,7 @@ pub(super) async fn open(pool: Arc<Pool>) -> Result<(), String> {
             .keep_alive_while_idle(true)
             .handshake(wire);
         let told = async {
-            let (sender, mut connection) = handshake.await.map_err(|e| chain(&e))?;
+            let (sender, mut connection) = handshake.await.map_err(|e| tunnel.reason(Err(e)))?;
             poll_fn(|cx| match turn(&tunnel, &mut connection, cx) {
                 Poll::Ready(reason) => Poll::Ready(Err(reason)),
                 Poll::Pending if tunnel.streams.load(Relaxed) > 0 => Poll::Ready(Ok(())),
@@ -407,11 +407,33 @@ impl Wire {
         Ok(Pin::new(&mut self.stream))
     }
 
-    fn count_sent(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        if let Poll::Ready(Ok(count)) = &written {
-            self.tunnel.sent.fetch_add(*count as u64, Relaxed);
+    fn count_sent(
+        &mut self,
+        cx: &mut TaskContext<'_>,
+        written: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        match &written {
+            Poll::Ready(Ok(count)) => drop(self.tunnel.sent.fetch_add(*count as u64, Relaxed)),
+            Poll::Ready(Err(_)) => ready!(self.hear(cx)),
+            Poll::Pending => {}
         }
         written
+    }
+
+    /// Writing has failed: why the peer has gone can be read soon, as an alert of TLS for example.
+    fn hear(&mut self, cx: &mut TaskContext<'_>) -> Poll<()> {
+        let mut bytes = [0; 1024];
+        let mut buf = ReadBuf::new(&mut bytes);
+        loop {
+            let read = ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buf));
+            if let Err(error) = &read {
+                self.tunnel.failure.get_or_init(|| line(&error.to_string()));
+            }
+            if read.is_err() || buf.filled().is_empty() {
+                return Poll::Ready(());
+            }
+            buf.clear();
+        }
     }
 }
 
@@ -447,7 +469,7 @@ impl AsyncWrite for Wire {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let written = self.alive()?.poll_write(cx, bytes);
-        self.count_sent(written)
+        self.count_sent(cx, written)
     }
 
     fn poll_write_vectored(
@@ -456,7 +478,7 @@ impl AsyncWrite for Wire {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = self.alive()?.poll_write_vectored(cx, slices);
-        self.count_sent(written)
+        self.count_sent(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -464,7 +486,11 @@ impl AsyncWrite for Wire {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
-        self.alive()?.poll_flush(cx)
+        let flushed = self.alive()?.poll_flush(cx);
+        if let Poll::Ready(Err(_)) = &flushed {
+            ready!(self.hear(cx));
+        }
+        flushed
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {

@@ -1,8 +1,10 @@
 //! The scene: servers, a daemon in front of them, and clients.
 
 use std::{
+    any::Any,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -17,6 +19,8 @@ use dispatcher_tests::{
 use dispatcher_user::api;
 use rustls::{ClientConnection, StreamOwned};
 
+use crate::mirror::{Manner, Mirror, Seen};
+
 /// Port of the service and of its backends.
 pub(crate) const PORT: u16 = 443;
 /// Tunnels to each backend.
@@ -29,6 +33,10 @@ pub(crate) enum Servers {
     Nginx { _running: Vec<Nginx> },
     /// HTTP/1.1; `/login/VALUE` sets the cookie.
     Own(Vec<Server>),
+    /// What they were sent can be asked.
+    Mirrors(Vec<Mirror>),
+    /// Whatever a test has set up.
+    Others(#[expect(dead_code, reason = "held until the end of the test")] Vec<Box<dyn Any + Send + Sync>>),
 }
 
 /// Dropped in this order.
@@ -65,6 +73,26 @@ impl Scene {
                 Servers::Own(all.collect::<Result<_>>()?)
             })
         })
+    }
+
+    /// A service in front of [`Mirror`]s, as soon as there are tunnels.
+    pub(crate) fn mirrors(manner: Manner<'_>, lines: &[&str]) -> Self {
+        let scene = Self::before(lines, |topology, authority| {
+            let places = topology.backends.iter().enumerate();
+            let all = places.map(|(i, place)| {
+                Mirror::start(&place.netns, &format!("b{}", i + 1), PORT, authority, manner)
+            });
+            Ok(Servers::Mirrors(all.collect::<Result<_>>()?))
+        });
+        let scene = scene.unwrap_or_else(|error| panic!("setting the scene: {error:#}"));
+        until("tunnels are established", || scene.tunnels().len() == 3 * ESTABLISHED);
+        scene
+    }
+
+    /// The requests that mirrors have got.
+    pub(crate) fn seen(&self) -> Vec<Seen> {
+        let Servers::Mirrors(mirrors) = &self.servers else { panic!("no mirrors") };
+        mirrors.iter().flat_map(Mirror::seen).collect()
     }
 
     /// A service in front of servers.
@@ -154,4 +182,22 @@ pub(crate) fn say(line: &mut Connection, text: &str) -> Result<(String, String)>
     let mut body = vec![0; head.length as usize];
     line.read_exact(&mut body)?;
     Ok((head.line, String::from_utf8_lossy(&body).into_owned()))
+}
+
+/// Memory that the daemon has, bytes.
+pub(crate) fn memory(scene: &mut Scene) -> u64 {
+    let file = format!("/proc/{}/status", scene.daemon.process().id());
+    let text = std::fs::read_to_string(file).expect("it runs");
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its memory");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
+}
+
+/// Processor time that the daemon has used.
+pub(crate) fn processor(scene: &mut Scene) -> Duration {
+    let file = format!("/proc/{}/stat", scene.daemon.process().id());
+    let text = std::fs::read_to_string(file).expect("it runs");
+    let (_, rest) = text.rsplit_once(')').expect("its name");
+    let ticks = rest.split_whitespace().skip(11).take(2).filter_map(|word| word.parse::<u64>().ok());
+    // A hundredth of a second each (USER_HZ).
+    Duration::from_millis(ticks.sum::<u64>() * 10)
 }
