@@ -450,6 +450,16 @@ const ROWS: &[Row] = &[
     ),
 ];
 
+/// What comes after all that is to be passed over.
+fn after(frames: &mut Frames, passed: fn(End) -> bool) -> End {
+    loop {
+        let end = frames.end(1);
+        if !passed(end) {
+            return end;
+        }
+    }
+}
+
 #[test]
 fn http2_is_as_the_rfc_has_it() {
     let scene = Scene::mirrors(Manner::HTTP2, &[COOKIE]);
@@ -468,30 +478,15 @@ fn http2_is_as_the_rfc_has_it() {
                 (end, end == End::Status(*status))
             }
             Due::Connection(code) => {
-                let end = loop {
-                    match frames.end(1) {
-                        End::Status(_) | End::Reset(_) => {}
-                        end => break end,
-                    }
-                };
+                let end = after(&mut frames, |end| matches!(end, End::Status(_) | End::Reset(_)));
                 (end, matches!(end, End::Goaway(found) if found == *code) || end == End::Closed)
             }
             Due::Coarse(code) => {
-                let end = loop {
-                    match frames.end(1) {
-                        End::Status(_) => {}
-                        end => break end,
-                    }
-                };
+                let end = after(&mut frames, |end| matches!(end, End::Status(_)));
                 (end, end == End::Goaway(PROTOCOL_ERROR) || end == End::Goaway(*code))
             }
             Due::Stream(codes) => {
-                let end = loop {
-                    match frames.end(1) {
-                        End::Status(_) => {}
-                        end => break end,
-                    }
-                };
+                let end = after(&mut frames, |end| matches!(end, End::Status(_)));
                 (
                     end,
                     matches!(end, End::Reset(found) | End::Goaway(found) if codes.contains(&found))

@@ -134,9 +134,9 @@ impl Frames {
     }
 
     fn next(&mut self) -> Result<Frame, End> {
-        let broken = |error: std::io::Error| match error.kind() {
-            ErrorKind::WouldBlock | ErrorKind::TimedOut => End::Silence,
-            _ => End::Closed,
+        let broken = |error: std::io::Error| {
+            let late = matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut);
+            if late { End::Silence } else { End::Closed }
         };
         let mut head = [0; 9];
         self.line.read_exact(&mut head).map_err(broken)?;
