@@ -50,10 +50,9 @@ pub fn syn(frame: &Frame, p: &Parsed) -> Verdict {
         words[2] = p.key.ports;
         12
     } else {
-        for i in 0..4 {
-            words[i] = p.key.src.words[i];
-            words[4 + i] = p.key.dst.words[i];
-        }
+        let (src, dst) = (&p.key.src.words, &p.key.dst.words);
+        (words[0], words[1], words[2], words[3]) = (src[0], src[1], src[2], src[3]);
+        (words[4], words[5], words[6], words[7]) = (dst[0], dst[1], dst[2], dst[3]);
         words[8] = p.key.ports;
         36
     };

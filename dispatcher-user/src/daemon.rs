@@ -238,7 +238,8 @@ fn prepare(
         privileges::drop_privileges()?;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+        // Requests are passed on by as many threads as there are processors; one more must not wait for them.
+        .worker_threads(std::thread::available_parallelism().map_or(2, |all| all.get().max(2)))
         .enable_all()
         .build()
         .map_err(Error::Runtime)?;

@@ -166,6 +166,8 @@ enum Front<S, R> {
 
 /// One that runs: whoever serves its clients follows it.
 type Running = Front<watch::Sender<Arc<Site>>, watch::Sender<Arc<Relay>>>;
+/// One that is followed by whoever serves its clients.
+type Followed = Front<watch::Receiver<Arc<Site>>, watch::Receiver<Arc<Relay>>>;
 /// One that is to run.
 type Ready = Front<Arc<Site>, Arc<Relay>>;
 
@@ -323,7 +325,7 @@ impl Terminator {
     }
 
     /// The service that has a VIP.
-    fn at(&self, vip: SocketAddr) -> Option<Front<watch::Receiver<Arc<Site>>, watch::Receiver<Arc<Relay>>>> {
+    fn at(&self, vip: SocketAddr) -> Option<Followed> {
         let fronts = lock(&self.fronts);
         let is_there = |front: &&Running| front.now().service().listeners().any(|one| one == vip);
         Some(match fronts.values().find(is_there)? {

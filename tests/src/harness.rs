@@ -333,7 +333,11 @@ impl Machine {
                         mode: match service {
                             Service::Local => MODE_LOCAL,
                             Service::L4 | Service::Quic => MODE_L4,
-                            _ => MODE_PASSTHROUGH,
+                            Service::Plain
+                            | Service::Pool
+                            | Service::Proxy
+                            | Service::Held
+                            | Service::Empty => MODE_PASSTHROUGH,
                         },
                         service: service.id(),
                         flags: service.flags(),

@@ -25,7 +25,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::either::Either;
 
 use super::{
-    Front, Relay, Site,
+    Followed, Front, Site,
     counts::{Counts, Open, Refusal},
     relay, request, seconds,
     sending::Flows,
@@ -134,13 +134,7 @@ pub(super) async fn accept(shared: Arc<Shared>, vip: SocketAddr, listener: StdLi
 }
 
 /// Serves a client, if there are not too many.
-fn serve_by(
-    shared: &Arc<Shared>,
-    front: Front<watch::Receiver<Arc<Site>>, watch::Receiver<Arc<Relay>>>,
-    vip: SocketAddr,
-    stream: TcpStream,
-    address: SocketAddr,
-) {
+fn serve_by(shared: &Arc<Shared>, front: Followed, vip: SocketAddr, stream: TcpStream, address: SocketAddr) {
     let service = match &front {
         Front::Terminate(site) => Arc::clone(&site.borrow().service),
         Front::Relay(relay) => Arc::clone(&relay.borrow().service),
@@ -194,7 +188,8 @@ async fn serve(
     drop(now);
     let (requests, rests, began) = (AtomicU32::new(0), AtomicU64::new(0), Instant::now());
     let (recent, flows) = (Recent::default(), Flows::default());
-    let client = Arc::new(Client { shared, site, address, clear, open, recent, requests, began, rests, flows });
+    let client =
+        Arc::new(Client { shared, site, address, clear, open, recent, requests, began, rests, flows });
     let service = service_fn(|request| Box::pin(request::answer(Arc::clone(&client), request)));
     let mut server = auto::Builder::new(TokioExecutor::new());
     server.http1().timer(TokioTimer::new()).header_read_timeout(idle_limit).max_buf_size(HEADER as usize);
