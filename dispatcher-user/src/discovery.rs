@@ -178,7 +178,10 @@ fn due(shared: &Shared) -> Vec<(Who, Target, Option<u32>)> {
                     record.next = None;
                     continue;
                 };
-                if due.len() < AT_ONCE && record.next.is_none_or(|next| now >= next) {
+                // Through a tunnel, as soon as there is one.
+                let there =
+                    service.mode != Mode::Relay || shared.terminator.tunnels.load(backend.id).established > 0;
+                if there && due.len() < AT_ONCE && record.next.is_none_or(|next| now >= next) {
                     let target = target(shared, service, backend, address, server_name.clone());
                     due.push(((backend.id, server_name), target, service.ticket));
                 }
