@@ -95,8 +95,9 @@ pub(super) async fn answer(
     };
     let (status, took) = (answer.status(), began.elapsed());
     client.counts().request(way.secure, status.as_u16(), took);
-    let told =
-        asked.map(|asked| Told { site, asked, id, status, began, took, way, sent: 0, complete: false });
+    let length = answer.body().size_hint().exact();
+    let (sent, complete) = (0, false);
+    let told = asked.map(|asked| Told { site, asked, id, status, began, took, way, length, sent, complete });
     Ok(answer.map(|body| {
         let mut body = Watched { body, told, busy };
         body.note(0);
@@ -146,13 +147,15 @@ struct Told {
     began: Instant,
     took: Duration,
     way: Way,
+    /// Of the body, where it is known, and what was given of it.
+    length: Option<u64>,
     sent: u64,
     complete: bool,
 }
 
 impl Told {
     fn write(&self, client: &Client) {
-        let Self { site, asked, id, status, began, took, way, sent, complete } = self;
+        let Self { site, asked, id, status, began, took, way, length: _, sent, complete } = self;
         let Some(log) = &site.log else { return };
         let reached = client.shared.terminator.reached(site.service.id);
         let name = reached.as_ref().and_then(|reached| reached.addresses.get(&way.backend));
@@ -234,7 +237,7 @@ impl Watched {
     fn note(&mut self, sent: usize) {
         if let Some(told) = &mut self.told {
             told.sent += sent as u64;
-            told.complete |= self.body.is_end_stream();
+            told.complete |= self.body.is_end_stream() || told.length == Some(told.sent);
         }
     }
 }
@@ -379,7 +382,13 @@ async fn exchange(
         return Ok(Response::from_parts(head, reply.map_err(BoxError::from).boxed_unsync()));
     }
     let whole = reply.collect().await.map_err(|error| (error, None))?;
-    Ok(Response::from_parts(head, whole.map_err(|never| match never {}).boxed_unsync()))
+    // A body whose length is known.
+    let body = if whole.trailers().is_none() {
+        Full::new(whole.to_bytes()).map_err(|never| match never {}).boxed_unsync()
+    } else {
+        whole.map_err(|never| match never {}).boxed_unsync()
+    };
+    Ok(Response::from_parts(head, body))
 }
 
 /// What may be passed on at all; returns for whom it is.

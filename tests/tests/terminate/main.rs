@@ -1,5 +1,6 @@
 //! Services that end TLS: sessions by cookie, through tunnels that are established already.
 
+mod access;
 mod bodies;
 mod clear;
 mod conformance;

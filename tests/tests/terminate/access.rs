@@ -1,0 +1,69 @@
+//! The access log.
+
+use std::path::Path;
+
+use dispatcher_tests::{daemon::Folder, topology::Family, town::until};
+use serde_json::Value;
+
+use crate::scene::{COOKIE, Scene};
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect()
+}
+
+#[test]
+fn each_request_has_a_line() {
+    let folder = Folder::new().expect("a folder");
+    let path = folder.path().join("access.jsonl");
+    let log = format!("terminate.access_log = \"{}\"", path.display());
+    let scene = Scene::new(true, &[COOKIE, &log]);
+    let home = scene.visit("jar", Family::V4, &["--http2"], "/login?token=secret-of-the-query").backend;
+    let _ = scene.visit("jar", Family::V6, &["--http1.1"], "/");
+    let absent =
+        scene.curl("jar", Family::V4, &["--http1.1", "-X", "CONNECT", "--request-target", "a:1"], "/");
+    assert!(absent.is_ok_and(|text| text.starts_with("405")), "refused");
+    until("three lines", || lines(&path).len() >= 3);
+    let all = lines(&path);
+    assert_eq!(all.len(), 3, "{all:#?}");
+    let session = scene.sessions().into_iter().next().expect("a session");
+    for (line, path, version, client) in [
+        (&all[0], "/login", "2", scene.topology.client(Family::V4, 0)),
+        (&all[1], "/", "1.1", scene.topology.client(Family::V6, 0)),
+    ] {
+        for (key, value) in [
+            ("service", Value::from("shop")),
+            ("method", "GET".into()),
+            ("path", path.into()),
+            ("version", version.into()),
+            ("status", 200.into()),
+            ("backend", home.as_str().into()),
+            ("tunnel", session.tunnel.into()),
+            ("tries", 1.into()),
+            ("complete", true.into()),
+            ("client", client.to_string().into()),
+        ] {
+            assert_eq!(line[key], value, "{key} of {line:#}");
+        }
+        assert!(line["sent_bytes"].as_u64().is_some_and(|sent| sent > 50), "{line:#}");
+        assert!(line["ms"].as_f64() >= line["head_ms"].as_f64(), "{line:#}");
+        assert_eq!(line["request_id"].as_str().map(str::len), Some(32), "{line:#}");
+        assert!(
+            line["time"].as_str().is_some_and(|time| time.ends_with('Z') && time.len() >= 20),
+            "{line:#}"
+        );
+    }
+    assert_eq!((&all[2]["status"], &all[2]["backend"]), (&405.into(), &Value::Null));
+    // Neither queries nor cookies.
+    let text = std::fs::read_to_string(&path).expect("a file");
+    assert!(!text.contains("secret-of-the-query") && !text.contains("sid="), "{text}");
+    // As logrotate does it.
+    let old = folder.path().join("access.jsonl.1");
+    std::fs::rename(&path, &old).expect("moved");
+    scene.daemon.told(&["reload"]).expect("a reload");
+    let _ = scene.visit("jar", Family::V4, &[], "/after");
+    until("the new file has it", || lines(&path).len() == 1);
+    assert_eq!((lines(&path)[0]["path"].as_str(), lines(&old).len()), (Some("/after"), 3));
+}
