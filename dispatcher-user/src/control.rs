@@ -554,6 +554,11 @@ fn read_backends(shared: &Shared, id: Option<u32>) -> Result<Vec<api::Backend>, 
     let mut found = Vec::new();
     let config = shared.config();
     let now = reload::unix_seconds();
+    // Backends to which there is no tunnel although there should be some.
+    let failing = shared.terminator.tunnels.backends().into_iter().filter(|one| one.established == 0);
+    let failing: HashMap<u32, String> = failing
+        .filter_map(|one| one.error.map(|(error, _)| (one.backend, format!("no tunnel: {error}"))))
+        .collect();
     {
         let state = shared.state();
         let desired = state.desired(&config);
@@ -562,6 +567,7 @@ fn read_backends(shared: &Shared, id: Option<u32>) -> Result<Vec<api::Backend>, 
             for backend in service.backends.iter().filter(|one| id.is_none_or(|id| one.id == id)) {
                 let Some(index) = state.actual.backend_index(backend.id) else { continue };
                 let (condition, reason) = reconcile::status(&desired, &state.actual, backend);
+                let reason = reason.or_else(|| failing.get(&backend.id).cloned());
                 let deadline = state.deadlines.get(&backend.id).map(|at| at.saturating_sub(now));
                 let share = state.actual.share(&vips, index);
                 found.push((service, backend, index, condition, reason, share, deadline));
@@ -626,7 +632,7 @@ fn read_backend(shared: &Shared, service: &str, name: &str) -> Result<Vec<api::B
     let (_, backend) = find_backend(&config, service, name)?;
     let mut found = read_backends(shared, Some(backend.id))?;
     for one in &mut found {
-        one.open = Some(shared.open(one.index));
+        one.open = Some(shared.open(one.index) + shared.terminator.in_use(one.id));
     }
     Ok(found)
 }
@@ -1018,6 +1024,8 @@ struct Names {
     backends: HashMap<u32, (usize, usize)>,
     /// Backend id by index.
     ids: HashMap<u32, u32>,
+    /// Backend ids of the tunnels that there are.
+    tunnels: HashMap<u32, u32>,
 }
 
 impl Names {
@@ -1029,7 +1037,8 @@ impl Names {
         });
         let backends = numbered.collect();
         let ids = state.actual.backend_indexes().map(|(id, index)| (index, id)).collect();
-        Self { config, backends, ids }
+        let tunnels = shared.terminator.tunnels.list().iter().map(|one| (one.id, one.backend)).collect();
+        Self { config, backends, ids, tunnels }
     }
 
     fn service(&self, id: u32) -> String {
@@ -1071,7 +1080,12 @@ fn shown(names: &Names, key: &SessionKey, session: &Session, now: u32) -> api::S
         kind: kind_name(key.kind),
         service: names.service(key.service),
         backend: session.ids().map(|id| names.backend(id)).collect::<Vec<_>>().join(","),
-        tunnel: session.tunnel,
+        // One that is named may be of a daemon before this one.
+        tunnel: if names.tunnels.get(&session.tunnel).is_some_and(|backend| session.has(*backend)) {
+            session.tunnel
+        } else {
+            0
+        },
         class: session.class,
         state: STATES
             .iter()

@@ -100,7 +100,7 @@ enum Command {
     },
     /// What is known of the backends' session tickets: which keys seal them, and who shares them
     Identities,
-    /// Established TLS connections to the backends of services with mode = "terminate"
+    /// Established TLS connections to the backends of services with mode = "terminate" or "relay"
     Tunnels {
         #[command(subcommand)]
         command: Option<tunnels::Command>,

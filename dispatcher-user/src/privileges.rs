@@ -1,9 +1,17 @@
-//! After start the daemon needs to write maps and to ask for neighbours, and nothing else of what root may.
+//! After start the daemon needs to write maps, to ask for neighbours and to listen, and nothing else of what root may.
 
 use caps::{CapSet, Capability, CapsHashSet};
 
-/// What stays: maps and test runs; netlink.
+/// What the data path needs: maps and test runs; netlink.
 pub const NEEDED: [Capability; 3] = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN, Capability::CAP_PERFMON];
+
+/// What is kept: the same, and ports below 1024, on which a service of a reload may have to listen.
+pub const KEPT: [Capability; 4] = [
+    Capability::CAP_BPF,
+    Capability::CAP_NET_ADMIN,
+    Capability::CAP_PERFMON,
+    Capability::CAP_NET_BIND_SERVICE,
+];
 
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
@@ -24,9 +32,9 @@ pub fn may_load() -> bool {
     has(Capability::CAP_SYS_ADMIN) || NEEDED.into_iter().all(has)
 }
 
-/// Drops all capabilities but the [`NEEDED`] ones, of this thread and of those it will start, for good.
+/// Drops all capabilities but those in [`KEPT`], of this thread and of those it will start, for good.
 pub fn drop_privileges() -> Result<(), Error> {
-    let needed: CapsHashSet = NEEDED.into_iter().collect();
+    let needed: CapsHashSet = KEPT.into_iter().collect();
     for capability in caps::all() {
         if !needed.contains(&capability) && caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
             // Kernels that do not know a capability have none to drop.
@@ -58,7 +66,7 @@ mod tests {
         let thread = std::thread::spawn(|| {
             drop_privileges().expect("drops");
             let left = caps::read(None, CapSet::Permitted).expect("reads");
-            assert!(left.iter().all(|capability| NEEDED.contains(capability)), "{left:?}");
+            assert!(left.iter().all(|capability| KEPT.contains(capability)), "{left:?}");
             assert!(!caps::has_cap(None, CapSet::Effective, Capability::CAP_SYS_ADMIN).expect("reads"));
             // Threads started later inherit the loss.
             let inherited = std::thread::spawn(|| caps::read(None, CapSet::Permitted).expect("reads"));

@@ -84,13 +84,14 @@ pub(crate) async fn reload(shared: &Arc<Shared>, dry_run: bool) -> Result<api::R
     if let Some(shortage) = new.shortage(shared.dataplane.capacities()) {
         return Err(Error::Shortage(shortage));
     }
-    let lines = found.lines;
+    let mut lines = found.lines;
     let known = |name: &str| old.interfaces.iter().any(|one| one.name == name);
     let coming: Vec<&Interface> = new.interfaces.iter().filter(|one| !known(&one.name)).collect();
     for interface in &coming {
         dataplane::find_interface(&interface.name).map_err(Error::Interface)?;
     }
     let ending = shared.terminator.prepare(&new).map_err(Error::Terminate)?;
+    lines.extend(ending.renewed.iter().cloned());
     if dry_run {
         return Ok(api::Reload { applied: false, changes: lines });
     }

@@ -14,7 +14,7 @@ use dispatcher_common::{
 use tokio::sync::watch;
 
 use crate::{
-    config::{Amendments, Config},
+    config::{AdminState, Amendments, Config},
     control::trace::Trace,
     dataplane::{self, Dataplane},
     discovery::Discovery,
@@ -170,6 +170,12 @@ impl Shared {
         let reached = local
             .map(|service| (service.id, reconcile::reached(&state.desired(config), &state.actual, service)));
         self.terminator.find(reached.collect());
+        let local = config.services.iter().filter(|service| service.mode.is_local());
+        for backend in local.flat_map(|service| &service.backends) {
+            if backend.state == AdminState::Offline {
+                self.terminator.cut(backend.id);
+            }
+        }
         let pools = reconcile::pools(&state.desired(config), &state.actual);
         *self.pools.lock().unwrap_or_else(PoisonError::into_inner) = (Arc::new(pools), state.counted);
         failed

@@ -90,7 +90,7 @@ fn remedy(error: &io::Error, vip: SocketAddr) -> String {
             format!("; stop who has it (`ss -ltnp 'sport = {port}'`), or take another port")
         }
         Some(libc::EACCES) => {
-            "; a running daemon has no right to ports below 1024 any more: restart it".to_owned()
+            "; ports below 1024 need CAP_NET_BIND_SERVICE: start as root, or with it".to_owned()
         }
         _ => String::new(),
     }
@@ -145,6 +145,8 @@ pub(crate) struct Site {
     /// Name of the cookie by which sessions are known.
     cookie: String,
     tls: Arc<ServerConfig>,
+    /// Contents of the files of certificates and keys.
+    files: Vec<Vec<u8>>,
     way: Arc<Way>,
     log: Option<access::Log>,
 }
@@ -254,6 +256,8 @@ pub(crate) struct Prepared {
     fronts: Vec<Ready>,
     /// VIPs that nobody listened on.
     listeners: Vec<(SocketAddr, StdListener)>,
+    /// What a reload does that the configuration does not say.
+    pub(crate) renewed: Vec<String>,
 }
 
 impl Terminator {
@@ -263,24 +267,31 @@ impl Terminator {
         let bound = lock(&self.listeners);
         for service in &config.services {
             let Some(tunnels) = &service.tunnels else { continue };
-            let old = lock(&self.fronts).get(&service.id).map(|front| Arc::clone(front.now().way()));
+            let former = lock(&self.fronts).get(&service.id).map(Running::now);
+            let old = former.as_ref().map(|front| Arc::clone(front.way()));
             let name = &service.name;
             let own = Arc::new(service.clone());
-            prepared.fronts.push(match &service.terminate {
-                Some(terminate) => Ready::Terminate(Arc::new(Site {
-                    cookie: service.cookie().unwrap_or(config::DEFAULT_COOKIE).to_owned(),
-                    tls: certificates::server(name, terminate)?,
-                    way: certificates::way(name, tunnels, Carries::Requests, old)?,
-                    log: terminate.access_log.as_ref().map(|file| open(name, file)).transpose()?,
-                    terminate: terminate.clone(),
-                    service: own,
-                })),
+            let front = match &service.terminate {
+                Some(terminate) => {
+                    let (tls, files) = certificates::server(name, terminate)?;
+                    Ready::Terminate(Arc::new(Site {
+                        cookie: service.cookie().unwrap_or(config::DEFAULT_COOKIE).to_owned(),
+                        tls,
+                        files,
+                        way: certificates::way(name, tunnels, Carries::Requests, old)?,
+                        log: terminate.access_log.as_ref().map(|file| open(name, file)).transpose()?,
+                        terminate: terminate.clone(),
+                        service: own,
+                    }))
+                }
                 None => Ready::Relay(Arc::new(Relay {
                     kinds: service.affinity.iter().map(config::Affinity::kind).collect(),
                     way: certificates::way(name, tunnels, Carries::Flow, old)?,
                     service: own,
                 })),
-            });
+            };
+            prepared.renewed.extend(former.iter().flat_map(|former| renewed(former, &front)));
+            prepared.fronts.push(front);
             for vip in service.listeners().filter(|vip| !bound.contains_key(vip)) {
                 let listener =
                     listen(vip).map_err(|source| Error::Listen { service: name.clone(), vip, source })?;
@@ -292,7 +303,7 @@ impl Terminator {
 
     /// Puts in force what was prepared. Connections of services that stay go on.
     pub(crate) fn install(&self, shared: &Arc<Shared>, prepared: Prepared) {
-        let Prepared { fronts, listeners } = prepared;
+        let Prepared { fronts, listeners, renewed: _ } = prepared;
         let mut running = lock(&self.fronts);
         let mut bound = lock(&self.listeners);
         bound.retain(|vip, task| {
@@ -388,6 +399,17 @@ impl Terminator {
         self.reached.borrow().get(&service).cloned()
     }
 
+    /// Requests and relayed connections that are under way to a backend.
+    pub(crate) fn in_use(&self, backend: u32) -> u64 {
+        (self.tunnels.in_use(backend) + self.clear.in_use(backend)) as u64
+    }
+
+    /// Ends what is under way to a backend.
+    pub(crate) fn cut(&self, backend: u32) {
+        self.tunnels.cut(backend);
+        self.clear.cut(backend);
+    }
+
     /// The connections to backends for requests that are secure, or not.
     fn road(&self, secure: bool) -> &Tunnels {
         if secure { &self.tunnels } else { &self.clear }
@@ -430,6 +452,23 @@ impl Terminator {
 /// What the configuration of a daemon that starts needs.
 pub(crate) fn prepare(config: &Config) -> Result<Prepared, Error> {
     Terminator::default().prepare(config)
+}
+
+/// Files that have another content under the same name.
+fn renewed(former: &Ready, front: &Ready) -> Vec<String> {
+    let name = &front.service().name;
+    let mut lines = Vec::new();
+    if let (Ready::Terminate(old), Ready::Terminate(new)) = (former, front)
+        && old.terminate.certificates == new.terminate.certificates
+        && old.files != new.files
+    {
+        lines.push(format!("~ service {name}: terminate.certificates: their files have changed"));
+    }
+    let (old, new) = (former.way(), front.way());
+    if old.config == new.config && old.files != new.files {
+        lines.push(format!("~ service {name}: tunnels: their files of certificates have changed"));
+    }
+    lines
 }
 
 fn open(service: &str, path: &Path) -> Result<access::Log, Error> {

@@ -21,6 +21,7 @@ mod tunnel;
 use std::collections::HashMap;
 use std::error::Error;
 use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, SystemTime};
 
@@ -277,6 +278,21 @@ impl Tunnels {
     /// What a backend's tunnels have to do; nothing of one that is not followed.
     pub fn load(&self, backend: u32) -> Load {
         self.pools().get(&backend).map(|pool| pool.load()).unwrap_or_default()
+    }
+
+    /// Requests and flows that are under way to a backend, over tunnels of whatever state.
+    pub fn in_use(&self, backend: u32) -> usize {
+        let all = self.registry.all();
+        let own = all.iter().filter(|tunnel| tunnel.pool.target.backend == backend);
+        own.map(|tunnel| tunnel.in_flight.load(Ordering::Relaxed)).sum()
+    }
+
+    /// Closes all tunnels to a backend at once.
+    pub fn cut(&self, backend: u32) {
+        for tunnel in self.registry.all().iter().filter(|tunnel| tunnel.pool.target.backend == backend) {
+            tunnel.pool.remove(tunnel);
+            tunnel.kill();
+        }
     }
 
     /// Closes a tunnel at once: its requests in flight fail, and it is replaced. False if there is none.

@@ -11,7 +11,7 @@ use super::{
     TABLE_SIZE, TIMES, WEIGHT, WSCALE,
     health::CHECKS,
     schema::{duration, hexadecimal, name, one_of, within},
-    terminate::{CONNECTIONS, ESTABLISHED, PORT, VERSIONS},
+    terminate::{CONNECTIONS, ESTABLISHED, HTTP, PORT, VERSIONS},
 };
 use crate::balancer::Balance;
 
@@ -416,6 +416,10 @@ pub(crate) struct Tunnels {
     /// File (PEM) of its key.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) key: Text,
+    /// HTTP toward backends: what they choose, HTTP/2 first ("auto"), or "1.1" only, which WebSocket needs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = one_of(&HTTP))]
+    pub(super) http: Text,
     /// The oldest TLS version to use.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = one_of(&VERSIONS))]

@@ -73,6 +73,8 @@ pub struct Tunnels {
     pub roots: Option<PathBuf>,
     /// Who we are, to backends that ask.
     pub client: Option<KeyPair>,
+    /// HTTP/2 is not offered to backends.
+    pub only_http1: bool,
     /// TLS 1.2 is refused.
     pub only_tls13: bool,
     /// Kept established ahead of need, to each backend.
@@ -92,6 +94,7 @@ pub(super) const ESTABLISHED: RangeInclusive<i64> = 1..=1024;
 /// Clients' connections to one service.
 pub(super) const CONNECTIONS: RangeInclusive<i64> = 1..=1 << 24;
 pub(super) const PORT: RangeInclusive<i64> = 1..=65535;
+pub(super) const HTTP: [(&str, bool); 2] = [("auto", false), ("1.1", true)];
 pub(super) const VERSIONS: [(&str, bool); 2] = [("1.2", false), ("1.3", true)];
 
 impl Text<'_> {
@@ -275,7 +278,9 @@ impl Text<'_> {
             return Err(self.error(span, "service.tunnels.most", problem));
         }
         let version = self.choice(raw.min_version.as_ref(), "service.tunnels.min_version", &VERSIONS)?;
+        let http = self.choice(raw.http.as_ref(), "service.tunnels.http", &HTTP)?;
         Ok(Tunnels {
+            only_http1: http.unwrap_or_default(),
             server_name: raw.server_name.as_ref().map(|name| name.get_ref().clone()),
             roots: raw.roots.as_ref().map(|file| self.file(file, "service.tunnels.roots")).transpose()?,
             client,

@@ -900,6 +900,7 @@ fn services_that_end_tls() {
         (more("tunnels.certificate = \"/a.pem\""), "service.tunnels.certificate", "go together"),
         (more("tunnels = { established = 5, most = 4 }"), "service.tunnels.most", "fewer than the 5"),
         (more("tunnels.min_version = \"1.1\""), "service.tunnels.min_version", "\"1.2\" or \"1.3\""),
+        (more("tunnels.http = \"2\""), "service.tunnels.http", "\"auto\" or \"1.1\""),
         (more("terminate.idle_timeout = \"0s\""), "service.terminate.idle_timeout", "no duration"),
     ] {
         let (_, found, problem) = invalid(&file(&lines));

@@ -7,7 +7,7 @@ use super::{
     MODES, Mode, PROTOCOLS, PROXY, SOURCES, STATES, Secure, Service, Source, Terminate, Tickets, Tunnels,
     health::CHECKS,
     raw::{self, OneOrMany, Spanned},
-    terminate::VERSIONS,
+    terminate::{HTTP, VERSIONS},
 };
 use crate::{api, balancer::Balance, dataplane::Capacities};
 
@@ -233,12 +233,14 @@ fn clear(Clear { vips, port, secure }: &Clear) -> raw::Clear {
 }
 
 fn tunnels(tunnels: &Tunnels) -> raw::Tunnels {
-    let Tunnels { server_name, roots, client, only_tls13, established, most, max_age, timeout } = tunnels;
+    let Tunnels { server_name, roots, client, only_http1, only_tls13, established, most, max_age, timeout } =
+        tunnels;
     raw::Tunnels {
         server_name: server_name.as_ref().and_then(text),
         roots: roots.as_ref().and_then(|file| text(file.to_string_lossy())),
         certificate: client.as_ref().and_then(|pair| text(pair.certificate.to_string_lossy())),
         key: client.as_ref().and_then(|pair| text(pair.key.to_string_lossy())),
+        http: chosen(&HTTP, only_http1),
         min_version: chosen(&VERSIONS, only_tls13),
         established: number(*established),
         most: number(*most),

@@ -7,6 +7,7 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::{
+        Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
         mpsc::{Receiver, SyncSender, sync_channel},
     },
@@ -25,7 +26,7 @@ pub(super) struct Log {
     lines: Option<SyncSender<Vec<u8>>>,
     writer: Option<JoinHandle<()>>,
     /// Lines that were lost since the last complaint.
-    lost: AtomicU64,
+    lost: Arc<AtomicU64>,
 }
 
 impl Log {
@@ -34,9 +35,10 @@ impl Log {
         let file = OpenOptions::new().append(true).create(true).mode(0o640).open(path)?;
         let (lines, waiting) = sync_channel(WAITING);
         let name = path.to_owned();
-        let work = move || write_all(file, &waiting, &name);
+        let lost = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&lost);
+        let work = move || write_all(file, &waiting, &name, &counter);
         let writer = thread::Builder::new().name("access-log".to_owned()).spawn(work)?;
-        let lost = AtomicU64::new(0);
         Ok(Self { path: path.to_owned(), lines: Some(lines), writer: Some(writer), lost })
     }
 
@@ -65,18 +67,32 @@ impl Drop for Log {
     }
 }
 
-fn write_all(file: File, waiting: &Receiver<Vec<u8>>, path: &Path) {
+fn write_all(file: File, waiting: &Receiver<Vec<u8>>, path: &Path, lost: &AtomicU64) {
     let mut file = BufWriter::new(file);
-    let mut told = false;
+    let mut failed = false;
     while let Ok(line) = waiting.recv() {
-        let all = std::iter::once(line).chain(waiting.try_iter());
-        let written = all.take(WAITING).try_for_each(|line| file.write_all(&line));
+        let all: Vec<_> = std::iter::once(line).chain(waiting.try_iter()).take(WAITING).collect();
+        // What was cut short stands on a line of its own.
+        let start: &[u8] = if failed { b"\n" } else { b"" };
+        let written =
+            file.write_all(start).and_then(|()| all.iter().try_for_each(|line| file.write_all(line)));
         match written.and_then(|()| file.flush()) {
-            Ok(()) => told = false,
-            Err(error) if !std::mem::replace(&mut told, true) => {
-                log::error!("{}: {error}; requests are not logged until it can be written", path.display());
+            Ok(()) => failed = false,
+            Err(error) => {
+                lost.fetch_add(all.len() as u64, Relaxed);
+                if !failed {
+                    log::error!(
+                        "{}: {error}; requests are not logged until it can be written",
+                        path.display()
+                    );
+                }
+                failed = true;
+                file = BufWriter::new(file.into_parts().0);
+                continue;
             }
-            Err(_) => {}
+        }
+        if let lost @ 1.. = lost.swap(0, Relaxed) {
+            log::warn!("{}: {lost} lines were lost: they could not be written in time", path.display());
         }
     }
 }
@@ -112,4 +128,56 @@ pub(super) struct Line<'l> {
 pub(super) fn time() -> String {
     let now = Timestamp::now();
     now.round(Unit::Millisecond).unwrap_or(now).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(path: &str) -> Line<'_> {
+        Line {
+            time: time(),
+            service: "shop",
+            client: IpAddr::from([192, 0, 2, 1]),
+            method: "GET",
+            host: None,
+            path,
+            version: "2",
+            status: 200,
+            sent_bytes: 1,
+            head_ms: 0.5,
+            ms: 1.0,
+            backend: None,
+            tunnel: None,
+            tries: 1,
+            complete: true,
+            request_id: "1",
+        }
+    }
+
+    #[test]
+    fn what_waits_is_written_at_the_end() {
+        let path = std::env::temp_dir().join(format!("dispatcher-access-{}", std::process::id()));
+        for count in [3, 4] {
+            let log = Log::open(&path).expect("opened");
+            (0..count).for_each(|_| log.write(&line("/a\n\"b")));
+        }
+        let text = std::fs::read_to_string(&path).expect("written");
+        std::fs::remove_file(&path).expect("removed");
+        assert_eq!(text.lines().count(), 7, "added to what was there");
+        for line in text.lines() {
+            let line: serde_json::Value = serde_json::from_str(line).expect("JSON");
+            assert_eq!(line["path"], "/a\n\"b");
+        }
+    }
+
+    #[test]
+    fn lines_that_cannot_be_written_are_counted() {
+        // Every write fails: no room.
+        let log = Log::open(Path::new("/dev/full")).expect("opened");
+        log.write(&line("/"));
+        let lost = Arc::clone(&log.lost);
+        drop(log);
+        assert_eq!(lost.load(Relaxed), 1);
+    }
 }

@@ -28,13 +28,17 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(aws_lc_rs::default_provider())
 }
 
-/// The configuration toward clients.
-pub(super) fn server(service: &str, terminate: &Terminate) -> Result<Arc<ServerConfig>, Error> {
+/// The configuration toward clients, and the contents of its files.
+pub(super) fn server(
+    service: &str,
+    terminate: &Terminate,
+) -> Result<(Arc<ServerConfig>, Vec<Vec<u8>>), Error> {
     let broken =
         |error: rustls::Error| Error::Tls { service: service.to_owned(), problem: error.to_string() };
-    let mut keys = Vec::new();
+    let (mut keys, mut files) = (Vec::new(), Vec::new());
     for pair in &terminate.certificates {
-        let (chain, key, _) = load(service, pair)?;
+        let (chain, key, texts) = load(service, pair)?;
+        files.extend(texts);
         let refused = |error: rustls::Error| {
             if matches!(error, rustls::Error::InconsistentKeys(_)) {
                 let problem = "it is not the key of the certificate beside it; give the one that is";
@@ -55,7 +59,7 @@ pub(super) fn server(service: &str, terminate: &Terminate) -> Result<Arc<ServerC
         .with_cert_resolver(Arc::new(Certificates(keys)));
     config.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
     config.ticketer = aws_lc_rs::Ticketer::new().map_err(broken)?;
-    Ok(Arc::new(config))
+    Ok((Arc::new(config), files))
 }
 
 /// How tunnels are made: `old` goes on if it is the same.
@@ -110,7 +114,8 @@ pub(super) fn way(
             .map_err(|error| broken(format!("service.tunnels.certificate: {error}")))?,
     };
     if carries == Carries::Requests {
-        tls.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
+        let offered = if tunnels.only_http1 { &ALPN[1..] } else { &ALPN[..] };
+        tls.alpn_protocols = offered.iter().map(|name| name.to_vec()).collect();
     }
     // Each tunnel's backend shows its certificate.
     tls.resumption = Resumption::disabled();

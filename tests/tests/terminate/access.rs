@@ -29,10 +29,10 @@ fn each_request_has_a_line() {
     let all = lines(&path);
     assert_eq!(all.len(), 3, "{all:#?}");
     let session = scene.sessions().into_iter().next().expect("a session");
-    for (line, path, version, client) in [
-        (&all[0], "/login", "2", scene.topology.client(Family::V4, 0)),
-        (&all[1], "/", "1.1", scene.topology.client(Family::V6, 0)),
-    ] {
+    for (line, path, version, network) in
+        [(&all[0], "/login", "2", "10.1.0."), (&all[1], "/", "1.1", "2001:db8:1::")]
+    {
+        assert!(line["client"].as_str().is_some_and(|client| client.starts_with(network)), "{line:#}");
         for (key, value) in [
             ("service", Value::from("shop")),
             ("method", "GET".into()),
@@ -43,7 +43,6 @@ fn each_request_has_a_line() {
             ("tunnel", session.tunnel.into()),
             ("tries", 1.into()),
             ("complete", true.into()),
-            ("client", client.to_string().into()),
         ] {
             assert_eq!(line[key], value, "{key} of {line:#}");
         }

@@ -13,8 +13,8 @@ use dispatcher_user::api;
 
 use crate::scene::{COOKIE, PORT, Scene, say};
 
-/// A port that a daemon may open which has given up its privileges.
-const OTHER_PORT: u16 = 8443;
+/// A port that only who may bind it can open.
+const OTHER_PORT: u16 = 843;
 
 #[test]
 fn a_reload_changes_certificates_and_ends_services() {
@@ -29,7 +29,10 @@ fn a_reload_changes_certificates_and_ends_services() {
     let said = scene.daemon.ask::<api::Reload>(&["reload"]).expect_err("refused").to_string();
     assert!(said.contains("web.key") && said.contains("nothing was changed"), "{said}");
     scene.folder.write("web.key", &new.key_pem).expect("written");
-    let _: api::Reload = scene.daemon.ask(&["reload"]).expect("reloaded");
+    for arguments in [&["reload", "--dry-run"][..], &["reload"]] {
+        let done: api::Reload = scene.daemon.ask(arguments).expect("reloaded");
+        assert_eq!(done.changes, ["~ service shop: terminate.certificates: their files have changed"]);
+    }
     assert!(say(&mut line, &ask).expect("an answer").0.contains("200"), "connections go on");
     let mut other = scene.connect(Family::V4, 0);
     let certificates = other.stream().conn.peer_certificates().expect("one").to_vec();
@@ -56,6 +59,10 @@ fn a_reload_changes_certificates_and_ends_services() {
     let _: api::Reload = scene.daemon.ask(&["reload"]).expect("reloaded");
     until("all is gone", || scene.tunnels().is_empty() && !open(OTHER_PORT));
     assert!(say(&mut line, &ask).is_err(), "the connection was ended");
+    // It can come back.
+    scene.daemon.rewrite(&scene.text).expect("written");
+    let _: api::Reload = scene.daemon.ask(&["reload"]).expect("reloaded");
+    until("it is back", || scene.curl("jar", Family::V4, &[], "/").is_ok());
 }
 
 #[test]

@@ -63,6 +63,13 @@ fn a_backend_that_never_answers_is_not_waited_for() {
 }
 
 #[test]
+fn http_1_1_alone_can_be_asked_of_backends() {
+    let scene = Scene::new(true, &[COOKIE, "tunnels.http = \"1.1\""]);
+    assert!(scene.tunnels().iter().all(|one| one.alpn.as_deref() == Some("http/1.1")));
+    assert_eq!(scene.visit("jar", Family::V4, &["--http2"], "/").protocol, "TLSv1.3");
+}
+
+#[test]
 fn protocols_can_be_switched() {
     let scene = Scene::new(false, &[COOKIE]);
     let mut line = scene.connect(Family::V4, 2);
