@@ -34,6 +34,7 @@ mod access;
 mod certificates;
 mod connection;
 pub(crate) mod counts;
+mod forwarded;
 mod relay;
 mod request;
 pub(crate) mod secure;

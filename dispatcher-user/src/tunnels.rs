@@ -280,6 +280,11 @@ impl Tunnels {
         self.pools().get(&backend).map(|pool| pool.load()).unwrap_or_default()
     }
 
+    /// Whether a backend has no tunnel, and attempts to make one fail: [`Load::failing`].
+    pub fn is_failing(&self, backend: u32) -> bool {
+        self.pools().get(&backend).is_some_and(|pool| pool.is_failing())
+    }
+
     /// Requests and flows that are under way to a backend, over tunnels of whatever state.
     pub fn in_use(&self, backend: u32) -> usize {
         let all = self.registry.all();

@@ -5,13 +5,13 @@ use std::{ffi::OsString, path::PathBuf, process::Command};
 use anyhow::Result;
 
 use crate::{
-    build::{self, program},
+    build::{self, dist_program},
     pins::Need,
     process::{demand_root, exec},
     setup,
 };
 
-/// Measure (root): sets up, builds in release and starts dispatcher-bench
+/// Measure (root): sets up, builds what is deployed (`build --dist`) and starts dispatcher-bench
 ///
 /// `cargo xtask bench list` shows the names. Numbers are only worth comparing on one machine that does
 /// nothing else.
@@ -33,12 +33,12 @@ pub(crate) struct Args {
 
 pub(crate) fn main(args: &Args) -> Result<()> {
     demand_root("measuring XDP programs", "")?;
-    build::all(&setup::ensure(Need::Test)?)?;
-    exec(&mut command(args), "`cargo xtask build` should have made it")
+    build::dist(&setup::ensure(Need::Test)?)?;
+    exec(&mut command(args), "`cargo xtask build --dist` should have made it")
 }
 
 fn command(args: &Args) -> Command {
-    let mut command = Command::new(program("dispatcher-bench"));
+    let mut command = Command::new(dist_program("dispatcher-bench"));
     command.arg(&args.name);
     if args.quick {
         command.arg("--quick");

@@ -26,6 +26,9 @@ pub(crate) struct Args {
     /// Host programs unoptimised, with all checks (target/debug)
     #[arg(long)]
     debug_host: bool,
+    /// The daemon and the command line as they are deployed: optimised as a whole, which takes minutes (target/dist)
+    #[arg(long, conflicts_with_all = ["bpf_only", "debug_host"])]
+    dist: bool,
 }
 
 pub(crate) fn main(args: &Args) -> Result<()> {
@@ -35,7 +38,11 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         println!("{}\n{}", objects.dispatcher.display(), objects.bench.display());
         return Ok(());
     }
-    let profile = if args.debug_host { Profile::Debug } else { Profile::Release };
+    let profile = match (args.debug_host, args.dist) {
+        (true, _) => Profile::Debug,
+        (_, true) => Profile::Dist,
+        _ => Profile::Release,
+    };
     host(&objects, profile)
 }
 
@@ -44,6 +51,11 @@ pub(crate) fn all(compiler: &Compiler) -> Result<Objects> {
     let objects = bpf(compiler)?;
     host(&objects, Profile::Release)?;
     Ok(objects)
+}
+
+/// What is deployed, and the programs that measure it.
+pub(crate) fn dist(compiler: &Compiler) -> Result<()> {
+    host(&bpf(compiler)?, Profile::Dist)
 }
 
 /// Where the built BPF objects are.
@@ -64,11 +76,17 @@ impl Objects {
 enum Profile {
     Debug,
     Release,
+    Dist,
 }
 
 /// Where a release program of the host is.
 pub(crate) fn program(name: &str) -> PathBuf {
     target_dir().join("release").join(name)
+}
+
+/// Where a program is that was built as it is deployed.
+pub(crate) fn dist_program(name: &str) -> PathBuf {
+    target_dir().join("dist").join(name)
 }
 
 /// Builds the BPF objects.
@@ -180,12 +198,16 @@ fn number(bytes: &[u8], offset: usize, width: usize) -> Option<u64> {
 
 fn host(objects: &Objects, profile: Profile) -> Result<()> {
     let (name, flags): (_, &[&str]) = match profile {
-        Profile::Debug => ("host (debug)", &[]),
-        Profile::Release => ("host", &["--release"]),
+        Profile::Debug => ("host (debug)", &["--workspace", "--exclude", "dispatcher-ebpf"]),
+        Profile::Release => ("host", &["--release", "--workspace", "--exclude", "dispatcher-ebpf"]),
+        Profile::Dist => (
+            "host (optimised as a whole)",
+            &["--profile=dist", "--bin=dispatcherd", "--bin=dispatcherctl", "--bin=dispatcher-bench"],
+        ),
     };
     stage(name, || {
         let mut command = cargo();
-        command.args(["build", "--workspace", "--exclude", "dispatcher-ebpf"]).args(flags);
+        command.arg("build").args(flags);
         run_quietly(objects.tell(&mut command), "the messages above are the compiler's")
     })
 }

@@ -26,7 +26,7 @@ New here?     cargo xtask run             (root) sets up, builds and shows the d
 Every day:    cargo xtask test --host     needs no root
               cargo xtask check           before a commit
               cargo xtask test            (root) everything, in network namespaces
-On a server:  cargo xtask build
+On a server:  cargo xtask build --dist
               cargo xtask run --config dispatcher.toml       (root)
 
 Root with your own cargo:  sudo -E env \"PATH=$PATH\" cargo xtask ..."

@@ -14,6 +14,9 @@ use dispatcher_user::{
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Keep TLS sessions on their backend, in XDP
 #[derive(Parser)]
 #[command(name = "dispatcherd", version, group(ArgGroup::new("what").required(true).multiple(true).args(["config", "interface"])))]

@@ -27,6 +27,7 @@ use tokio_util::either::Either;
 use super::{
     Followed, Front, Site,
     counts::{Counts, Open, Refusal},
+    forwarded::Told,
     relay, request, seconds,
     sending::Flows,
     session::Recent,
@@ -58,15 +59,21 @@ pub(super) struct Client {
     pub(super) address: SocketAddr,
     /// It speaks in clear.
     pub(super) clear: bool,
+    /// What backends are told of it.
+    pub(super) told: Told,
     open: Open,
     /// The session of the last request.
     pub(super) recent: Recent,
+    /// Those under way.
     requests: AtomicU32,
+    /// Begins the ids of its requests; the number of those that came ends them.
+    id: u64,
+    asked: AtomicU64,
     began: Instant,
     /// Milliseconds from then until the last request ended.
     rests: AtomicU64,
     /// Answers on their way.
-    pub(super) flows: Flows,
+    pub(super) flows: Flows<request::Watched>,
 }
 
 impl Client {
@@ -77,6 +84,12 @@ impl Client {
     /// The service as it is now.
     pub(super) fn site(&self) -> Arc<Site> {
         Arc::clone(&self.site.borrow())
+    }
+
+    /// An id for its next request, 32 hexadecimal digits.
+    pub(super) fn request_id(&self) -> String {
+        let bytes = [self.id.to_be_bytes(), self.asked.fetch_add(1, Ordering::Relaxed).to_be_bytes()];
+        crate::api::to_hex(bytes.as_flattened())
     }
 }
 
@@ -96,9 +109,7 @@ impl Busy {
         client.requests.fetch_add(1, Ordering::Relaxed);
         Self(Arc::clone(client))
     }
-}
 
-impl Busy {
     pub(super) fn client(&self) -> &Client {
         &self.0
     }
@@ -186,10 +197,21 @@ async fn serve(
     };
     let idle_limit = seconds(now.terminate.idle_timeout);
     drop(now);
-    let (requests, rests, began) = (AtomicU32::new(0), AtomicU64::new(0), Instant::now());
-    let (recent, flows) = (Recent::default(), Flows::default());
-    let client =
-        Arc::new(Client { shared, site, address, clear, open, recent, requests, began, rests, flows });
+    let client = Arc::new(Client {
+        shared,
+        site,
+        address,
+        clear,
+        told: Told::of(address.ip(), clear),
+        open,
+        recent: Recent::default(),
+        requests: AtomicU32::new(0),
+        id: getrandom::u64().unwrap_or_default(),
+        asked: AtomicU64::new(0),
+        began: Instant::now(),
+        rests: AtomicU64::new(0),
+        flows: Flows::default(),
+    });
     let service = service_fn(|request| Box::pin(request::answer(Arc::clone(&client), request)));
     let mut server = auto::Builder::new(TokioExecutor::new());
     server.http1().timer(TokioTimer::new()).header_read_timeout(idle_limit).max_buf_size(HEADER as usize);

@@ -2,12 +2,13 @@
 
 use std::{
     convert::Infallible,
+    future::ready,
     pin::{Pin, pin},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll, ready},
+    task::{self, Context, Poll},
     time::{Duration, Instant},
 };
 
@@ -18,22 +19,27 @@ use hyper::{
     HeaderMap, Method, Request, Response, StatusCode, Uri, Version,
     body::{Body as _, Frame, Incoming, SizeHint},
     header::{
-        CACHE_CONTROL, CONNECTION, CONTENT_TYPE, COOKIE, EXPECT, FORWARDED, HOST, HeaderName, HeaderValue,
-        SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+        CACHE_CONTROL, CONNECTION, CONTENT_TYPE, COOKIE, EXPECT, HOST, HeaderName, HeaderValue, SET_COOKIE,
+        TE, TRANSFER_ENCODING, UPGRADE,
     },
-    http::{request::Parts, uri::Authority},
+    http::{
+        request::Parts,
+        uri::{self, Authority, PathAndQuery, Scheme},
+    },
     upgrade::OnUpgrade,
 };
 use hyper_util::rt::TokioIo;
-use tokio::time::{error::Elapsed, timeout_at};
+use tokio::time::{error::Elapsed, timeout, timeout_at};
 
 use super::{
     Reached, Site, access,
     connection::{Busy, Client},
+    forwarded::REQUEST_ID,
     secure,
+    sending::Sending,
     session::{self, Binding},
 };
-use crate::tunnels::{Body, BoxError, Lease, SendError, Tunnels};
+use crate::tunnels::{Body, BoxError, Lease, Reply, SendError, Tunnels};
 
 /// Tunnels that one request is offered to.
 const TRIES: usize = 5;
@@ -42,10 +48,6 @@ const SHORT: u64 = 16 << 10;
 /// How long a request waits for a tunnel.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
-const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 /// Of one connection only (RFC 9110 section 7.6.1), beside those that `Connection` names.
 const HOP_BY_HOP: [HeaderName; 7] = [
     CONNECTION,
@@ -72,10 +74,10 @@ fn failure(status: StatusCode, problem: impl Into<String>) -> Failure {
 pub(super) async fn answer(
     client: Arc<Client>,
     request: Request<Incoming>,
-) -> Result<Response<Body>, Infallible> {
+) -> Result<Response<Sending<Watched>>, Infallible> {
     let busy = Busy::new(&client);
     let site = client.site();
-    let id = request_id();
+    let id = client.request_id();
     let began = Instant::now();
     let mut way = Way { secure: !client.clear, ..Way::default() };
     let asked = site.log.is_some().then(|| Asked::of(&request));
@@ -101,7 +103,7 @@ pub(super) async fn answer(
     Ok(answer.map(|body| {
         let mut body = Watched { body, told, busy };
         body.note(0);
-        client.flows.follow(body.boxed_unsync()).boxed_unsync()
+        client.flows.follow(body)
     }))
 }
 
@@ -226,7 +228,7 @@ impl Progress {
 }
 
 /// A body whose request is under way until it has been read, or is dropped.
-struct Watched {
+pub(super) struct Watched {
     body: Body,
     told: Option<Told>,
     busy: Busy,
@@ -258,7 +260,7 @@ impl hyper::body::Body for Watched {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+        let frame = task::ready!(Pin::new(&mut self.body).poll_frame(context));
         let sent = frame.as_ref().and_then(|frame| frame.as_ref().ok()).and_then(Frame::data_ref);
         let sent = sent.map_or(0, Bytes::len);
         self.note(sent);
@@ -275,10 +277,6 @@ impl hyper::body::Body for Watched {
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
     }
-}
-
-fn request_id() -> String {
-    session::new_value().unwrap_or_default()
 }
 
 fn page(status: StatusCode, problem: &str, id: &str) -> Response<Body> {
@@ -309,7 +307,7 @@ async fn pass_on(
     let trailers = takes_trailers(&head.headers);
     strip(&mut head.headers);
     join_cookies(&mut head.headers);
-    tell(client, &mut head.headers, &authority, id);
+    let host = client.told.tell(&mut head.headers, &authority, id);
     let given = session::of_request(&head.headers, &site.cookie).map(|value| session::key(site, value));
     let secure = is_secure(client, site, &head, given.is_some());
     // Ours is for secure connections only: browsers would not take it on others.
@@ -319,25 +317,29 @@ async fn pass_on(
     // One that we gave, and that comes back, is no invention of the client's.
     let confirmed = given.is_some() && site.terminate.assign_cookie;
     let empty = body.is_end_stream();
-    let progress = Progress::default();
-    let mut body = Some(if empty { nothing() } else { progress.watch(body) });
+    let progress = (!empty).then(Progress::default);
+    let mut body = Some(progress.as_ref().map_or_else(nothing, |progress| progress.watch(body)));
     let repeatable = empty && head.method.is_safe();
     way.secure = secure;
     let mut avoid = Vec::new();
     loop {
         let (lease, backend) = lease(client, site, secure, key.as_ref(), confirmed, &avoid).await?;
-        let tunnel = if secure { lease.id() } else { 0 };
+        let (tunnel, home) = if secure { (lease.id(), lease.home()) } else { (0, 0) };
         (way.backend, way.tunnel, way.tries) = (backend, tunnel, way.tries + 1);
-        let mut request =
-            form(&head, &authority, &lease, protocol.as_ref(), body.take().unwrap_or_else(nothing));
+        let named = (&authority, &host);
+        let mut request = form(&head, named, &lease, protocol.as_ref(), body.take().unwrap_or_else(nothing));
         if trailers && lease.is_http2() {
             request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
         }
         let limit = super::seconds(site.terminate.response_timeout);
-        let sent = progress.within(limit, exchange(lease, request, repeatable)).await;
+        let exchange = exchange(lease, request, repeatable);
+        let sent = match &progress {
+            Some(progress) => progress.within(limit, exchange).await,
+            None => timeout(limit, exchange).await,
+        };
         let (error, request) = match sent {
             Ok(Ok(response)) => {
-                let binding = Binding { backend, tunnel, confirmed: true };
+                let binding = Binding { backend, tunnel: home, confirmed: true };
                 return finish(client, site, response, upgraded, assigned, binding);
             }
             Ok(Err(error)) => error,
@@ -354,7 +356,7 @@ async fn pass_on(
         }
         let unsent = request.is_some();
         body = request.map(|request| request.into_body());
-        if error.is_user() || progress.1.load(Ordering::Relaxed) {
+        if error.is_user() || progress.as_ref().is_some_and(|progress| progress.1.load(Ordering::Relaxed)) {
             return Err(failure(StatusCode::BAD_REQUEST, "the request's body cannot be read"));
         }
         if way.tries >= TRIES || !(unsent || repeatable) {
@@ -381,14 +383,28 @@ async fn exchange(
     if !(repeatable && short) || head.status == StatusCode::SWITCHING_PROTOCOLS {
         return Ok(Response::from_parts(head, reply.map_err(BoxError::from).boxed_unsync()));
     }
-    let whole = reply.collect().await.map_err(|error| (error, None))?;
-    // A body whose length is known.
-    let body = if whole.trailers().is_none() {
-        Full::new(whole.to_bytes()).map_err(|never| match never {}).boxed_unsync()
-    } else {
-        whole.map_err(|never| match never {}).boxed_unsync()
-    };
+    let body = whole(reply).await.map_err(|error| (error, None))?;
     Ok(Response::from_parts(head, body))
+}
+
+/// A short body that was read to its end: its length is known.
+async fn whole(mut reply: Reply) -> Result<Body, hyper::Error> {
+    let (mut data, mut trailers) = (Bytes::new(), None);
+    while !reply.is_end_stream()
+        && let Some(frame) = reply.frame().await
+    {
+        match frame?.into_data() {
+            // Mostly there is one.
+            Ok(piece) if data.is_empty() => data = piece,
+            Ok(piece) => data = [data, piece].concat().into(),
+            Err(frame) => trailers = frame.into_trailers().ok(),
+        }
+    }
+    let body = Full::new(data).map_err(|never| match never {});
+    Ok(match trailers {
+        None => body.boxed_unsync(),
+        Some(trailers) => body.with_trailers(ready(Some(Ok(trailers)))).boxed_unsync(),
+    })
 }
 
 /// What may be passed on at all; returns for whom it is.
@@ -464,35 +480,20 @@ fn join_cookies(headers: &mut HeaderMap) {
 
 /// Removes what is for one connection only.
 fn strip(headers: &mut HeaderMap) {
+    // Most have none of them, and keys are compared sooner than looked up.
+    let own: Vec<HeaderName> = headers.keys().filter(|name| HOP_BY_HOP.contains(name)).cloned().collect();
+    if own.is_empty() {
+        return;
+    }
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
         .into_iter()
         .flat_map(|line| line.as_bytes().split(|byte| *byte == b','))
         .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
         .collect();
-    for name in named.iter().chain(&HOP_BY_HOP) {
+    for name in named.iter().chain(&own) {
         headers.remove(name);
     }
-}
-
-/// Tells the backend whom the request is from. What the client said of that itself is not believed.
-fn tell(client: &Client, headers: &mut HeaderMap, authority: &Authority, id: &str) {
-    let ip = client.address.ip();
-    let protocol = if client.clear { "http" } else { "https" };
-    let quoted = if ip.is_ipv6() { format!("\"[{ip}]\"") } else { ip.to_string() };
-    for (name, value) in [
-        (FORWARDED_FOR, ip.to_string()),
-        (FORWARDED_PROTO, protocol.to_owned()),
-        (FORWARDED_HOST, authority.to_string()),
-        (FORWARDED, format!("for={quoted};host=\"{authority}\";proto={protocol}")),
-        (REQUEST_ID, id.to_owned()),
-    ] {
-        match HeaderValue::try_from(value) {
-            Ok(value) => drop(headers.insert(name, value)),
-            Err(_) => drop(headers.remove(name)),
-        }
-    }
-    headers.remove(TRAILER);
 }
 
 fn nothing() -> Body {
@@ -524,7 +525,7 @@ async fn lease(
         Some((_, Some(seen))) => Some(seen),
         Some((key, None)) => session::find(sessions, key, &reached).map_err(broken)?,
     };
-    let usable = |backend: u32| !avoid.contains(&backend) && !road.load(backend).failing;
+    let usable = |backend: u32| !avoid.contains(&backend) && !road.is_failing(backend);
     let known = known.filter(|(_, backend)| usable(*backend));
     let mut wanted = known.map_or(0, |(session, _)| session.tunnel);
     let mut backend = match known {
@@ -542,7 +543,7 @@ async fn lease(
             unavailable("no tunnel to a backend was free in time".to_owned())
         })?;
         let Some(key) = key else { return Ok((lease, backend)) };
-        let tunnel = if secure { lease.id() } else { 0 };
+        let tunnel = if secure { lease.home() } else { 0 };
         let binding = Binding { backend, tunnel, confirmed: confirmed && known.is_some() };
         let service = &site.service;
         let bound =
@@ -572,7 +573,7 @@ fn nobody(road: &Tunnels, reached: &Reached) -> String {
 /// The request as the tunnel's HTTP version writes it.
 fn form(
     head: &Parts,
-    authority: &Authority,
+    (authority, host): (&Authority, &HeaderValue),
     lease: &Lease,
     protocol: Option<&HeaderValue>,
     body: Body,
@@ -580,18 +581,18 @@ fn form(
     let mut request = Request::new(body);
     *request.method_mut() = head.method.clone();
     *request.headers_mut() = head.headers.clone();
-    let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
+    let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
     if lease.is_http2() {
-        let uri = Uri::builder().scheme("https").authority(authority.clone()).path_and_query(path).build();
-        *request.uri_mut() = uri.unwrap_or_default();
+        let mut whole = uri::Parts::default();
+        (whole.scheme, whole.authority) = (Some(Scheme::HTTPS), Some(authority.clone()));
+        whole.path_and_query = Some(path);
+        *request.uri_mut() = Uri::from_parts(whole).unwrap_or_default();
         *request.version_mut() = Version::HTTP_2;
         request.headers_mut().remove(HOST);
         return request;
     }
-    *request.uri_mut() = path.parse().unwrap_or_default();
-    if let Ok(host) = HeaderValue::from_str(authority.as_str()) {
-        request.headers_mut().insert(HOST, host);
-    }
+    *request.uri_mut() = Uri::from(path);
+    request.headers_mut().insert(HOST, host.clone());
     if let Some(protocol) = protocol {
         request.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
         request.headers_mut().insert(UPGRADE, protocol.clone());

@@ -11,23 +11,28 @@ use bytes::Bytes;
 use hyper::body::{Frame, SizeHint};
 
 use super::lock;
-use crate::tunnels::{Body, BoxError};
+use crate::tunnels::BoxError;
 
 /// The body of an answer: dropped when it was read, or is cut.
-pub(super) struct Sending(Arc<Mutex<Flow>>);
+pub(super) struct Sending<B>(Arc<Mutex<Flow<B>>>);
 
-struct Flow {
-    rest: Option<Body>,
+struct Flow<B> {
+    rest: Option<B>,
     /// Since when nobody has asked for the next piece; none while the backend is waited for.
     untaken: Option<Instant>,
 }
 
 /// The answers of one connection.
-#[derive(Default)]
-pub(super) struct Flows(Mutex<Vec<Weak<Mutex<Flow>>>>);
+pub(super) struct Flows<B>(Mutex<Vec<Weak<Mutex<Flow<B>>>>>);
 
-impl Flows {
-    pub(super) fn follow(&self, body: Body) -> Sending {
+impl<B> Default for Flows<B> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<B> Flows<B> {
+    pub(super) fn follow(&self, body: B) -> Sending<B> {
         let flow = Flow { rest: Some(body), untaken: Some(Instant::now()) };
         let flow = Arc::new(Mutex::new(flow));
         let mut all = lock(&self.0);
@@ -51,7 +56,7 @@ impl Flows {
     }
 }
 
-impl hyper::body::Body for Sending {
+impl<B: hyper::body::Body<Data = Bytes, Error = BoxError> + Unpin> hyper::body::Body for Sending<B> {
     type Data = Bytes;
     type Error = BoxError;
 

@@ -40,6 +40,7 @@ pub(super) enum Sender {
 pub struct Lease {
     sender: Option<Sender>,
     flight: InFlight,
+    home: u32,
 }
 
 /// A request that failed.
@@ -69,13 +70,18 @@ pub struct Reply {
 }
 
 impl Lease {
-    pub(super) fn new(tunnel: &Arc<Tunnel>, sender: Sender) -> Self {
-        Lease { sender: Some(sender), flight: InFlight::new(tunnel) }
+    pub(super) fn new(tunnel: &Arc<Tunnel>, sender: Sender, home: u32) -> Self {
+        Lease { sender: Some(sender), flight: InFlight::new(tunnel), home }
     }
 
     /// The tunnel's id.
     pub fn id(&self) -> u32 {
         self.flight.0.id
+    }
+
+    /// The tunnel that was wanted, if it only had no room; else this one's id.
+    pub fn home(&self) -> u32 {
+        self.home
     }
 
     /// Whether the tunnel speaks HTTP/2, which decides what [`send`](Self::send) expects.

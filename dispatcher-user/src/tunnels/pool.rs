@@ -219,8 +219,12 @@ impl Pool {
         Load {
             established: members.open.len(),
             in_flight: members.open.iter().map(|one| one.tunnel.in_flight.load(Relaxed)).sum(),
-            failing: members.open.is_empty() && members.trouble.is_some(),
+            failing: members.is_failing(),
         }
+    }
+
+    pub(super) fn is_failing(&self) -> bool {
+        lock(&self.members).is_failing()
     }
 
     /// The keeper: opens what is missing, and looks again when something changed or is due.
@@ -313,8 +317,13 @@ impl Pool {
 }
 
 impl Members {
+    fn is_failing(&self) -> bool {
+        self.open.is_empty() && self.trouble.is_some()
+    }
+
     /// A lease of the wanted tunnel if it is free, else of the free one with the least to do.
     fn pick(&mut self, wanted: u32) -> Option<Lease> {
+        let stays = self.open.iter().any(|member| member.tunnel.id == wanted && !member.stale);
         let free = self.open.iter_mut().filter(|member| member.is_free());
         let member = free.min_by_key(|Member { tunnel, .. }| {
             (tunnel.id != wanted, tunnel.in_flight.load(Relaxed), tunnel.requests.load(Relaxed))
@@ -323,7 +332,8 @@ impl Members {
             Some(Sender::Http2(sender)) => Some(Sender::Http2(sender.clone())),
             Some(Sender::Http1(_) | Sender::Flow(_)) | None => member.sender.take(),
         };
-        sender.map(|sender| Lease::new(&member.tunnel, sender))
+        let home = if stays { wanted } else { member.tunnel.id };
+        sender.map(|sender| Lease::new(&member.tunnel, sender, home))
     }
 
     /// Hands free tunnels to those who wait, in order. Gives back one that nobody took any more.
