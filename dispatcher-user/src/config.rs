@@ -43,7 +43,7 @@ pub use self::{
     amended::Amendments,
     changes::{Changes, changes},
     health::{Health, HttpCheck},
-    qos::{CLASSES_MAX, Class, DEFAULT_CLASS, Limits, Network, Over, Queueing, Rule, class_id},
+    qos::{Class, DEFAULT_CLASS, Limits, Network, Over, Queueing, Rule, class_id},
     schema::schema,
     terminate::{Clear, DEFAULT_COOKIE, KeyPair, Secure, Terminate, Tunnels},
 };
@@ -475,6 +475,7 @@ impl Config {
             services,
         };
         source.check_classes(&raw, &config.classes)?;
+        source.check_limits(&raw, &config)?;
         source.check_names(&raw, &config)?;
         source.check_addresses(&raw, &config)?;
         source.check_sizes(&raw, &config)?;

@@ -20,6 +20,7 @@ use crate::{
     discovery::Discovery,
     events::Counts,
     health::Suspects,
+    policing::Policing,
     reconcile::{self, Actual, Desired, Pool, Reach, Unhealthy},
     reload::{self, Source},
     response_times::ResponseTimes,
@@ -73,6 +74,8 @@ pub(crate) struct State {
     pub(crate) health: BTreeMap<(u32, bool), Unhealthy>,
     pub(crate) slow_start: SlowStart,
     counted: u64,
+    /// What the data path has of classes and limits.
+    policing: Option<Policing>,
     pub(crate) actual: Actual,
 }
 
@@ -170,6 +173,7 @@ impl Shared {
         let reached = local
             .map(|service| (service.id, reconcile::reached(&state.desired(config), &state.actual, service)));
         self.terminator.find(reached.collect());
+        let failed = failed.or_else(|| self.police(state, config).err());
         let local = config.services.iter().filter(|service| service.mode.is_local());
         for backend in local.flat_map(|service| &service.backends) {
             if backend.state == AdminState::Offline {
@@ -179,6 +183,18 @@ impl Shared {
         let pools = reconcile::pools(&state.desired(config), &state.actual);
         *self.pools.lock().unwrap_or_else(PoisonError::into_inner) = (Arc::new(pools), state.counted);
         failed
+    }
+
+    /// Brings the data path's classes and limits in line.
+    fn police(&self, state: &mut State, config: &Config) -> Result<(), dataplane::Error> {
+        let wanted = Policing::of(config, &state.actual);
+        if state.policing.as_ref() == Some(&wanted) {
+            return Ok(());
+        }
+        state.policing = None;
+        wanted.apply(&self.dataplane)?;
+        state.policing = Some(wanted);
+        Ok(())
     }
 
     /// True when a balancer wants to know how many connections backends have.

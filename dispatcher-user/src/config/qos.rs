@@ -3,17 +3,15 @@
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, ops::RangeInclusive};
 
-use dispatcher_common::service::stable_id;
+use dispatcher_common::qos::{self, CLASSES_MAX, LIMITED_MAX, NETWORKS_MAX};
 use hyper::header::HeaderName;
 use rustls::pki_types::ServerName;
 
-use super::{Error, Miss, Mode, Service, Span, Spanned, Text, clash, raw};
+use super::{Config, Error, Miss, Mode, Service, Span, Spanned, Text, clash, raw};
 use crate::terminate::secure;
 
 /// The class of what no rule names. It is always there; a `[[class]]` of this name sets its weight.
 pub const DEFAULT_CLASS: &str = "default";
-/// The most classes, [`DEFAULT_CLASS`] among them.
-pub const CLASSES_MAX: usize = 16;
 
 pub(super) const CLASS_WEIGHT: RangeInclusive<i64> = 1..=10_000;
 pub(super) const PRIORITY: RangeInclusive<i64> = 0..=7;
@@ -69,8 +67,7 @@ pub fn class_id(name: &str) -> u16 {
     if name == DEFAULT_CLASS {
         return 0;
     }
-    let id = stable_id(name);
-    ((id >> 16 ^ id) as u16).max(1)
+    qos::class_id(name)
 }
 
 /// What a backend can take. 0: no limit.
@@ -236,7 +233,7 @@ impl Text<'_> {
     /// The classes, the default one first.
     pub(super) fn classes(&self, raw: &[raw::Class]) -> Result<Vec<Class>, Error> {
         let mut classes = vec![Class::new(DEFAULT_CLASS)];
-        let mut ids = BTreeMap::new();
+        let mut ids = BTreeMap::from([(qos::class_id(DEFAULT_CLASS), DEFAULT_CLASS.to_owned())]);
         for one in raw {
             let name = self.name(&one.name, "class.name")?;
             let mut class = Class::new(&name);
@@ -288,6 +285,29 @@ impl Text<'_> {
             }
             for rule in &service.classify {
                 known(&rule.class, "service.classify.class")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The data path keeps so many limits and networks.
+    pub(super) fn check_limits(&self, raw: &raw::File, config: &Config) -> Result<(), Error> {
+        let (mut limited, mut networks) = (0, 0);
+        for (raw, service) in raw.service.iter().zip(&config.services).filter(|(_, one)| !one.mode.is_local())
+        {
+            let polices = |limits: Limits| limits.bandwidth > 0 || limits.connections_per_second > 0;
+            limited += service.backends.iter().filter(|one| polices(service.limits_of(one))).count();
+            networks += service.rules.iter().map(|rule| rule.clients.len()).sum::<usize>();
+            for (have, most, what, key) in [
+                (limited, LIMITED_MAX, "backends with limits", "service.limits"),
+                (networks, NETWORKS_MAX, "networks", "service.classify"),
+            ] {
+                if have > most as usize {
+                    let problem = format!(
+                        "there are more than {most} {what}, which is the most that one dispatcher keeps"
+                    );
+                    return Err(self.error(raw.name.span(), key, problem));
+                }
             }
         }
         Ok(())
@@ -404,7 +424,7 @@ impl Text<'_> {
     fn rule(&self, raw: &raw::Classify, mode: Mode) -> Result<Rule, Error> {
         let key = |name: &str| format!("service.classify.{name}");
         for (text, name, goes, with) in [
-            (&raw.server_name, "server_name", mode.is_local(), "mode = \"terminate\" or \"relay\""),
+            (&raw.server_name, "server_name", mode == Mode::Terminate, "mode = \"terminate\""),
             (&raw.cookie, "cookie", mode == Mode::Terminate, "mode = \"terminate\""),
             (&raw.header, "header", mode == Mode::Terminate, "mode = \"terminate\""),
             (&raw.path, "path", mode == Mode::Terminate, "mode = \"terminate\""),
@@ -489,7 +509,7 @@ impl Service {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Config, written};
+    use crate::config::written;
 
     /// Lines at the top, of the service, and of its backend.
     fn text(top: &str, service: &str, backend: &str) -> String {

@@ -497,7 +497,7 @@ pub(crate) struct Classify {
     /// Networks of clients: "192.0.2.0/24".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) clients: Option<Spanned<OneOrMany>>,
-    /// The name asked for by SNI, with mode = "terminate" or "relay".
+    /// The name asked for by SNI, with mode = "terminate".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) server_name: Text,
     /// A cookie, "NAME=VALUE", with mode = "terminate".
