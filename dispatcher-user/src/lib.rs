@@ -20,6 +20,7 @@ mod identify;
 pub mod logging;
 pub mod netlink;
 pub mod privileges;
+pub mod qos;
 pub mod reconcile;
 pub mod reload;
 mod response_times;

@@ -20,6 +20,7 @@ use crate::{
     discovery::Discovery,
     events::Counts,
     health::Suspects,
+    qos::Qos,
     reconcile::{self, Actual, Desired, Pool, Reach, Unhealthy},
     reload::{self, Source},
     response_times::ResponseTimes,
@@ -49,6 +50,7 @@ pub(crate) struct Shared {
     pub(crate) discovery: Discovery,
     pub(crate) suspects: Suspects,
     pub(crate) terminator: Terminator,
+    pub(crate) qos: Qos,
     state: Mutex<State>,
     pools: Mutex<Pools>,
 }
@@ -124,6 +126,7 @@ impl Shared {
             discovery: Discovery::default(),
             suspects: Suspects::default(),
             terminator: Terminator::default(),
+            qos: Qos::default(),
             state: Mutex::new(state),
             pools: Mutex::default(),
         }
@@ -181,9 +184,9 @@ impl Shared {
         failed
     }
 
-    /// True when a balancer wants to know how many connections backends have.
+    /// True when a balancer, or a limit, wants to know how many connections backends have.
     pub(crate) fn follows_load(&self) -> bool {
-        self.config().services.iter().any(|service| service.balance.follows_load())
+        self.qos.follows_load() || self.config().services.iter().any(|service| service.balance.follows_load())
     }
 
     /// Connections that are open at a backend.
@@ -208,6 +211,7 @@ impl Shared {
             let actual = &state.actual;
             state.loads =
                 by_index.iter().filter_map(|(index, n)| Some((actual.backend_id(*index)?, *n))).collect();
+            self.qos.count(|backend| state.loads.get(&backend).copied().unwrap_or(0));
             let times = actual.backend_indexes().filter_map(|(id, index)| {
                 let times = self.dataplane.backend_times(index);
                 times.map_err(|error| log::warn!("{error}")).ok().map(|times| (id, times))
