@@ -64,6 +64,20 @@ pub const MAP_EVENTS: &str = "EVENTS";
 pub const MAP_HELD: &str = "HELD";
 /// `RELEASES`: array of [`Release`](crate::event::Release), read by the `release` program.
 pub const MAP_RELEASES: &str = "RELEASES";
+/// `CLASSES`: array of [`ClassEntry`](crate::qos::ClassEntry).
+pub const MAP_CLASSES: &str = "CLASSES";
+/// `NETWORKS`: trie, [`Network`](crate::qos::Network) -> id of a class (u32).
+pub const MAP_NETWORKS: &str = "NETWORKS";
+/// `LIMITED`: array by backend index of [`limited_word`](crate::qos::limited_word).
+pub const MAP_LIMITED: &str = "LIMITED";
+/// `RATES`: array of [`Rates`](crate::qos::Rates), see [`limit_index`](crate::qos::limit_index).
+pub const MAP_RATES: &str = "RATES";
+/// `BUCKETS`: array of [`Buckets`](crate::qos::Buckets), at the same indexes.
+pub const MAP_BUCKETS: &str = "BUCKETS";
+/// `CREDIT`: per-CPU array of [`Credits`](crate::qos::Credits) by the number of the backend among those with limits.
+pub const MAP_CREDIT: &str = "CREDIT";
+/// `CLASS_STATS`: per-CPU array of [`ClassStats`](crate::qos::ClassStats), see [`stats_index`](crate::qos::stats_index).
+pub const MAP_CLASS_STATS: &str = "CLASS_STATS";
 /// `STAGES`: program array; the daemon puts [`STAGE_PROGRAMS`] at their indexes.
 pub const MAP_STAGES: &str = "STAGES";
 /// Index of the `first_data` program in `STAGES`.

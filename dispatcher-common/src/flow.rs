@@ -107,11 +107,16 @@ pub struct Flow {
     /// ticket was looked for; with [`MARK_HTTP`] where a response's header stands (a state of
     /// [`http`](crate::http)); of QUIC the length of [`Flow::given_cid`], 0 for none.
     pub tries: u8,
-    /// `MARK_*`.
+    /// `MARK_*`, and from bit [`CLASS_BIT`] on the class, see [`Flow::class`].
     pub marks: u8,
     /// The rest of [`Flow::given_cid`], else zero; keeps an entry of the hash at three whole cache lines.
     pub reserved: [u32; 4],
 }
+
+/// First bit of the class in [`Flow::marks`].
+pub const CLASS_BIT: u32 = 4;
+/// Its bits.
+pub const MARKS_CLASS: u8 = 0xf0;
 
 /// First bit of the window shift in [`Flow::flags`].
 pub const SHIFT_BIT: u32 = 11;
@@ -122,6 +127,13 @@ impl Flow {
     #[must_use]
     pub const fn win_shift(&self) -> i8 {
         (self.flags as i16 >> SHIFT_BIT) as i8
+    }
+
+    /// Number of its QoS class; 0 is the default one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn class(&self) -> u32 {
+        self.marks as u32 >> CLASS_BIT
     }
 
     /// Sets the window shift, -16 to 15.

@@ -10,6 +10,14 @@ pub const VIP_HINTS: usize = 4096;
 pub const GLOBAL_NO_CLONES: u32 = 1 << 0;
 /// Log rare events through aya-log.
 pub const GLOBAL_LOG: u32 = 1 << 1;
+/// There are classes beside the default one: connections are told apart when they are bound.
+pub const GLOBAL_CLASSES: u32 = 1 << 2;
+/// Some backend has a limit.
+pub const GLOBAL_LIMITS: u32 = 1 << 3;
+/// Some class has a DSCP.
+pub const GLOBAL_DSCP: u32 = 1 << 4;
+/// Any of these is something to do for packets of established flows.
+pub const GLOBAL_QOS: u32 = GLOBAL_LIMITS | GLOBAL_DSCP;
 
 /// Value of `GLOBALS`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

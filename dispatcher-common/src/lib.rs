@@ -20,6 +20,7 @@ pub mod globals;
 pub mod http;
 pub mod opaque;
 pub mod proxy;
+pub mod qos;
 pub mod quic;
 pub mod reason;
 pub mod service;

@@ -96,6 +96,8 @@ reasons! {
         ResetNoBackend = 20 "reset_no_backend",
         /// SYN to a listener of the daemon whose queue is full, answered with a cookie of the kernel's.
         SynCookie = 21 "syn_cookie",
+        /// The connection is over its backend's rate: answered with RST.
+        ResetOverRate = 22 "reset_over_rate",
     }
     Pass {
         /// Neither VIP nor backend.
@@ -175,6 +177,10 @@ reasons! {
         NoStage = 85 "no_stage",
         /// QUIC long header that is cut short, or longer connection IDs than its version has.
         BadQuic = 86 "bad_quic",
+        /// Over its backend's bandwidth.
+        OverBandwidth = 87 "over_bandwidth",
+        /// The connection is over its backend's rate; the client tries again.
+        OverConnections = 88 "over_connections",
     }
 }
 

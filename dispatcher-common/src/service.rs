@@ -54,6 +54,12 @@ pub const FRONTEND_REFUSED_SACK: u32 = 1 << 5;
 pub const FRONTEND_REFUSED_TS: u32 = 1 << 6;
 /// A backend refused window scaling. The data path sets this.
 pub const FRONTEND_REFUSED_WSCALE: u32 = 1 << 7;
+/// A connection over its backend's rate is answered with RST, where it is TCP.
+pub const FRONTEND_OVER_RESET: u32 = 1 << 8;
+/// A connection over its backend's rate is held for the daemon, with [`FRONTEND_MISS_DAEMON`].
+pub const FRONTEND_OVER_HOLD: u32 = 1 << 9;
+/// First bit of the class in [`Frontend::flags`], see [`Frontend::class`].
+pub const FRONTEND_CLASS_BIT: u32 = 16;
 /// What the data path sets.
 pub const FRONTEND_REFUSED: u32 = FRONTEND_REFUSED_SACK | FRONTEND_REFUSED_TS | FRONTEND_REFUSED_WSCALE;
 
@@ -71,7 +77,7 @@ pub struct Frontend {
     pub mode: u8,
     /// Stable id of the service, see [`stable_id`].
     pub service: u32,
-    /// `FRONTEND_*`.
+    /// `FRONTEND_*`, and from bit [`FRONTEND_CLASS_BIT`] on the class.
     pub flags: u32,
     /// First entry of the load-balancing table in `LB_TABLE`.
     pub table_base: u32,
@@ -108,6 +114,20 @@ pub struct Frontend {
     pub cid_lengths: u32,
     /// Length of the server ID in QUIC connection IDs of configuration n; 0: not configured.
     pub quic_lb: [u8; 8],
+}
+
+impl Frontend {
+    /// Id of the class of its connections, where neither session nor client say another; 0 is the default one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn class(&self) -> u16 {
+        (self.flags >> FRONTEND_CLASS_BIT) as u16
+    }
+
+    /// Sets the class.
+    pub const fn set_class(&mut self, id: u16) {
+        self.flags = self.flags & ((1 << FRONTEND_CLASS_BIT) - 1) | (id as u32) << FRONTEND_CLASS_BIT;
+    }
 }
 
 /// The endpoint can be reached: route and neighbour are known, and it is not disabled.

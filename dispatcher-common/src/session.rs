@@ -90,7 +90,7 @@ pub struct Session {
     pub backends: [u32; BACKENDS_MAX],
     /// Tunnel id, 0 for none.
     pub tunnel: u32,
-    /// QoS class.
+    /// Id of its QoS class, see [`class_id`](crate::qos::class_id); 0: none of its own.
     pub class: u16,
     /// `STATE_*`.
     pub state: u8,

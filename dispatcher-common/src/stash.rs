@@ -115,7 +115,7 @@ pub struct Slot {
     pub dst: Addr,
     /// Ports of packets to the backend, as on the wire.
     pub ports: u32,
-    /// Result of the scan: `flow::MARK_SECURE`, `flow::MARK_HTTP`.
+    /// Result of the scan: `flow::MARK_SECURE`, `flow::MARK_HTTP`; then the class, as in `Flow::marks`.
     pub marks: u32,
     /// TOS or traffic class of the client's packet.
     pub tos: u32,

@@ -4,23 +4,26 @@ use dispatcher_common::{
     addr::Addr,
     event::{EVENT_BOUND, EVENT_HELD, EVENT_MISS, EVENT_REFUSED},
     flow::{
-        FLAG_SYN_SENT, FLAG_TO_BACKEND, FLAG_VLAN, Flow, FlowKey, Link, MARK_HIT, MARK_HTTP, MARK_SECURE,
-        is_closed, ports_of, ports_swapped,
+        CLASS_BIT, FLAG_SYN_SENT, FLAG_TO_BACKEND, FLAG_VLAN, Flow, FlowKey, Link, MARK_HIT, MARK_HTTP,
+        MARK_SECURE, MARKS_CLASS, is_closed, ports_of, ports_swapped,
     },
-    globals::{GLOBAL_NO_CLONES, HEARTBEAT_LIMIT_NS},
+    globals::GLOBAL_NO_CLONES,
     proxy::{self, ROOM, ROOM_WORDS},
     reason::Reason,
-    service::{FRONTEND_MISS_DAEMON, FRONTEND_PROXY_V2, FRONTEND_SOURCE_DISPATCHER, Frontend},
+    service::{
+        FRONTEND_MISS_DAEMON, FRONTEND_OVER_HOLD, FRONTEND_OVER_RESET, FRONTEND_PROXY_V2,
+        FRONTEND_SOURCE_DISPATCHER, Frontend,
+    },
     session::{KIND_CLIENT, KIND_TICKET_NAME},
     stash::{STAGE_BOUND, STAGE_FILLING, STAGE_FREE, STAGE_HELD, Slot},
 };
 
 use crate::{
     counters, emit, events, flows,
-    globals::{exact_ns, globals, now, now_ns, scratch},
+    globals::{daemon_lives, exact_ns, globals, now, now_ns, scratch},
     identify,
     packet::Frame,
-    services, sessions, stash,
+    qos, services, sessions, stash,
     verdict::Verdict,
 };
 
@@ -84,6 +87,10 @@ fn bind_locked(frame: &Frame, slot: &mut Slot, index: u32, pick: u32) -> Verdict
     if verdict.is_drop() || verdict.is(Reason::Held) {
         return verdict;
     }
+    // What another backend could not be given was admitted before, and a released one in the daemon's order.
+    if avoid == ANY && !qos::connects(slot.backend, slot.marks >> CLASS_BIT & 15, pick != ANY) {
+        return over(slot, frontend);
+    }
     let hit = verdict.is(Reason::BoundHit);
     open_slot(slot, index, hit)?;
     install(&slot.key, frontend)?;
@@ -110,6 +117,22 @@ fn bind_locked(frame: &Frame, slot: &mut Slot, index: u32, pick: u32) -> Verdict
     send_syn(frame, slot, index)?;
     trace(slot, verdict)?;
     verdict
+}
+
+/// What becomes of a connection over its backend's rate: the daemon's queue, RST (which `pipeline` sends), or another
+/// try when the client repeats itself.
+#[inline(always)]
+fn over(slot: &mut Slot, frontend: &Frontend) -> Verdict {
+    if slot.stage == STAGE_FILLING
+        && frontend.flags & FRONTEND_MISS_DAEMON != 0
+        && frontend.flags & FRONTEND_OVER_HOLD != 0
+        && daemon_lives(globals()?)
+    {
+        slot.stage = STAGE_HELD;
+        return Verdict(Reason::Held);
+    }
+    slot.stage = if frontend.flags & FRONTEND_OVER_RESET != 0 { STAGE_FREE } else { STAGE_FILLING };
+    Verdict(Reason::OverConnections)
 }
 
 /// Tells the daemon of a bound connection, where it wants to know of this one.
@@ -175,15 +198,15 @@ fn choose(slot: &mut Slot, index: u32, frontend: &Frontend, avoid: u32) -> Verdi
             identify::read(index);
         }
     }
+    scratch()?.class = 0;
     let mut backend = identify::find(index, avoid, secure);
+    classify(slot);
     let mut reason = Reason::BoundHit;
     if backend == ANY {
         let hash = (stash::mix(&slot.key) >> 16) as u32 ^ slot.isn;
         backend = services::pick(frontend, hash, v4, avoid)?;
         if slot.stage == STAGE_FILLING && frontend.flags & FRONTEND_MISS_DAEMON != 0 {
-            // Signed: the coarse clock is up to a tick behind the daemon's.
-            let age = now_ns().wrapping_sub(globals()?.heartbeat) as i64;
-            if age < HEARTBEAT_LIMIT_NS as i64 {
+            if daemon_lives(globals()?) {
                 slot.backend = backend;
                 slot.stage = STAGE_HELD;
                 return Verdict(Reason::Held);
@@ -213,6 +236,8 @@ fn choose(slot: &mut Slot, index: u32, frontend: &Frontend, avoid: u32) -> Verdi
                 } else if !matches!(reason, Reason::BoundHit) {
                     slot.backend = other;
                     reason = Reason::BoundHit;
+                    identify::note_class(winner);
+                    classify(slot);
                 }
             }
             None => {
@@ -224,6 +249,13 @@ fn choose(slot: &mut Slot, index: u32, frontend: &Frontend, avoid: u32) -> Verdi
         follow_client(slot, frontend);
     }
     Verdict(reason)
+}
+
+/// Notes the class of the slot's connection beside its marks.
+#[inline(always)]
+fn classify(slot: &mut Slot) {
+    let class = qos::class(slot.frontend);
+    slot.marks = slot.marks & !(MARKS_CLASS as u32) | class << CLASS_BIT;
 }
 
 /// The client's next connection may come without this one's identifier: a service that knows clients by
@@ -270,7 +302,7 @@ fn open_slot(slot: &Slot, index: u32, hit: bool) -> Result<(), Reason> {
         frontend: slot.frontend,
         backend: slot.backend,
         flags: FLAG_SYN_SENT,
-        marks: slot.marks as u8 & (MARK_SECURE | MARK_HTTP) | hit,
+        marks: slot.marks as u8 & (MARK_SECURE | MARK_HTTP | MARKS_CLASS) | hit,
         slot: index,
         isn: slot.isn,
         cookie: slot.cookie,

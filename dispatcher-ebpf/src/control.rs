@@ -6,6 +6,7 @@ use dispatcher_common::{
         FLAG_FIN, FLAG_FIN_PEER, FLAG_L4, FLAG_LEARN, FLAG_QUIC, FLAG_RESYN, FLAG_SYN_SENT, FLAG_TO_BACKEND,
         Flow, MARK_HTTP, is_closed, ports_of,
     },
+    globals::GLOBAL_QOS,
     reason::Reason,
     service::BACKEND_DEAD,
     tcp::{ACK, FIN, RST, SYN},
@@ -17,7 +18,7 @@ use crate::{
     http, icmp,
     packet::{Frame, Tcp},
     parse::{Parsed, packet_end},
-    pipeline, quic, reply,
+    pipeline, qos, quic, reply,
     rewrite::{self, leave},
     services,
     verdict::Verdict,
@@ -184,6 +185,10 @@ pub fn has_payload(frame: &Frame, p: &Parsed) -> bool {
 #[inline(never)]
 pub fn forward(frame: &Frame, p: &Parsed, flow: &Flow, reason: Reason) -> Verdict {
     rewrite::translate::<true>(frame, frame.view(), p, p, flow)?;
+    let flags = globals()?.flags;
+    if flags & GLOBAL_QOS != 0 && !qos::passes(flags, frame.view(), p, flow) {
+        return Verdict(Reason::OverBandwidth);
+    }
     leave(frame, p, &flow.link())?;
     Verdict(reason)
 }

@@ -23,7 +23,7 @@ use dispatcher_common::{
 };
 
 use crate::{
-    atomic::Word, globals::scratch, packet::Frame, parse::TCP, rewrite::tags_of, stash, verdict::Verdict,
+    atomic::Word, globals::scratch, packet::Frame, parse::TCP, qos, rewrite::tags_of, stash, verdict::Verdict,
 };
 
 macro_rules! replay_maps {
@@ -195,7 +195,7 @@ fn build(frame: &Frame, slot: &Slot, piece: &Piece) -> Result<(), Reason> {
         let ip = header.add(IP_WORD);
         if v4 {
             let [high, low] = ((ip_len + tcp_len + len) as u16).to_be_bytes();
-            *ip = u32::from_ne_bytes([0x45, slot.tos as u8, high, low]);
+            *ip = u32::from_ne_bytes([0x45, qos::slot_tos(slot), high, low]);
             // No identification is needed with "don't fragment" (RFC 6864 section 4.1).
             *ip.add(1) = u32::from_ne_bytes([0, 0, 0x40, 0]);
             *ip.add(2) = u32::from_ne_bytes([slot.ttl, TCP as u8, 0, 0]);
@@ -208,7 +208,7 @@ fn build(frame: &Frame, slot: &Slot, piece: &Piece) -> Result<(), Reason> {
             let [a, b] = (!fold(sum)).to_ne_bytes();
             *ip.add(2) = u32::from_ne_bytes([slot.ttl, TCP as u8, a, b]);
         } else {
-            let class = slot.tos as u8;
+            let class = qos::slot_tos(slot);
             let [high, low] = ((tcp_len + len) as u16).to_be_bytes();
             *ip = u32::from_ne_bytes([0x60 | class >> 4, class << 4, 0, 0]);
             *ip.add(1) = u32::from_ne_bytes([high, low, TCP as u8, slot.ttl]);

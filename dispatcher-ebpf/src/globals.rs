@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use dispatcher_common::{
     flow::{Flow, FlowKey},
-    globals::Globals,
+    globals::{Globals, HEARTBEAT_LIMIT_NS},
     http::Reader,
     opaque::opaque,
     quic::Head,
@@ -68,6 +68,8 @@ pub struct Scratch {
     pub ticket: [u8; TICKET_HEAD],
     /// How much of it there is, at most `TICKET_HEAD`.
     pub ticket_len: u32,
+    /// Id of the class of the session that was found, 0 for none.
+    pub class: u32,
     /// How far the reading of a header came.
     pub reader: Reader,
     /// The first header of a QUIC datagram, which `payload` begins with.
@@ -103,6 +105,13 @@ pub fn now_ns() -> u64 {
 pub fn exact_ns() -> u64 {
     // SAFETY: a helper without arguments.
     unsafe { bpf_ktime_get_ns() }
+}
+
+/// True while the daemon gives signs of life.
+#[inline(always)]
+pub fn daemon_lives(globals: &Globals) -> bool {
+    // Signed: the coarse clock is up to a tick behind the daemon's.
+    (now_ns().wrapping_sub(globals.heartbeat) as i64) < HEARTBEAT_LIMIT_NS as i64
 }
 
 /// Seconds of CLOCK_MONOTONIC.

@@ -258,12 +258,21 @@ fn usable(slot: &Slot, frontend: &Frontend, key: &SessionKey, avoid: u32) -> u32
         let found = reachable(session, slot, avoid);
         if found != ANY {
             sessions::touch(key.kind, session, frontend, now);
+            note_class(session);
         }
         found
     };
     match reach(sessions::get(key, now)) {
         ANY => reach(sessions::provisional(key, now)),
         found => found,
+    }
+}
+
+/// The connection is of the session's class, if it has one.
+#[inline(always)]
+pub fn note_class(session: &Session) {
+    if let Ok(scratch) = scratch() {
+        scratch.class = session.class as u32;
     }
 }
 

@@ -2,7 +2,7 @@
 //! ports, so that the same backend is found again even when the flow table was lost.
 
 use dispatcher_common::{
-    flow::FLAG_L4,
+    flow::{CLASS_BIT, FLAG_L4},
     reason::Reason,
     service::Frontend,
     tcp::{RST, SYN},
@@ -11,9 +11,10 @@ use dispatcher_common::{
 use crate::{
     bind::{self, Opening},
     control, counters, flows,
+    globals::scratch,
     packet::{Frame, Tcp},
     parse::Parsed,
-    services, stash,
+    qos, services, stash,
     verdict::Verdict,
 };
 
@@ -30,8 +31,14 @@ pub fn bind(frame: &Frame, p: &Parsed, index: u32, frontend: &Frontend) -> Verdi
     }
     let hash = stash::mix(&p.key) as u32;
     let backend = services::pick(frontend, hash, p.is_v4(), u32::MAX)?;
+    scratch()?.class = 0;
+    let class = qos::class(index);
+    if !qos::connects(backend, class, false) {
+        return Verdict(Reason::OverConnections);
+    }
+    let marks = (class << CLASS_BIT) as u8;
     let opening =
-        Opening { frontend: index, backend, flags: FLAG_L4, marks: 0, slot: 0, isn: 0, cookie: 0, client: 0 };
+        Opening { frontend: index, backend, flags: FLAG_L4, marks, slot: 0, isn: 0, cookie: 0, client: 0 };
     let client = stash::client_link(frame, p);
     bind::open(&p.key, &client, &opening)?;
     bind::install(&p.key, frontend)?;

@@ -24,6 +24,7 @@ mod options;
 mod packet;
 mod parse;
 mod pipeline;
+mod qos;
 mod quic;
 mod release;
 mod reply;

@@ -9,9 +9,9 @@
 use dispatcher_common::{
     abi::{STAGE_DATAGRAM, STAGE_FIRST_DATA, STAGE_LISTENER},
     flow::{FLAG_QUIC, FLAG_SYN_SENT, FLAG_TO_BACKEND, FLAGS_SLOW, Flow},
-    globals::Globals,
+    globals::{GLOBAL_QOS, Globals},
     reason::Reason,
-    service::{MODE_L4, MODE_LOCAL},
+    service::{FRONTEND_OVER_RESET, MODE_L4, MODE_LOCAL},
     tcp::{ACK, FIN, RST, SYN},
 };
 
@@ -22,7 +22,7 @@ use crate::{
     icmp, l4,
     packet::{Frame, Ipv4, Ipv6, Tcp, View},
     parse::{self, ICMP, ICMP6, Layout, Parsed, Plain, TCP, UDP},
-    quic, reply, rewrite, services, stash, syn,
+    qos, quic, reply, rewrite, services, stash, syn,
     verdict::Verdict,
 };
 
@@ -106,6 +106,9 @@ fn plain<const V4: bool>(frame: &Frame, view: View, globals: &Globals, p: &mut P
         Err(reason) => return reason.into(),
         Ok(false) => return Step::Known(flow),
         Ok(true) => {}
+    }
+    if globals.flags & GLOBAL_QOS != 0 && !qos::passes(globals.flags, view, layout, flow) {
+        return Reason::OverBandwidth.into();
     }
     if let Err(reason) = rewrite::leave_plain(frame, view, flow.ifindex, &flow.macs) {
         return reason.into();
@@ -263,6 +266,10 @@ pub fn first_data(frame: &Frame) -> Verdict {
     if verdict.is(Reason::NoBackend) && p.is_tcp() {
         reply::reset(frame, p)?;
         return Verdict(Reason::ResetNoBackend);
+    }
+    if verdict.is(Reason::OverConnections) && p.is_tcp() && frontend.flags & FRONTEND_OVER_RESET != 0 {
+        reply::reset(frame, p)?;
+        return Verdict(Reason::ResetOverRate);
     }
     verdict
 }

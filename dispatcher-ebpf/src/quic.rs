@@ -9,7 +9,7 @@
 use aya_ebpf::bindings::xdp_md;
 use dispatcher_common::{
     event::EVENT_LEARNED,
-    flow::{FLAG_L4, FLAG_LEARN, FLAG_QUIC, FLAG_TO_BACKEND, Flow, MARK_HIT},
+    flow::{CLASS_BIT, FLAG_L4, FLAG_LEARN, FLAG_QUIC, FLAG_TO_BACKEND, Flow, MARK_HIT},
     opaque::opaque,
     quic::{self, CID_MAX, Cid, Form, HEAD_MAX},
     reason::Reason,
@@ -23,7 +23,7 @@ use crate::{
     globals::{Buffer, PAYLOAD, Scratch, now, scratch},
     packet::{Frame, Udp, View},
     parse::{Parsed, packet_end},
-    rewrite, services, sessions, stash,
+    qos, rewrite, services, sessions, stash,
     verdict::Verdict,
 };
 
@@ -59,8 +59,10 @@ pub fn bind(frame: &Frame, p: &Parsed, index: u32, frontend: &Frontend) -> Verdi
         return Verdict(Reason::BadQuic);
     }
     let long = head.form as u32 != Form::Short as u32;
+    scratch()?.class = 0;
     let known = dispatcher_find_cid(index);
     let old = flows::get(&p.key).filter(|flow| flow.flags & FLAG_QUIC != 0);
+    let followed = old.is_some();
     let mut home = match &old {
         Some(flow) => flow.slot,
         None => ANY,
@@ -94,11 +96,16 @@ pub fn bind(frame: &Frame, p: &Parsed, index: u32, frontend: &Frontend) -> Verdi
         }
         return control::forward(frame, p, flow, rewrite::direction(flow));
     }
+    let class = qos::class(index);
+    // A connection ID that is known, or a flow that changes its backend, is no new connection.
+    if !hit && !followed && !qos::connects(backend, class, false) {
+        return Verdict(Reason::OverConnections);
+    }
     let opening = Opening {
         frontend: index,
         backend,
         flags: FLAG_L4,
-        marks: if hit { MARK_HIT } else { 0 },
+        marks: (class << CLASS_BIT) as u8 | if hit { MARK_HIT } else { 0 },
         slot: home,
         isn: tag,
         cookie: 0,
@@ -247,7 +254,7 @@ extern "C" fn dispatcher_find_cid(index: u32) -> u32 {
 
 /// The backend of the scratch key, if it can be reached.
 #[inline(never)]
-fn usable(scratch: &Scratch, frontend: &Frontend) -> u32 {
+fn usable(scratch: &mut Scratch, frontend: &Frontend) -> u32 {
     let now = now();
     let Some(session) = sessions::get(&scratch.session_key, now) else { return ANY };
     let Some(backend) = services::backend_of_id(session.backends[0]) else { return ANY };
@@ -255,6 +262,7 @@ fn usable(scratch: &Scratch, frontend: &Frontend) -> u32 {
         return ANY;
     }
     sessions::touch(scratch.session_key.kind, session, frontend, now);
+    scratch.class = session.class as u32;
     backend
 }
 

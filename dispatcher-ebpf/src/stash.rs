@@ -9,6 +9,7 @@ use dispatcher_common::{
     opaque::opaque,
     proxy::ROOM,
     reason::Reason,
+    service::FRONTEND_OVER_HOLD,
     stash::{
         BUF, EMITTED, OFFSET_MAX, PAYLOAD_MAX, SEGMENT_MAX, SLOT_LIFE_NS, STAGE_BOUND, STAGE_FILLING,
         STAGE_FREE, STAGE_HELD, STAGE_REPLAYED, Slot,
@@ -22,7 +23,7 @@ use crate::{
     bind,
     emit::sum_bytes,
     flows,
-    globals::{exact_ns, globals, now_ns, scratch},
+    globals::{daemon_lives, exact_ns, globals, now_ns, scratch},
     http, options,
     packet::{Frame, Ipv4, Ipv6, Tcp},
     parse::{Parsed, packet_end},
@@ -419,7 +420,13 @@ fn take(frame: &Frame, p: &Parsed, slot: &mut Slot, segment: &Segment) -> Verdic
             // The client repeats itself: the SYN or its answer was lost.
             Verdict(if slot.len == before { ENOUGH } else { Reason::Stashed })
         }
-        STAGE_HELD => Verdict(if age > HELD_LIMIT_NS { ENOUGH } else { Reason::Stashed }),
+        STAGE_HELD => {
+            let frontend = services::frontend(slot.frontend)?;
+            // Where connections are held until their turn comes, the daemon's word is waited for.
+            let queued = frontend.flags & FRONTEND_OVER_HOLD != 0 && daemon_lives(globals()?);
+            let limit = if queued { SLOT_LIFE_NS } else { HELD_LIMIT_NS };
+            Verdict(if age > limit { ENOUGH } else { Reason::Stashed })
+        }
         _ => {
             let frontend = services::frontend(slot.frontend)?;
             let (marks, whole) = match tls::scan_client_hello(&Payload { slot }) {

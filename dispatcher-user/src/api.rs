@@ -215,8 +215,8 @@ pub struct Session {
     pub backend: String,
     /// Tunnel, 0 for none.
     pub tunnel: u32,
-    /// QoS class.
-    pub class: u16,
+    /// Class that the operator put it into; null where the rules decide.
+    pub class: Option<String>,
     /// `provisional`, `confirmed`, `pinned` or `discovered`.
     pub state: String,
     /// Connections that came with it.
@@ -227,6 +227,95 @@ pub struct Session {
     pub idle_seconds: u32,
     /// Seconds until it expires; null for never.
     pub expires_in_seconds: Option<u32>,
+}
+
+/// An element of `GET /v1/qos/classes`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct QosClass {
+    /// Name; `default` is the class of what no rule names.
+    pub name: String,
+    /// Its share of a backend is its weight by the sum of all weights.
+    pub weight: u32,
+    /// What waits in a class of a higher one is served before all lower ones.
+    pub priority: u8,
+    /// Others may use what it leaves of its share.
+    pub lend: bool,
+    /// The most of a backend's rate that it takes beyond its share, percent.
+    pub borrow_limit: u8,
+    /// The most of a backend's rate that it takes, percent.
+    pub ceil: u8,
+    /// Code point that its packets are marked with; null for none.
+    pub dscp: Option<u8>,
+}
+
+/// An element of `GET /v1/qos`: a class at a backend that it used.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct QosShare {
+    /// Service.
+    pub service: String,
+    /// Name of the backend.
+    pub backend: String,
+    /// The class.
+    pub class: String,
+    /// Its weight by the sum of all weights, percent.
+    pub weight_percent: f64,
+    /// Its part of what the backend was given in the last seconds, percent: of the requests, or, where there are none,
+    /// of the bytes. Null where there was nothing.
+    pub share_percent: Option<f64>,
+    /// Requests under way.
+    pub in_flight: u64,
+    /// Requests or hellos that wait.
+    pub queued: u64,
+    /// Requests and hellos that were let through.
+    pub admitted: u64,
+    /// Of these, beyond the class's share.
+    pub borrowed: u64,
+    /// Refused because too many waited.
+    pub shed: u64,
+    /// Refused because they waited too long.
+    pub late: u64,
+    /// Whose client went away while they waited.
+    pub cancelled: u64,
+    /// Half of those that waited did so for no longer, milliseconds; null where none has waited.
+    pub wait_p50_ms: Option<f64>,
+    /// The same for 99 of 100.
+    pub wait_p99_ms: Option<f64>,
+    /// Bytes of frames that the data path let through.
+    pub bytes: u64,
+    /// Of these, beyond the class's share.
+    pub borrowed_bytes: u64,
+    /// Bytes of frames that it dropped because of the backend's bandwidth.
+    pub dropped_bytes: u64,
+    /// New connections that it let through.
+    pub connections: u64,
+    /// New connections beyond the backend's rate.
+    pub connections_over: u64,
+}
+
+/// Body of `PATCH /v1/qos/classes/{class}`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct QosWeight {
+    /// 1 to 10000.
+    #[schema(minimum = 1, maximum = 10000)]
+    pub weight: u32,
+}
+
+/// Body of `PUT /v1/qos/sessions/{id}`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct QosAssignment {
+    /// Service.
+    pub service: String,
+    /// The class; left out, the rules decide again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<String>,
+    /// Kind of the identifier, as in [`Session::kind`]; all kinds when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(
+        pattern = "^(tls-session-id|tls-ticket-key|tls-ticket|http-cookie|client-address|quic-cid|quic-server-id)$"
+    )]
+    pub kind: Option<String>,
 }
 
 /// An element of `GET /v1/tunnels`: an established TLS connection to a backend, an SSL context.

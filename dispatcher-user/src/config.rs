@@ -31,6 +31,7 @@ use crate::{
 mod amended;
 mod changes;
 mod health;
+mod qos;
 mod raw;
 mod schema;
 mod terminate;
@@ -42,6 +43,7 @@ pub use self::{
     amended::Amendments,
     changes::{Changes, changes},
     health::{Health, HttpCheck},
+    qos::{Class, DEFAULT_CLASS, Limits, Network, Over, Queueing, Rule, class_id},
     schema::schema,
     terminate::{Clear, DEFAULT_COOKIE, KeyPair, Secure, Terminate, Tunnels},
 };
@@ -104,6 +106,8 @@ pub struct Config {
     pub interfaces: Vec<Interface>,
     /// Sizes of the maps.
     pub capacities: Capacities,
+    /// The classes, [`DEFAULT_CLASS`] first.
+    pub classes: Vec<Class>,
     /// The services.
     pub services: Vec<Service>,
 }
@@ -119,6 +123,7 @@ impl Default for Config {
             metrics: None,
             interfaces: Vec::new(),
             capacities: Capacities::default(),
+            classes: Vec::new(),
             services: Vec::new(),
         }
     }
@@ -187,6 +192,14 @@ pub struct Service {
     pub max_connections: u32,
     /// Length of the server ID in QUIC connection IDs of configuration n, 0 where there is none.
     pub quic_lb: [u8; 8],
+    /// The class of what no rule is about.
+    pub class: String,
+    /// Which class requests and connections belong to.
+    pub rules: Vec<Rule>,
+    /// What each backend can take that says nothing else.
+    pub limits: Limits,
+    /// What becomes of the rest.
+    pub queueing: Queueing,
     /// The backends.
     pub backends: Vec<Backend>,
 }
@@ -307,6 +320,8 @@ pub struct Backend {
     pub state: AdminState,
     /// Its server IDs in QUIC connection IDs, each for the configurations with IDs of that length.
     pub quic_server_ids: Vec<Vec<u8>>,
+    /// What it can take, where it is not what the service says.
+    pub limits: Limits,
 }
 
 impl Backend {
@@ -456,8 +471,11 @@ impl Config {
             metrics: source.metrics(&raw)?,
             interfaces: source.interfaces(&raw, interfaces)?,
             capacities: source.capacities(raw.capacity.as_ref())?,
+            classes: source.classes(&raw.class)?,
             services,
         };
+        source.check_classes(&raw, &config.classes)?;
+        source.check_limits(&raw, &config)?;
         source.check_names(&raw, &config)?;
         source.check_addresses(&raw, &config)?;
         source.check_sizes(&raw, &config)?;
@@ -832,7 +850,7 @@ impl Text<'_> {
             return Err(self.error(at(raw.proxy_protocol.as_ref()), "service.proxy_protocol", problem));
         }
         let vips = self.vips(&raw.vip, "service.vip", 443)?;
-        let backends = raw.backend.iter().map(|backend| self.backend(&name, backend));
+        let backends = raw.backend.iter().map(|backend| self.backend(&name, backend, mode, miss));
         let backends = backends.collect::<Result<Vec<_>, _>>()?;
         let affinity = self.affinity(raw, mode, protocol)?;
         let (terminate, tunnels) = self.local(raw, mode, miss)?;
@@ -870,6 +888,10 @@ impl Text<'_> {
                 20_000,
                 terminate::CONNECTIONS,
             )?,
+            class: raw.class.as_ref().map_or(DEFAULT_CLASS, |class| class.get_ref().as_str()).to_owned(),
+            rules: self.rules(raw, mode)?,
+            limits: self.limits(raw.limits.as_ref(), mode, miss, raw.name.span(), "service.limits")?,
+            queueing: self.queueing(raw, mode, miss)?,
             affinity,
             backends,
             name,
@@ -1165,7 +1187,7 @@ impl Text<'_> {
         Ok(value)
     }
 
-    fn backend(&self, service: &str, raw: &raw::Backend) -> Result<Backend, Error> {
+    fn backend(&self, service: &str, raw: &raw::Backend, mode: Mode, miss: Miss) -> Result<Backend, Error> {
         let name = self.name(&raw.name, "service.backend.name")?;
         let (mut v4, mut v6) = (None, None);
         for text in raw.address.get_ref().as_slice() {
@@ -1202,7 +1224,9 @@ impl Text<'_> {
             }
         }
         let state = state.unwrap_or(AdminState::Enabled);
-        Ok(Backend { name, id, v4, v6, weight, state, quic_server_ids })
+        let limits = raw.limits.clone().map(raw::Limits::from);
+        let limits = self.limits(limits.as_ref(), mode, miss, raw.name.span(), "service.backend.limits")?;
+        Ok(Backend { name, id, v4, v6, weight, state, quic_server_ids, limits })
     }
 
     fn address(&self, text: &str, span: Span, key: &str) -> Result<SocketAddr, Error> {

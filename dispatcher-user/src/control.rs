@@ -67,6 +67,7 @@ use crate::{
 };
 
 pub(crate) mod metrics;
+mod qos;
 mod saved;
 mod settings;
 pub(crate) mod trace;
@@ -272,6 +273,9 @@ fn resources() -> OpenApiRouter<Arc<Shared>> {
         .routes(routes!(settings::config))
         .routes(routes!(settings::config_toml))
         .routes(routes!(trace::trace))
+        .routes(routes!(qos::classes))
+        .routes(routes!(qos::weigh))
+        .routes(routes!(qos::assign))
         .routes(routes!(tunnels::tunnels))
         .routes(routes!(tunnels::tunnel, tunnels::close))
         .routes(routes!(tunnels::rotate))
@@ -1054,6 +1058,12 @@ impl Names {
         found.map_or_else(|| format!("{id:08x}"), |backend| backend.name.clone())
     }
 
+    /// The class of an id, 0 for none. One that the configuration has no more is shown by its number.
+    fn class(&self, id: u16) -> Option<String> {
+        let found = self.config.classes.iter().find(|class| class.id == id);
+        (id != 0).then(|| found.map_or_else(|| format!("{id:04x}"), |class| class.name.clone()))
+    }
+
     fn backend_at(&self, index: u32) -> String {
         self.ids.get(&index).map_or_else(|| format!("#{index}"), |id| self.backend(*id))
     }
@@ -1086,7 +1096,7 @@ fn shown(names: &Names, key: &SessionKey, session: &Session, now: u32) -> api::S
         } else {
             0
         },
-        class: session.class,
+        class: names.class(session.class),
         state: STATES
             .iter()
             .find(|(state, _)| *state == session.state)

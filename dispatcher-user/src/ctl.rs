@@ -105,6 +105,11 @@ enum Command {
         #[command(subcommand)]
         command: Option<tunnels::Command>,
     },
+    /// Quality of service: classes, their shares of backends, sessions of a class
+    Qos {
+        #[command(subcommand)]
+        command: Option<qos::Command>,
+    },
     /// Connections: client, VIP, backend and state of each
     Flows {
         /// Stop after so many
@@ -451,6 +456,7 @@ async fn answer(
             show(out, form, answer.as_slice(), backends)?;
             cut.map_or(Ok(()), Err)
         }
+        Command::Qos { command } => qos::run(command.as_ref(), &ask, out, form).await,
         Command::Tunnels { command } => tunnels::run(command.as_ref(), &ask, out, form).await,
         Command::Sessions { command } => {
             let answer: Vec<api::Session> = match command {
@@ -1095,7 +1101,7 @@ fn sessions(sessions: &[api::Session]) -> Sheet {
             one.backend.clone(),
             one.state.clone(),
             if one.tunnel == 0 { "-".to_owned() } else { one.tunnel.to_string() },
-            one.class.to_string(),
+            one.class.clone().unwrap_or_else(|| "-".to_owned()),
             one.hits.to_string(),
             age(one.age_seconds.into()),
             age(one.idle_seconds.into()),
@@ -1204,6 +1210,7 @@ fn age(seconds: u64) -> String {
     }
 }
 
+mod qos;
 mod tunnels;
 
 #[cfg(test)]

@@ -32,6 +32,7 @@ use dispatcher_common::{
 mod anchor;
 mod capacity;
 mod pins;
+mod qos;
 mod sessions;
 mod syscall;
 mod table;
@@ -40,11 +41,13 @@ mod test_run;
 use anchor::Anchor;
 use pins::Pins;
 pub(crate) use pins::is_mount_point;
+use qos::Qos;
 use syscall::Link;
 
 pub(crate) use capacity::MAX_BACKENDS;
 pub use capacity::{Capacities, memory_bytes};
 pub use pins::remove as remove_pins;
+pub use qos::{ClassCount, ClassSetting, Limits, NetworkClass};
 pub use sessions::{Sessions, Swept};
 pub use table::{Cells, Table};
 pub use test_run::{LIVE_FRAMES, TestRun, test_run};
@@ -195,6 +198,9 @@ pub enum Error {
         /// What is expected.
         ours: String,
     },
+    /// Classes or limits that cannot be.
+    #[error("classes and limits: {0}")]
+    Qos(String),
     /// No random bytes for keys.
     #[error("reading random bytes for the cookie keys: {0}")]
     Random(getrandom::Error),
@@ -269,6 +275,7 @@ pub struct Dataplane {
     sources: Cells<Addr>,
     cookies: Cells<[u8; http::TABLE]>,
     stash: Cells<Slot>,
+    qos: Qos,
     globals: Cells<Globals>,
     releases: Cells<Release>,
     reasons: PerCpuArray<MapData, u64>,
@@ -378,6 +385,7 @@ impl Dataplane {
             sources: Cells::take(e, abi::MAP_SOURCES)?,
             cookies: Cells::take(e, abi::MAP_COOKIES)?,
             stash: Cells::take(e, abi::MAP_STASH)?,
+            qos: Qos::take(e)?,
             globals: Cells::take(e, abi::MAP_GLOBALS)?,
             releases: Cells::take(e, abi::MAP_RELEASES)?,
             reasons: take_map(e, abi::MAP_REASONS)?,
@@ -415,6 +423,7 @@ impl Dataplane {
     fn take_over_globals(&self) -> Result<(), Error> {
         *lock(&self.copy) = self.globals.get(0)?;
         self.sessions.recall();
+        self.qos.recall()?;
         let vips: Vec<(VipKey, u32)> = self.vips.iter().collect();
         self.update_globals(|globals| {
             globals.stash_mask = self.stash.capacity() - 1;
@@ -702,10 +711,11 @@ impl Dataplane {
         Ok(sum)
     }
 
-    /// Forgets what was counted of a backend: its place is given to another one.
+    /// Forgets what was counted of a backend, and its limits: its place is given to another one.
     pub fn forget_stats(&self, backend: u32) -> Result<(), Error> {
         clear(&self.backend_stats, backend).map_err(map_error(abi::MAP_BACKEND_STATS, "clearing"))?;
-        clear(&self.backend_times, backend).map_err(map_error(abi::MAP_BACKEND_TIMES, "clearing"))
+        clear(&self.backend_times, backend).map_err(map_error(abi::MAP_BACKEND_TIMES, "clearing"))?;
+        self.set_limits(backend, Limits::default())
     }
 
     /// Points the replay maps with a number at an interface.

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io,
+    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -26,6 +27,7 @@ use tokio::{
 use crate::{
     api,
     balancer::{Balancer, Candidate},
+    config::class_id,
     dataplane::{Dataplane, Error, RELEASES_AT_ONCE, Sessions, Swept, monotonic_seconds},
     qos::Held,
     reconcile::Pool,
@@ -120,7 +122,9 @@ fn answer(shared: &Shared, picker: &mut Picker, held: &mut RingBuf<MapData>) -> 
         match picker.answer(&shared.dataplane, &pools, &event) {
             Ok(Some(Choice { id, index, class })) => {
                 let Event { frontend, slot, flow, .. } = event;
-                if !shared.qos.hold(id, class, flow.src.into(), Held { frontend, slot, flow }) {
+                let client = flow.src.into();
+                let class = || if class == 0 { class_of(shared, &pools, frontend, client) } else { class };
+                if !shared.qos.hold(id, class, client, Held { frontend, slot, flow }) {
                     releases.push(Release { slot, backend: index, flow });
                 }
             }
@@ -146,6 +150,14 @@ fn answer(shared: &Shared, picker: &mut Picker, held: &mut RingBuf<MapData>) -> 
         Err(error) => log::error!("releasing {} held hellos: {error}", releases.len()),
     }
     read == RELEASES_AT_ONCE || releases.len() == RELEASES_AT_ONCE
+}
+
+/// The class of a client without a session that has one.
+fn class_of(shared: &Shared, pools: &BTreeMap<u32, Pool>, frontend: u32, client: IpAddr) -> u16 {
+    let config = shared.config();
+    let name = pools.get(&frontend).map(|pool| &pool.service);
+    let service = config.services.iter().find(|service| Some(&service.name) == name);
+    service.map_or(0, |service| class_id(service.class_of(client)))
 }
 
 pub(crate) fn read_event(bytes: &[u8]) -> Option<Event> {

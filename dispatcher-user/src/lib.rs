@@ -19,6 +19,7 @@ mod health;
 mod identify;
 pub mod logging;
 pub mod netlink;
+mod policing;
 pub mod privileges;
 pub mod qos;
 pub mod reconcile;

@@ -27,6 +27,8 @@ use dispatcher_common::service::Histogram;
 use serde::Serialize;
 use tokio::time::Instant;
 
+use crate::config::{self, Config, Queueing};
+
 mod book;
 mod fair;
 mod gate;
@@ -218,6 +220,38 @@ impl Qos {
             .store(pacers.values().any(|pacer| is_paced(&pacer.limits()) || pacer.waiting() > 0), Relaxed);
     }
 
+    /// Sets what a configuration says.
+    pub(crate) fn follow(&self, config: &Config) {
+        let class = |class: &config::Class| Class {
+            id: class.id,
+            name: class.name.clone(),
+            weight: class.weight,
+            priority: class.priority,
+        };
+        let classes: Vec<Class> = config.classes.iter().map(class).collect();
+        let limits = config.services.iter().flat_map(|service| {
+            service.backends.iter().map(move |backend| {
+                let config::Limits { connections_per_second, max_inflight, max_connections, .. } =
+                    service.limits_of(backend);
+                let Queueing { queue, queue_timeout, adaptive, .. } = service.queueing;
+                // The data path keeps to the rate where connections do not wait.
+                let connections_per_second =
+                    if service.holds_connections() { connections_per_second } else { 0 };
+                let queue_timeout = Duration::from_secs(queue_timeout.into());
+                let limits = Limits {
+                    max_inflight,
+                    queue,
+                    queue_timeout,
+                    adaptive,
+                    connections_per_second,
+                    max_connections,
+                };
+                (backend.id, limits)
+            })
+        });
+        self.set(&classes, limits);
+    }
+
     /// The gate of a backend with a limit of requests.
     pub(crate) fn gate(&self, backend: u32) -> Option<Arc<Gate>> {
         if !self.gated.load(Relaxed) {
@@ -246,13 +280,13 @@ impl Qos {
     }
 
     /// Lets a hello wait for its backend; false if that has no limit.
-    pub(crate) fn hold(&self, backend: u32, class: u16, client: IpAddr, held: Held) -> bool {
+    pub(crate) fn hold(&self, backend: u32, class: impl FnOnce() -> u16, client: IpAddr, held: Held) -> bool {
         if !self.paced.load(Relaxed) {
             return false;
         }
         let mut pacers = lock(&self.pacers);
         let Some(pacer) = pacers.get_mut(&backend) else { return false };
-        pacer.hold(self.began.elapsed(), class, client, held);
+        pacer.hold(self.began.elapsed(), class(), client, held);
         true
     }
 
@@ -359,11 +393,11 @@ mod tests {
             flow: dispatcher_common::flow::FlowKey { ports: slot, ..Default::default() },
             ..Held::default()
         };
-        assert!(!qos.hold(1, 0, CLIENT, held(1)));
+        assert!(!qos.hold(1, || 0, CLIENT, held(1)));
         qos.set(&[], [(1, Limits { connections_per_second: 10, ..Limits::default() }), (2, requests(3))]);
-        assert!(!qos.hold(2, 0, CLIENT, held(1)) && qos.next().is_none() && !qos.follows_load());
+        assert!(!qos.hold(2, || 0, CLIENT, held(1)) && qos.next().is_none() && !qos.follows_load());
         for slot in 0..3 {
-            assert!(qos.hold(1, 0, CLIENT, held(slot)));
+            assert!(qos.hold(1, || 0, CLIENT, held(slot)));
         }
         assert_eq!(qos.release(255), [(1, held(0)), (1, held(1))]);
         let due = qos.next().expect("it is due");
@@ -371,7 +405,7 @@ mod tests {
         tokio::time::sleep_until(due).await;
         assert_eq!(qos.release(0), []);
         // Without the limit, what still waits goes at once.
-        assert!(qos.hold(1, 0, CLIENT, held(4)));
+        assert!(qos.hold(1, || 0, CLIENT, held(4)));
         qos.set(&[], []);
         assert_eq!(qos.release(255).len(), 2);
         assert!(qos.next().is_none());

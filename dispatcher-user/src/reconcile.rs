@@ -17,8 +17,9 @@ use dispatcher_common::{
     http,
     service::{
         BACKEND_DEAD, BACKEND_DISABLED, BACKEND_DRAIN, BACKEND_UNHEALTHY, BACKEND_UP, Backend as Endpoint,
-        FRONTEND_MISS_DAEMON, FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_PROXY_V2, FRONTEND_REFUSED,
-        FRONTEND_SOURCE_DISPATCHER, Frontend, MODE_L4, MODE_LOCAL, MODE_PASSTHROUGH, VipKey, endpoint_index,
+        FRONTEND_MISS_DAEMON, FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_OVER_HOLD, FRONTEND_OVER_RESET,
+        FRONTEND_PROXY_V2, FRONTEND_REFUSED, FRONTEND_SOURCE_DISPATCHER, Frontend, MODE_L4, MODE_LOCAL,
+        MODE_PASSTHROUGH, VipKey, endpoint_index,
     },
     session::{
         KIND_QUIC_SERVER, STATE_CONFIGURED, STATE_PINNED, Session, SessionKey, TICKET_NAMED, TICKET_UNKNOWN,
@@ -27,7 +28,7 @@ use dispatcher_common::{
 
 use crate::{
     balancer::{Balance, Candidate},
-    config::{AdminState, Backend, Config, Miss, Mode, Service, Source},
+    config::{AdminState, Backend, Config, Miss, Mode, Over, Service, Source, class_id},
     dataplane::{Dataplane, Error, monotonic_seconds},
     terminate::Reached,
 };
@@ -586,6 +587,8 @@ fn rendered(service: &Service, (address, proto): Vip, (source_base, source_len):
     let mut set = |condition: bool, flag| flags |= if condition { flag } else { 0 };
     set(service.proxy_protocol, FRONTEND_PROXY_V2);
     set(service.miss == Miss::Daemon, FRONTEND_MISS_DAEMON);
+    set(service.queueing.over == Over::Reset && !service.holds_connections(), FRONTEND_OVER_RESET);
+    set(service.holds_connections(), FRONTEND_OVER_HOLD);
     set(!service.sack, FRONTEND_NO_SACK);
     set(!service.timestamps, FRONTEND_NO_TS);
     set(matches!(service.source, Source::Dispatcher { .. }), FRONTEND_SOURCE_DISPATCHER);
@@ -593,7 +596,7 @@ fn rendered(service: &Service, (address, proto): Vip, (source_base, source_len):
         Source::Client => (0, 0),
         Source::Dispatcher { ports, .. } => (*ports.start(), *ports.end()),
     };
-    Frontend {
+    let mut frontend = Frontend {
         addr: address.ip().into(),
         port: address.port().to_be(),
         proto,
@@ -615,7 +618,9 @@ fn rendered(service: &Service, (address, proto): Vip, (source_base, source_len):
         quic_lb: service.quic_lb,
         affinity: std::array::from_fn(|i| service.affinity.get(i).map_or(0, |one| one.kind())),
         ..Frontend::default()
-    }
+    };
+    frontend.set_class(class_id(&service.class));
+    frontend
 }
 
 /// The backends of a service that may take new connections of a family.

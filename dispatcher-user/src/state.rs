@@ -20,6 +20,7 @@ use crate::{
     discovery::Discovery,
     events::Counts,
     health::Suspects,
+    policing::Policing,
     qos::Qos,
     reconcile::{self, Actual, Desired, Pool, Reach, Unhealthy},
     reload::{self, Source},
@@ -75,6 +76,8 @@ pub(crate) struct State {
     pub(crate) health: BTreeMap<(u32, bool), Unhealthy>,
     pub(crate) slow_start: SlowStart,
     counted: u64,
+    /// What the data path has of classes and limits.
+    policing: Option<Policing>,
     pub(crate) actual: Actual,
 }
 
@@ -106,6 +109,8 @@ impl Shared {
         actual: Actual,
         store: Option<Store>,
     ) -> Self {
+        let qos = Qos::default();
+        qos.follow(&config);
         let state = State {
             deadlines: deadlines(&base.amendments),
             tickets: actual.tickets(),
@@ -126,7 +131,7 @@ impl Shared {
             discovery: Discovery::default(),
             suspects: Suspects::default(),
             terminator: Terminator::default(),
-            qos: Qos::default(),
+            qos,
             state: Mutex::new(state),
             pools: Mutex::default(),
         }
@@ -160,6 +165,7 @@ impl Shared {
         let config = Arc::new(config);
         *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&config);
         state.deadlines = deadlines(amendments);
+        self.qos.follow(&config);
         self.settle(&mut state, &config)
     }
 
@@ -173,6 +179,7 @@ impl Shared {
         let reached = local
             .map(|service| (service.id, reconcile::reached(&state.desired(config), &state.actual, service)));
         self.terminator.find(reached.collect());
+        let failed = failed.or_else(|| self.police(state, config).err());
         let local = config.services.iter().filter(|service| service.mode.is_local());
         for backend in local.flat_map(|service| &service.backends) {
             if backend.state == AdminState::Offline {
@@ -182,6 +189,18 @@ impl Shared {
         let pools = reconcile::pools(&state.desired(config), &state.actual);
         *self.pools.lock().unwrap_or_else(PoisonError::into_inner) = (Arc::new(pools), state.counted);
         failed
+    }
+
+    /// Brings the data path's classes and limits in line.
+    fn police(&self, state: &mut State, config: &Config) -> Result<(), dataplane::Error> {
+        let wanted = Policing::of(config, &state.actual);
+        if state.policing.as_ref() == Some(&wanted) {
+            return Ok(());
+        }
+        state.policing = None;
+        wanted.apply(&self.dataplane)?;
+        state.policing = Some(wanted);
+        Ok(())
     }
 
     /// True when a balancer, or a limit, wants to know how many connections backends have.

@@ -7,13 +7,14 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     AdminState, Config, Error, Meeting, STATES, clash,
+    qos::CLASS_WEIGHT,
     raw::{self, OneOrMany},
     written,
     written::chosen,
 };
 use crate::api;
 
-/// What the operator said of backends, by `service/backend`.
+/// What the operator said of backends, by `service/backend`, and of the weights of classes, by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Amendments(BTreeMap<String, Amendment>);
@@ -53,6 +54,11 @@ impl Amendments {
             said.deadline = change.deadline_seconds.map(|seconds| now.saturating_add(seconds.into()));
         }
         self.0.retain(|_, said| *said != Amendment::default());
+    }
+
+    /// Changes the weight of a class.
+    pub fn weigh(&mut self, class: &str, weight: u32) {
+        self.0.entry(class.to_owned()).or_default().weight = Some(weight);
     }
 
     /// Adds a backend.
@@ -97,11 +103,13 @@ impl Config {
             return Ok(self.clone());
         }
         let mut by_service: BTreeMap<&str, Vec<(&str, &Amendment)>> = BTreeMap::new();
-        for (name, said) in &amendments.0 {
-            let (service, backend) = name.split_once('/').unwrap_or_default();
-            by_service.entry(service).or_default().push((backend, said));
-        }
         let mut config = self.clone();
+        for (name, said) in &amendments.0 {
+            match name.split_once('/') {
+                Some((service, backend)) => by_service.entry(service).or_default().push((backend, said)),
+                None => weigh(&mut config, name, said)?,
+            }
+        }
         for (service, said) in by_service {
             amend(&mut config, service, &said)?;
         }
@@ -140,19 +148,33 @@ impl Config {
     }
 }
 
+/// Changes the weight of a class.
+fn weigh(config: &mut Config, class: &str, said: &Amendment) -> Result<(), Error> {
+    let found = config.classes.iter_mut().find(|one| one.name == class);
+    let found = found.ok_or_else(|| amended(class, "there is no such class"))?;
+    let Some(weight) = said.weight else { return Ok(()) };
+    if !CLASS_WEIGHT.contains(&weight.into()) {
+        let (least, most) = (CLASS_WEIGHT.start(), CLASS_WEIGHT.end());
+        return Err(amended(class, format!("a weight of {weight} is out of range; use {least} to {most}")));
+    }
+    found.weight = weight;
+    Ok(())
+}
+
 fn amended(key: impl Into<String>, problem: impl Into<String>) -> Error {
     Error::Amended { key: key.into(), problem: problem.into() }
 }
 
 /// Changes a service: as a file that has no other, it is written, changed and read again.
 fn amend(config: &mut Config, service: &str, said: &[(&str, &Amendment)]) -> Result<(), Error> {
-    let capacities = config.capacities;
+    let (capacities, classes) = (config.capacities, config.classes.clone());
     let place = config.services.iter_mut().find(|one| one.name == service);
     let Some(place) = place else {
         let first = said.first().map_or("", |(backend, _)| backend);
         return Err(amended(full(service, first), "there is no such service"));
     };
-    let mut file = written(&Config { services: vec![place.clone()], capacities, ..Config::default() });
+    let mut file =
+        written(&Config { services: vec![place.clone()], capacities, classes, ..Config::default() });
     // A file must name one.
     file.interfaces = vec!["lo".to_owned().into()];
     for one in &mut file.service {
@@ -183,6 +205,7 @@ fn change(backends: &mut Vec<raw::Backend>, backend: &str, said: &Amendment) -> 
             weight: added.weight.map(|weight| i64::from(weight).into()),
             state: added.state.and_then(|state| chosen(&STATES, &state)),
             quic_server_id: (!ids.is_empty()).then(|| OneOrMany::Many(ids.clone()).into()),
+            limits: None,
         };
         match at.and_then(|at| backends.get_mut(at)) {
             Some(old) => *old = new,

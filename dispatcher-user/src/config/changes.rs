@@ -22,9 +22,12 @@ pub fn changes(old: &Config, new: &Config) -> Changes {
     let value = |config| serde_json::to_value(written(config)).unwrap_or_default();
     let (old, new) = (value(old), value(new));
     let mut changes = Changes::default();
-    settings("", &old, &new, &["interface", "service"], &mut changes.restart);
+    settings("", &old, &new, &["class", "interface", "service"], &mut changes.restart);
     let lines = &mut changes.lines;
     named("interface", "", &old["interface"], &new["interface"], lines, |what, old, new, lines| {
+        settings(&format!("{what}: "), old, new, &[], lines);
+    });
+    named("class", "", &old["class"], &new["class"], lines, |what, old, new, lines| {
         settings(&format!("{what}: "), old, new, &[], lines);
     });
     named("service", "", &old["service"], &new["service"], lines, |what, old, new, lines| {

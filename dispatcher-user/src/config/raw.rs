@@ -10,6 +10,7 @@ use super::{
     ATTACH, CAPACITY, CONFIG_ID, KEY_NAMES, MISSES, MODES, MSS, PROTOCOLS, PROXY, SERVER_ID, SOURCES, STATES,
     TABLE_SIZE, TIMES, WEIGHT, WSCALE,
     health::CHECKS,
+    qos::{CEIL, CLASS_WEIGHT, DSCP, INFLIGHT, OVER, PERCENT, PRIORITY, RATE},
     schema::{duration, hexadecimal, name, one_of, within},
     terminate::{CONNECTIONS, ESTABLISHED, HTTP, PORT, VERSIONS},
 };
@@ -111,9 +112,44 @@ pub(crate) struct File {
     /// Sizes of the tables.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) capacity: Option<Capacity>,
+    /// Classes of requests and connections, which share backends by their weights.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) class: Vec<Class>,
     /// Services.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) service: Vec<Service>,
+}
+
+/// A class of requests and connections.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Class {
+    /// Name; "default" is the class of what no rule names.
+    #[schemars(transform = name)]
+    pub(super) name: Spanned<String>,
+    /// Its share of a backend is its weight by the sum of all weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(CLASS_WEIGHT))]
+    pub(super) weight: Number,
+    /// What waits in a class of a higher one is served before all lower ones.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(PRIORITY))]
+    pub(super) priority: Number,
+    /// Others may use what it leaves of its share.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) lend: Option<bool>,
+    /// The most of a backend's rate that it takes beyond its share, percent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(PERCENT))]
+    pub(super) borrow_limit: Number,
+    /// The most of a backend's rate that it takes, percent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(CEIL))]
+    pub(super) ceil: Number,
+    /// Packets are marked with this code point (RFC 2474).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(DSCP))]
+    pub(super) dscp: Number,
 }
 
 /// An interface of clients, of backends, or of both.
@@ -265,6 +301,16 @@ pub(crate) struct Service {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = within(CONNECTIONS))]
     pub(super) max_connections: Number,
+    /// The class of what no rule of `classify` is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) class: Text,
+    /// Which class requests and connections belong to: the first rule that fits; of those that go by `clients`
+    /// alone, which come after the others, the one with the longest prefix.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) classify: Vec<Classify>,
+    /// What each backend can take, and what becomes of the rest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) limits: Option<Limits>,
     /// Connection IDs that name their server, in clear (draft-ietf-quic-load-balancers-21).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) quic_lb: Vec<QuicLb>,
@@ -442,6 +488,94 @@ pub(crate) struct Tunnels {
     pub(super) timeout: Text,
 }
 
+/// What belongs to a class: all that is given must hold.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Classify {
+    /// The class.
+    pub(super) class: Spanned<String>,
+    /// Networks of clients: "192.0.2.0/24".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) clients: Option<Spanned<OneOrMany>>,
+    /// The name asked for by SNI, with mode = "terminate".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) server_name: Text,
+    /// A cookie, "NAME=VALUE", with mode = "terminate".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) cookie: Text,
+    /// A header, "NAME: VALUE", with mode = "terminate".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) header: Text,
+    /// A path, where a `*` at the end stands for anything, with mode = "terminate".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) path: Text,
+}
+
+/// What a backend can take.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Limits {
+    /// In each direction: "800Mbit/s", "10Gbit/s".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) bandwidth: Text,
+    /// New connections.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(RATE))]
+    pub(super) connections_per_second: Number,
+    /// Requests at a time, with mode = "terminate".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(INFLIGHT))]
+    pub(super) max_inflight: Number,
+    /// Connections at a time, with miss = "daemon"; known sessions are not held up.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(INFLIGHT))]
+    pub(super) max_connections: Number,
+    /// What becomes of connections beyond connections_per_second: "drop" (clients try again), "reset", or "hold"
+    /// (they wait in the daemon, with miss = "daemon").
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = one_of(&OVER))]
+    pub(super) over: Text,
+    /// No more wait for one backend; the class furthest above its share loses first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(INFLIGHT))]
+    pub(super) queue: Number,
+    /// No request waits longer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = duration)]
+    pub(super) queue_timeout: Text,
+    /// The number of requests at a time follows the backend's response times, up to max_inflight.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) adaptive: Option<bool>,
+}
+
+/// What one backend can take, where it is not what the service says.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct OwnLimits {
+    /// In each direction: "800Mbit/s", "10Gbit/s".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) bandwidth: Text,
+    /// New connections.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(RATE))]
+    pub(super) connections_per_second: Number,
+    /// Requests at a time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(INFLIGHT))]
+    pub(super) max_inflight: Number,
+    /// Connections at a time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(transform = within(INFLIGHT))]
+    pub(super) max_connections: Number,
+}
+
+impl From<OwnLimits> for Limits {
+    fn from(own: OwnLimits) -> Self {
+        let OwnLimits { bandwidth, connections_per_second, max_inflight, max_connections } = own;
+        Self { bandwidth, connections_per_second, max_inflight, max_connections, ..Self::default() }
+    }
+}
+
 /// Connection IDs of one configuration.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -476,4 +610,7 @@ pub(crate) struct Backend {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = hexadecimal)]
     pub(super) quic_server_id: Option<Spanned<OneOrMany>>,
+    /// What it can take, where it is not what the service says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) limits: Option<OwnLimits>,
 }

@@ -55,6 +55,7 @@ fn add_defaults(schema: &mut Value) {
         ("", &all),
         ("/$defs/Interface", &all["interface"][0]),
         ("/$defs/Capacity", &all["capacity"]),
+        ("/$defs/Class", &all["class"][0]),
         ("/$defs/Service", &all["service"][0]),
         ("/$defs/Tickets", &all["service"][0]["tickets"]),
         ("/$defs/Health", &all["service"][0]["health"]),

@@ -3,9 +3,11 @@
 use std::net::SocketAddr;
 
 use super::{
-    ATTACH, Affinity, Backend, Clear, Config, Health, HttpCheck, Interface, KEY_NAMES, KeyPair, MISSES,
-    MODES, Mode, PROTOCOLS, PROXY, SOURCES, STATES, Secure, Service, Source, Terminate, Tickets, Tunnels,
+    ATTACH, Affinity, Backend, Class, Clear, Config, DEFAULT_CLASS, Health, HttpCheck, Interface, KEY_NAMES,
+    KeyPair, Limits, MISSES, MODES, Miss, Mode, PROTOCOLS, PROXY, Queueing, Rule, SOURCES, STATES, Secure,
+    Service, Source, Terminate, Tickets, Tunnels,
     health::CHECKS,
+    qos::{OVER, bandwidth_text},
     raw::{self, OneOrMany, Spanned},
     terminate::{HTTP, VERSIONS},
 };
@@ -14,7 +16,8 @@ use crate::{api, balancer::Balance, dataplane::Capacities};
 /// The file that says what a configuration is, defaults included. Reading it gives the same configuration.
 pub(crate) fn written(config: &Config) -> raw::File {
     // Named one by one, here and below, so that a new field is not forgotten.
-    let Config { control, control_group, pin, state, metrics, interfaces, capacities, services } = config;
+    let Config { control, control_group, pin, state, metrics, interfaces, capacities, classes, services } =
+        config;
     raw::File {
         control: text(control.to_string_lossy()),
         control_group: control_group.as_ref().and_then(text),
@@ -26,8 +29,66 @@ pub(crate) fn written(config: &Config) -> raw::File {
         attach: None,
         interface: interfaces.iter().map(interface).collect(),
         capacity: Some(capacity(*capacities)),
+        class: classes.iter().map(class).collect(),
         service: services.iter().map(service).collect(),
     }
+}
+
+fn class(class: &Class) -> raw::Class {
+    let Class { name, id: _, weight, priority, lend, borrow_limit, ceil, dscp } = class;
+    raw::Class {
+        name: name.clone().into(),
+        weight: number(*weight),
+        priority: number(*priority),
+        lend: Some(*lend),
+        borrow_limit: number(*borrow_limit),
+        ceil: number(*ceil),
+        dscp: dscp.and_then(number),
+    }
+}
+
+fn rule(Rule { class, clients, server_name, cookie, header, path }: &Rule) -> raw::Classify {
+    raw::Classify {
+        class: class.clone().into(),
+        clients: (!clients.is_empty()).then(|| list(clients)),
+        server_name: server_name.as_ref().and_then(text),
+        cookie: cookie.as_ref().and_then(|(name, value)| text(format!("{name}={value}"))),
+        header: header.as_ref().and_then(|(name, value)| text(format!("{name}: {value}"))),
+        path: path.as_ref().and_then(text),
+    }
+}
+
+/// What there is a limit of.
+fn limit(value: u32) -> raw::Number {
+    (value > 0).then(|| number(value)).flatten()
+}
+
+fn own_limits(limits: &Limits) -> Option<raw::OwnLimits> {
+    let Limits { bandwidth, connections_per_second, max_inflight, max_connections } = limits;
+    (*limits != Limits::default()).then(|| raw::OwnLimits {
+        bandwidth: (*bandwidth > 0).then(|| text(bandwidth_text(*bandwidth))).flatten(),
+        connections_per_second: limit(*connections_per_second),
+        max_inflight: limit(*max_inflight),
+        max_connections: limit(*max_connections),
+    })
+}
+
+/// With what waits, where something can.
+fn limits(service: &Service) -> Option<raw::Limits> {
+    let (ends, holds) = (service.mode == Mode::Terminate, service.miss == Miss::Daemon);
+    let own = own_limits(&service.limits).unwrap_or_default();
+    let Queueing { over, queue, queue_timeout, adaptive } = service.queueing;
+    let said = service.limits != Limits::default() || service.queueing != Queueing::default();
+    said.then(|| raw::Limits {
+        bandwidth: own.bandwidth,
+        connections_per_second: own.connections_per_second,
+        max_inflight: own.max_inflight,
+        max_connections: own.max_connections,
+        over: (!service.mode.is_local()).then(|| chosen(&OVER, &over)).flatten(),
+        queue: (ends || holds).then(|| number(queue)).flatten(),
+        queue_timeout: ends.then(|| duration(queue_timeout)).flatten(),
+        adaptive: ends.then_some(adaptive),
+    })
 }
 
 fn text(value: impl ToString) -> raw::Text {
@@ -121,6 +182,10 @@ fn service(service: &Service) -> raw::Service {
         tunnels: way,
         max_connections,
         quic_lb,
+        class,
+        rules,
+        limits: _,
+        queueing: _,
         backends,
     } = service;
     // What is for the data path only must not stand there for others.
@@ -154,6 +219,9 @@ fn service(service: &Service) -> raw::Service {
         clear: terminate.as_ref().and_then(|terminate| terminate.clear.as_ref()).map(clear),
         tunnels: way.as_ref().map(tunnels),
         max_connections: (!ours).then(|| number(*max_connections)).flatten(),
+        class: (class != DEFAULT_CLASS).then(|| text(class)).flatten(),
+        classify: rules.iter().map(rule).collect(),
+        limits: limits(service),
         slow_start: duration(*slow_start),
         tickets: affinity.contains(&Affinity::TlsTicket).then(|| raw::Tickets {
             discovery: Some(tickets.is_some()),
@@ -250,7 +318,7 @@ fn tunnels(tunnels: &Tunnels) -> raw::Tunnels {
 }
 
 fn backend(backend: &Backend) -> raw::Backend {
-    let Backend { name, id: _, v4: _, v6: _, weight, state, quic_server_ids } = backend;
+    let Backend { name, id: _, v4: _, v6: _, weight, state, quic_server_ids, limits } = backend;
     let addresses: Vec<SocketAddr> = backend.addresses().collect();
     raw::Backend {
         name: name.clone().into(),
@@ -259,5 +327,6 @@ fn backend(backend: &Backend) -> raw::Backend {
         state: chosen(&STATES, state),
         quic_server_id: (!quic_server_ids.is_empty())
             .then(|| list(quic_server_ids.iter().map(|id| api::to_hex(id)))),
+        limits: own_limits(limits),
     }
 }

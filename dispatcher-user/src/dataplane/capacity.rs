@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use aya::maps::MapType;
+use aya::maps::{MapType, lpm_trie};
 use dispatcher_common::{
     abi,
     addr::Addr,
@@ -10,6 +10,10 @@ use dispatcher_common::{
     flow::{Flow, FlowKey},
     globals::Globals,
     http,
+    qos::{
+        Buckets, CLASSES_MAX, ClassEntry, ClassStats, Credits, KINDS, LIMITED_MAX, NETWORKS_MAX, Network,
+        Rates,
+    },
     reason::REASONS_MAX,
     service::{Backend, BackendStats, BackendTimes, Frontend, VipKey},
     session::{Session, SessionKey},
@@ -86,8 +90,9 @@ impl Capacities {
     }
 
     /// The maps whose content is of use beyond one generation of programs, and their sizes.
-    pub(super) fn maps(&self) -> [Definition; 18] {
-        use MapType::{Array, Hash, LruHash, PerCpuArray, RingBuf};
+    pub(super) fn maps(&self) -> [Definition; 25] {
+        use MapType::{Array, Hash, LpmTrie, LruHash, PerCpuArray, RingBuf};
+        let limited = self.backends.min(LIMITED_MAX);
         [
             Definition::of::<FlowKey, Flow>(abi::MAP_FLOWS, LruHash, self.flows),
             Definition::of::<SessionKey, Session>(abi::MAP_SESSIONS, LruHash, self.sessions),
@@ -103,6 +108,17 @@ impl Capacities {
             Definition::of::<u32, Globals>(abi::MAP_GLOBALS, Array, 1),
             Definition::of::<u32, BackendStats>(abi::MAP_BACKEND_STATS, PerCpuArray, self.backends),
             Definition::of::<u32, BackendTimes>(abi::MAP_BACKEND_TIMES, PerCpuArray, self.backends),
+            Definition::of::<u32, ClassEntry>(abi::MAP_CLASSES, Array, CLASSES_MAX as u32),
+            Definition::of::<lpm_trie::Key<Network>, u32>(abi::MAP_NETWORKS, LpmTrie, NETWORKS_MAX),
+            Definition::of::<u32, u32>(abi::MAP_LIMITED, Array, self.backends),
+            Definition::of::<u32, Rates>(abi::MAP_RATES, Array, limited * KINDS),
+            Definition::of::<u32, Buckets>(abi::MAP_BUCKETS, Array, limited * KINDS),
+            Definition::of::<u32, Credits>(abi::MAP_CREDIT, PerCpuArray, limited),
+            Definition::of::<u32, ClassStats>(
+                abi::MAP_CLASS_STATS,
+                PerCpuArray,
+                limited * CLASSES_MAX as u32,
+            ),
             Definition::of::<u32, u64>(abi::MAP_REASONS, PerCpuArray, REASONS_MAX),
             Definition::of::<u32, Release>(abi::MAP_RELEASES, Array, abi::RELEASES_MAX),
             Definition::of::<(), ()>(abi::MAP_EVENTS, RingBuf, abi::EVENTS_BYTES),
@@ -183,6 +199,9 @@ impl Definition {
             cpus * entries * value
         } else if self.kind == MapType::RingBuf {
             entries
+        } else if self.kind == MapType::LpmTrie {
+            // Taken when an entry is made.
+            0
         } else {
             entries * value
         }

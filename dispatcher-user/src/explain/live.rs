@@ -84,7 +84,7 @@ mod tests {
             service: "web".into(),
             backend: "a,b".into(),
             tunnel: 0,
-            class: 0,
+            class: None,
             state: "discovered".into(),
             hits: 3,
             age_seconds: 0,

@@ -4,8 +4,12 @@ use dispatcher_common::session::Session;
 use hyper::http::request::Parts;
 
 use super::{Site, connection::Client};
+use crate::config::class_id;
 
-/// The class of the session, or else the default one.
-pub(super) fn class(_client: &Client, _site: &Site, _head: &Parts, session: Option<&Session>) -> u16 {
-    session.map_or(0, |session| session.class)
+/// The class of the session, or else the client's.
+pub(super) fn class(client: &Client, site: &Site, _head: &Parts, session: Option<&Session>) -> u16 {
+    match session.map_or(0, |session| session.class) {
+        0 => class_id(site.service.class_of(client.address.ip())),
+        class => class,
+    }
 }

@@ -6,6 +6,7 @@ pub mod control;
 pub mod fastpath;
 pub mod load;
 pub mod origin;
+pub mod qos;
 pub mod report;
 pub mod sniff;
 pub mod tunnels;

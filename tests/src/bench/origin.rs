@@ -26,11 +26,36 @@ pub struct Origin {
 impl Origin {
     /// Starts one. `http2` is what TLS may speak besides HTTP/1.1.
     pub fn start(netns: &Netns, name: &str, authority: &Authority, http2: bool) -> Result<Self> {
+        Self::with(netns, name, authority, http2, None)
+    }
+
+    /// One that answers so many requests a second, and lets the others wait.
+    pub fn paced(netns: &Netns, name: &str, authority: &Authority, rate: u32) -> Result<Self> {
+        Self::with(netns, name, authority, false, Some(rate))
+    }
+
+    fn with(
+        netns: &Netns,
+        name: &str,
+        authority: &Authority,
+        http2: bool,
+        rate: Option<u32>,
+    ) -> Result<Self> {
         let http2 = if http2 { "http2" } else { "" };
+        let zone = rate
+            .map(|rate| format!("limit_req_zone $server_port zone=all:1m rate={rate}r/s;\n"))
+            .unwrap_or_default();
+        // An answer by `return` comes before the limit: a file comes after it.
+        let answer = if rate.is_some() {
+            "limit_req zone=all burst=10000;\ntry_files /answer =404;"
+        } else {
+            "return 200 'ok';"
+        };
         let folder = Folder::new()?;
         let credentials = authority.issue(name)?;
         folder.write("certificate.pem", &credentials.certificate_pem)?;
         folder.write("key.pem", &credentials.key_pem)?;
+        folder.write("answer", "ok")?;
         let path = folder.path().display();
         let text = format!(
             "daemon off;\nmaster_process off;\nworker_processes 1;\nworker_rlimit_nofile {FILES};\n\
@@ -40,12 +65,13 @@ impl Origin {
                access_log off;\nkeepalive_requests 100000000;\n\
                client_body_temp_path {path}/body;\nproxy_temp_path {path}/proxy;\n\
                fastcgi_temp_path {path}/fastcgi;\nuwsgi_temp_path {path}/uwsgi;\nscgi_temp_path {path}/scgi;\n\
-               server {{\n\
+               {zone}server {{\n\
+                 root {path};\n\
                  listen {HTTP} backlog=4096;\nlisten {HTTPS} ssl {http2} backlog=4096;\n\
                  ssl_certificate {path}/certificate.pem;\nssl_certificate_key {path}/key.pem;\n\
                  ssl_protocols TLSv1.2 TLSv1.3;\n\
                  ssl_session_cache shared:sessions:4m;\nssl_session_tickets off;\n\
-                 location / {{ return 200 'ok'; }}\nlocation = /status {{ stub_status; }}\n\
+                 location / {{ {answer} }}\nlocation = /status {{ stub_status; }}\n\
                }}\n\
              }}\n"
         );

@@ -3,7 +3,7 @@
 use std::{io::stdout, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use dispatcher_tests::bench::{affinity, connections, control, fastpath, tunnels};
+use dispatcher_tests::bench::{affinity, connections, control, fastpath, qos, tunnels};
 
 /// Measure the dispatcher
 #[derive(Parser)]
@@ -37,6 +37,8 @@ enum Bench {
         #[arg(long, value_name = "FILE")]
         object: Option<PathBuf>,
     },
+    /// Shares beside weights while a server is saturated, beside HAProxy
+    Qos(Common),
     /// Requests through established tunnels, beside HAProxy
     Tunnels {
         #[command(flatten)]
@@ -64,6 +66,7 @@ fn main() -> ExitCode {
             println!("connections  real connections through namespaces, beside routing and nftables");
             println!("control      the daemon: reloads, tables, misses, memory, lists");
             println!("fastpath     nanoseconds a packet, by BPF_PROG_RUN");
+            println!("qos          shares beside weights while a server is saturated, beside HAProxy");
             println!("tunnels      requests through established tunnels, beside HAProxy");
             return ExitCode::SUCCESS;
         }
@@ -73,6 +76,9 @@ fn main() -> ExitCode {
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
         Bench::Control { common, only } => control::run(common.quick, only)
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
+        Bench::Qos(common) => {
+            qos::run(common.quick).and_then(|report| report.publish(&mut stdout(), common.json.as_deref()))
+        }
         Bench::Tunnels { common, against } => tunnels::run(common.quick, against.as_deref())
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
         Bench::Fastpath { common, object } => fastpath::run(common.quick, object.as_deref())

@@ -1,0 +1,621 @@
+//! Classes of traffic, and the token buckets that hold backends to their rates.
+//!
+//! A backend with limits has for each [kind](KIND_TO_BACKEND) of them a set of buckets on two levels. Each class has
+//! a bucket of its own that its share of the rate runs into. What does not fit runs over into one that all share, and
+//! from there to classes that wanted more than their own in the last few milliseconds, by their shares. So the sum of
+//! all that is given out never exceeds the whole rate by more than what the buckets hold.
+//!
+//! A CPU takes tokens from there in portions, under a lock, and spends them without one: see [`Credits`].
+//!
+//! Tokens are bytes, or [`CONNECTION`]s, with [`FRACTION`] bits of fraction. Nothing here overflows for rates up to
+//! [`RATE_MAX`] and any time, and clocks that jump do no more than fill the buckets.
+
+/// Classes, the default one among them, which is number 0.
+pub const CLASSES_MAX: usize = 16;
+/// Frames on their way to the backend, bytes.
+pub const KIND_TO_BACKEND: u32 = 0;
+/// Frames on their way to clients, bytes.
+pub const KIND_TO_CLIENT: u32 = 1;
+/// New connections.
+pub const KIND_CONNECTIONS: u32 = 2;
+/// Kinds of limits.
+pub const KINDS: u32 = 3;
+/// `ClassEntry::dscp`: frames keep their own.
+pub const DSCP_NONE: u8 = 0xff;
+/// Most backends that can have limits at the same time.
+pub const LIMITED_MAX: u32 = 1024;
+/// Most client networks that name a class.
+pub const NETWORKS_MAX: u32 = 65_536;
+
+/// Bits of a token's fraction.
+pub const FRACTION: u32 = 10;
+/// A connection in tokens, so that rates of few a second are exact.
+pub const CONNECTION: u64 = 1 << 20;
+/// Highest rate, tokens in [`SECOND`]: 563 Tbit/s, or 67 million connections a second. More is no limit.
+pub const RATE_MAX: u64 = 1 << 46;
+/// The time that rates are told for, nanoseconds: a power of two near a second.
+pub const SECOND: u64 = 1 << 30;
+
+/// Buckets hold what comes in a 16th of a second, but at least so much: the longest frame that there can be.
+pub const LEAST_BYTES: i64 = 65_536 << FRACTION;
+/// The same of connections: one.
+pub const LEAST_CONNECTIONS: i64 = (CONNECTION << FRACTION) as i64;
+
+/// Buckets are not filled more often than this, nanoseconds, so that what is cut off is nothing.
+const STEP_NS: i64 = 1 << 16;
+/// The longest time for which buckets are filled at once: twice what they hold.
+const ELAPSED_MAX_NS: i64 = 1 << 27;
+/// Half of the time for which a class counts as one that wants more, nanoseconds.
+const HUNGER_NS: u64 = 1 << 23;
+
+/// One class: value of `CLASSES`, index 0 is the default class.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct ClassEntry {
+    /// See [`class_id`]; 0: there is no such class, and flows that have it count as the default one's.
+    pub id: u16,
+    /// DSCP that its frames get, [`DSCP_NONE`] for none.
+    pub dscp: u8,
+    /// 1: what it leaves of its share is given to others.
+    pub lends: u8,
+    /// Its part of the sum of all weights is its part of the rate.
+    pub weight: u32,
+    /// Most that it is given beyond its own share, percent of the whole rate.
+    pub borrow_limit: u8,
+    /// Most that it gets in all, percent of the whole rate.
+    pub ceil: u8,
+    /// 1: it is in use. The default class may have the id 0.
+    pub used: u8,
+    /// Unused, zero.
+    pub pad: u8,
+}
+
+/// A class's id from its name, never 0: entries of sessions, networks and services name a class by it. The config
+/// refuses two names with one id.
+#[must_use]
+pub fn class_id(name: &str) -> u16 {
+    let id = crate::service::stable_id(name);
+    let folded = (id >> 16) as u16 ^ id as u16;
+    if folded == 0 { 1 } else { folded }
+}
+
+/// Key of `NETWORKS`, behind the length of its prefix: a service's client network. In memory as on the wire.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, Debug)]
+#[repr(C)]
+pub struct Network {
+    /// Stable id of the service; always compared as a whole.
+    pub service: u32,
+    /// The network's address.
+    pub addr: crate::addr::Addr,
+}
+
+/// Bits of a whole [`Network`].
+pub const NETWORK_BITS: u32 = 160;
+
+/// What one class may get: a part of [`Rates`]. Tokens in [`SECOND`].
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct ClassRates {
+    /// Its share; 0: there is no such class, and flows that have it count as the default one's.
+    pub own: u64,
+    /// Most that it gets in all.
+    pub ceil: u64,
+    /// Most that it is given beyond its share.
+    pub borrow: u64,
+    /// 1: what it leaves of its share is given to others.
+    pub lends: u64,
+}
+
+/// A limit of one kind of one backend: value of `RATES`. The daemon writes it.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Rates {
+    /// All of it, tokens in [`SECOND`]; 0: no limit.
+    pub whole: u64,
+    /// Least that a bucket holds, tokens with fraction.
+    pub least: i64,
+    /// What each class gets of it.
+    pub classes: [ClassRates; CLASSES_MAX],
+}
+
+/// Buckets of one class, tokens with fraction.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct ClassBuckets {
+    /// What it may take now: its own, and what it was given of others'.
+    pub own: i64,
+    /// What it may still take before it meets its ceiling.
+    pub ceil: i64,
+    /// What it may still be given of others'.
+    pub borrow: i64,
+    /// All that it was given of others', since ever.
+    pub borrowed: u64,
+    /// All that CPUs took for it, since ever.
+    pub taken: u64,
+}
+
+/// The state of a limit: value of `BUCKETS`. The data path writes it, under its lock.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Buckets {
+    /// 1 while a CPU works on it.
+    pub lock: u32,
+    /// Bit n: class n wanted more than its own lately; bit n + 16: it did in the time before.
+    pub hungry: u32,
+    /// When `hungry` was begun anew, nanoseconds of CLOCK_MONOTONIC.
+    pub turned: u64,
+    /// Up to when the buckets are filled, nanoseconds of CLOCK_MONOTONIC.
+    pub filled: u64,
+    /// What ran over and was given to nobody yet, tokens with fraction.
+    pub shared: i64,
+    /// The classes'.
+    pub classes: [ClassBuckets; CLASSES_MAX],
+}
+
+/// A part of the tokens of one class that one CPU has.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Credit {
+    /// With fraction; below 0 what it spent while another CPU had the lock.
+    pub tokens: i64,
+    /// The last portion that it asked for: so far `tokens` may go below 0.
+    pub portion: i64,
+}
+
+/// What one CPU has of the tokens of a backend with limits: value of `CREDIT`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Credits {
+    /// By [`credit_index`]; the last ones are unused.
+    pub of: [Credit; CREDITS],
+}
+
+/// Entries of [`Credits`]: a power of two.
+pub const CREDITS: usize = 64;
+
+impl Default for Credits {
+    fn default() -> Self {
+        Self { of: [Credit::default(); CREDITS] }
+    }
+}
+
+/// Where the credit of a kind and a class stands in [`Credits`].
+#[inline(always)]
+#[must_use]
+pub const fn credit_index(kind: u32, class: u32) -> u32 {
+    kind << 4 | class & 15
+}
+
+/// Where a limit stands in `RATES` and `BUCKETS`, by the number of the backend among those with limits.
+#[inline(always)]
+#[must_use]
+pub const fn limit_index(limited: u32, kind: u32) -> u32 {
+    limited.wrapping_mul(KINDS).wrapping_add(kind)
+}
+
+/// Where the counters of a class stand in `CLASS_STATS`.
+#[inline(always)]
+#[must_use]
+pub const fn stats_index(limited: u32, class: u32) -> u32 {
+    limited << 4 | class & 15
+}
+
+/// Value of `LIMITED` for a backend: its number among those with limits, and which kinds it has; 0 for none.
+#[inline(always)]
+#[must_use]
+pub const fn limited_word(limited: u32, kinds: u32) -> u32 {
+    kinds << 16 | limited & 0xffff
+}
+
+/// Takes [`limited_word`] apart: number, and a bit for each kind.
+#[inline(always)]
+#[must_use]
+pub const fn limited_of(word: u32) -> (u32, u32) {
+    (word & 0xffff, word >> 16)
+}
+
+/// What a CPU counted of a class of a backend with limits: value of `CLASS_STATS`.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct ClassStats {
+    /// Connections bound.
+    pub connections: u64,
+    /// First packets of connections that were over the rate; those that come again count again.
+    pub connections_over: u64,
+    /// Frames to the backend that were dropped.
+    pub dropped_to_backend: u64,
+    /// Their bytes.
+    pub dropped_to_backend_bytes: u64,
+    /// Frames to clients that were dropped.
+    pub dropped_to_client: u64,
+    /// Their bytes.
+    pub dropped_to_client_bytes: u64,
+}
+
+/// What [`Buckets::take`] gives.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Taken {
+    /// Tokens with fraction.
+    pub tokens: i64,
+    /// The portion that it asked for beyond its need.
+    pub portion: i64,
+}
+
+/// What a bucket holds at most.
+#[inline(always)]
+#[must_use]
+pub const fn depth(rate: u64, least: i64) -> i64 {
+    let depth = (rate << (FRACTION - 4)) as i64;
+    if depth > least { depth } else { least }
+}
+
+/// What runs into a bucket in a time of `ticks` of 1024 ns, at most 2^17 of them. `FRACTION` is 10, so
+/// rate * ticks * 2^10 / 2^30 * 2^10 is what follows.
+#[inline(always)]
+const fn gained(rate: u64, ticks: u64) -> i64 {
+    (rate.wrapping_mul(ticks) >> FRACTION) as i64
+}
+
+#[inline(always)]
+const fn at_most(a: i64, b: i64) -> i64 {
+    if a < b { a } else { b }
+}
+
+impl Buckets {
+    /// Fills the buckets up to `now`, and gives out what runs over.
+    #[inline(always)]
+    pub fn fill(&mut self, rates: &Rates, now: u64) {
+        let elapsed = now.wrapping_sub(self.filled) as i64;
+        if elapsed >= 0 && elapsed < STEP_NS {
+            return;
+        }
+        let ticks = if elapsed < 0 {
+            // The clock went back: it begins anew.
+            self.filled = now;
+            0
+        } else if elapsed > ELAPSED_MAX_NS {
+            self.filled = now;
+            ELAPSED_MAX_NS as u64 >> 10
+        } else {
+            self.filled = self.filled.wrapping_add(elapsed as u64 & !1023);
+            elapsed as u64 >> 10
+        };
+        let turned = now.wrapping_sub(self.turned);
+        if turned > HUNGER_NS {
+            self.hungry = if turned > 2 * HUNGER_NS { 0 } else { self.hungry << 16 };
+            self.turned = now;
+        }
+        let hungry = (self.hungry | self.hungry >> 16) & 0xffff;
+        let (mut over, mut weights) = (0_i64, 0_u64);
+        for i in 0..CLASSES_MAX {
+            let (rate, bucket) = (&rates.classes[i], &mut self.classes[i]);
+            if rate.own == 0 {
+                continue;
+            }
+            let full = depth(rate.own, rates.least);
+            let mut own = bucket.own.wrapping_add(gained(rate.own, ticks));
+            if own > full {
+                if rate.lends != 0 {
+                    over = over.wrapping_add(own.wrapping_sub(full));
+                }
+                own = full;
+            }
+            bucket.own = own;
+            let ceil = bucket.ceil.wrapping_add(gained(rate.ceil, ticks));
+            bucket.ceil = at_most(ceil, depth(rate.ceil, rates.least));
+            let borrow = bucket.borrow.wrapping_add(gained(rate.borrow, ticks));
+            bucket.borrow = at_most(borrow, depth(rate.borrow, 0));
+            if hungry >> i & 1 != 0 {
+                weights = weights.wrapping_add(rate.own);
+            }
+        }
+        let pool = at_most(self.shared.wrapping_add(over), depth(rates.whole, rates.least));
+        self.shared = pool;
+        if weights == 0 || pool <= 0 {
+            return;
+        }
+        for i in 0..CLASSES_MAX {
+            let (rate, bucket) = (&rates.classes[i], &mut self.classes[i]);
+            if hungry >> i & 1 == 0 || rate.own == 0 {
+                continue;
+            }
+            let part = (rate.own << 16) / weights;
+            let mut given = ((pool as u64 >> FRACTION).wrapping_mul(part) >> (16 - FRACTION)) as i64;
+            given = at_most(given, bucket.borrow);
+            given = at_most(given, depth(rate.own, rates.least).wrapping_sub(bucket.own));
+            if given > 0 {
+                bucket.own = bucket.own.wrapping_add(given);
+                bucket.borrow = bucket.borrow.wrapping_sub(given);
+                bucket.borrowed = bucket.borrowed.wrapping_add(given as u64);
+                self.shared = self.shared.wrapping_sub(given);
+            }
+        }
+    }
+
+    /// Takes the tokens that a class needs, and a portion more for what comes next; or what there is of it.
+    #[inline(always)]
+    pub fn take(&mut self, rates: &Rates, class: u32, need: i64, now: u64) -> Taken {
+        self.fill(rates, now);
+        let mut class = crate::opaque::opaque(class as u64) as usize & (CLASSES_MAX - 1);
+        if rates.classes[class].own == 0 {
+            class = 0;
+        }
+        let (rate, bucket) = (&rates.classes[class], &mut self.classes[class]);
+        // What comes in 2 ms.
+        let portion = (rate.own << 1) as i64;
+        let wanted = need.wrapping_add(portion);
+        if bucket.own < wanted {
+            self.hungry |= 1 << class;
+        }
+        let mut tokens = at_most(at_most(bucket.own, bucket.ceil), wanted);
+        if tokens < 0 {
+            tokens = 0;
+        }
+        bucket.own = bucket.own.wrapping_sub(tokens);
+        bucket.ceil = bucket.ceil.wrapping_sub(tokens);
+        bucket.taken = bucket.taken.wrapping_add(tokens as u64);
+        Taken { tokens, portion }
+    }
+}
+
+impl Buckets {
+    /// Takes what is not there from what a class gets later, up to what its bucket holds.
+    #[inline(always)]
+    pub fn owe(&mut self, rates: &Rates, class: u32, tokens: i64) {
+        let mut class = crate::opaque::opaque(class as u64) as usize & (CLASSES_MAX - 1);
+        if rates.classes[class].own == 0 {
+            class = 0;
+        }
+        let (rate, bucket) = (&rates.classes[class], &mut self.classes[class]);
+        let least = 0_i64.wrapping_sub(depth(rate.own, rates.least));
+        let left = bucket.own.wrapping_sub(tokens);
+        bucket.own = if left > least { left } else { least };
+        bucket.taken = bucket.taken.wrapping_add(tokens as u64);
+    }
+}
+
+impl Rates {
+    /// Divides a rate of tokens in [`SECOND`] among the classes that are in use.
+    #[must_use]
+    pub fn divided(whole: u64, least: i64, classes: &[ClassEntry; CLASSES_MAX]) -> Self {
+        let whole = whole.min(RATE_MAX);
+        let mut rates = Self { whole, least, ..Self::default() };
+        let used = |class: &&ClassEntry| class.used != 0;
+        let sum: u64 = classes.iter().filter(used).map(|class| u64::from(class.weight.max(1))).sum();
+        if whole == 0 || sum == 0 {
+            return rates;
+        }
+        let percent = |part: u8| {
+            (whole / 100 * u64::from(part.min(100)) + whole % 100 * u64::from(part.min(100)) / 100).max(1)
+        };
+        for (rate, class) in rates.classes.iter_mut().zip(classes) {
+            if class.used == 0 {
+                continue;
+            }
+            // A share of nothing would mean that there is no such class.
+            let own = u128::from(whole) * u128::from(class.weight.max(1)) / u128::from(sum);
+            rate.own = u64::try_from(own).unwrap_or(whole).max(1);
+            rate.ceil = percent(class.ceil);
+            rate.borrow = if class.borrow_limit == 0 { 0 } else { percent(class.borrow_limit) };
+            rate.lends = u64::from(class.lends);
+        }
+        rates
+    }
+}
+
+/// A rate of bits a second as tokens in [`SECOND`]; 0 stays 0.
+#[must_use]
+pub fn bytes_rate(bits: u64) -> u64 {
+    scaled(u128::from(bits), 8_000_000_000)
+}
+
+/// A rate of connections a second as tokens in [`SECOND`]; 0 stays 0.
+#[must_use]
+pub fn connections_rate(connections: u32) -> u64 {
+    scaled(u128::from(connections) * u128::from(CONNECTION), 1_000_000_000)
+}
+
+fn scaled(number: u128, by: u128) -> u64 {
+    if number == 0 {
+        return 0;
+    }
+    let rate = (number * u128::from(SECOND)).div_ceil(by);
+    u64::try_from(rate).unwrap_or(RATE_MAX).min(RATE_MAX)
+}
+
+const _: () = assert!(size_of::<ClassEntry>() == 12);
+const _: () = assert!(size_of::<Network>() == 20);
+const _: () = assert!(size_of::<Rates>() == 16 + 32 * CLASSES_MAX);
+const _: () = assert!(size_of::<Buckets>() == 32 + 40 * CLASSES_MAX);
+const _: () = assert!(size_of::<Credits>() == 16 * CREDITS);
+const _: () = assert!(size_of::<ClassStats>() == 48);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+
+    fn classes(settings: &[(u32, u8, u8, u8)]) -> [ClassEntry; CLASSES_MAX] {
+        let mut entries = [ClassEntry::default(); CLASSES_MAX];
+        for (entry, &(weight, lends, borrow_limit, ceil)) in entries.iter_mut().zip(settings) {
+            *entry = ClassEntry { weight, lends, borrow_limit, ceil, used: 1, ..ClassEntry::default() };
+        }
+        entries
+    }
+
+    /// Bytes that each class sends in `time` ns, if class n offers a frame of 1000 bytes each `every[n]` ns (0: none).
+    /// What the buckets held at the start is not counted.
+    fn sent<const N: usize>(rates: &Rates, every: [u64; N], time: u64) -> [f64; N] {
+        let (mut buckets, mut credits, mut sums) = (Buckets::default(), [Credit::default(); N], [0.0; N]);
+        let begin = 1_000 * MS;
+        let warm = begin + 500 * MS;
+        let mut now = begin;
+        while now < warm + time {
+            now += 1000;
+            for (class, every) in every.iter().enumerate() {
+                if *every == 0 || now % every != 0 {
+                    continue;
+                }
+                let (credit, cost) = (&mut credits[class], 1000_i64 << FRACTION);
+                if credit.tokens < cost {
+                    credit.tokens += buckets.take(rates, class as u32, cost - credit.tokens, now).tokens;
+                }
+                if credit.tokens >= cost {
+                    credit.tokens -= cost;
+                    if now > warm {
+                        sums[class] += 1000.0;
+                    }
+                }
+            }
+        }
+        sums
+    }
+
+    fn assert_near(what: &str, found: f64, wanted: f64) {
+        assert!((found - wanted).abs() <= wanted * 0.02 + 2000.0, "{what}: {found} bytes, not {wanted}");
+    }
+
+    /// 80 Mbit/s: 10,000 bytes a millisecond.
+    fn rates(settings: &[(u32, u8, u8, u8)]) -> Rates {
+        Rates::divided(bytes_rate(80_000_000), LEAST_BYTES, &classes(settings))
+    }
+
+    #[test]
+    fn all_that_want_more_get_their_shares() {
+        let rates = rates(&[(1, 1, 100, 100), (2, 1, 100, 100), (5, 1, 100, 100)]);
+        // Whether they ask often or seldom.
+        let sums = sent(&rates, [4_000, 20_000, 10_000], 1000 * MS);
+        for (sum, weight) in sums.into_iter().zip([1.0, 2.0, 5.0]) {
+            assert_near("a share", sum, 10e6 * weight / 8.0);
+        }
+    }
+
+    #[test]
+    fn what_one_leaves_is_used_by_the_others_by_their_weights() {
+        let all = rates(&[(4, 1, 100, 100), (1, 1, 100, 100), (3, 1, 100, 100)]);
+        let [none, one, three] = sent(&all, [0, 4_000, 100_000], 1000 * MS);
+        assert_eq!(none, 0.0);
+        assert_near("weight 1", one, 2.5e6);
+        assert_near("weight 3, which asks seldom", three, 7.5e6);
+        let [_, alone, _] = sent(&all, [0, 4_000, 0], 1000 * MS);
+        assert_near("all of it", alone, 10e6);
+        let [some, rest, _] = sent(&all, [1000 * 1000, 4_000, 0], 1000 * MS);
+        assert_near("below its share", some, 1e6);
+        assert_near("the rest", rest, 9e6);
+    }
+
+    #[test]
+    fn lending_borrowing_and_the_ceiling_have_limits() {
+        let [_, kept] = sent(&rates(&[(3, 0, 100, 100), (1, 1, 100, 100)]), [0, 4_000], 1000 * MS);
+        assert_near("nothing is lent", kept, 2.5e6);
+        let [_, little] = sent(&rates(&[(3, 1, 10, 100), (1, 1, 10, 100)]), [0, 4_000], 1000 * MS);
+        assert_near("its own and a tenth", little, 3.5e6);
+        let [_, none] = sent(&rates(&[(3, 1, 0, 100), (1, 1, 0, 100)]), [0, 4_000], 1000 * MS);
+        assert_near("its own", none, 2.5e6);
+        let [_, half] = sent(&rates(&[(3, 1, 100, 50), (1, 1, 100, 50)]), [0, 4_000], 1000 * MS);
+        assert_near("the ceiling", half, 5e6);
+        let [low, high] = sent(&rates(&[(3, 1, 100, 20), (1, 1, 100, 100)]), [4_000, 4_000], 1000 * MS);
+        assert_near("a ceiling below its share", low, 2e6);
+        assert_near("what that leaves", high, 8e6);
+    }
+
+    #[test]
+    fn a_class_that_is_gone_counts_as_the_default_one() {
+        let rates = rates(&[(1, 1, 100, 100), (1, 1, 100, 100)]);
+        let [default, other, _, gone] = sent(&rates, [4_000, 4_000, 0, 4_000], 1000 * MS);
+        assert_near("together", default + gone, 5e6);
+        assert_near("the other", other, 5e6);
+    }
+
+    #[test]
+    fn slow_rates_are_exact_however_often_is_asked() {
+        let slow = Rates::divided(bytes_rate(800_000), LEAST_BYTES, &classes(&[(1, 1, 100, 100)]));
+        let [sum] = sent(&slow, [1_000], 2000 * MS);
+        assert_near("800 kbit/s", sum, 2e5);
+        let few = Rates::divided(connections_rate(10), LEAST_CONNECTIONS, &classes(&[(1, 1, 100, 100)]));
+        let (mut buckets, mut credit, mut connections) = (Buckets::default(), 0, 0);
+        for step in 0..10_000 {
+            let cost = LEAST_CONNECTIONS;
+            credit += buckets.take(&few, 0, cost - credit, 1000 * MS + step * MS).tokens;
+            if credit >= cost {
+                credit -= cost;
+                connections += 1;
+            }
+        }
+        assert!((99..=102).contains(&connections), "{connections} connections in ten seconds");
+    }
+
+    #[test]
+    fn what_is_owed_is_paid_first() {
+        let few = Rates::divided(connections_rate(100), LEAST_CONNECTIONS, &classes(&[(1, 1, 100, 100)]));
+        let mut buckets = Buckets::default();
+        let mut take =
+            |buckets: &mut Buckets, at: u64| buckets.take(&few, 0, LEAST_CONNECTIONS, 1000 * MS + at).tokens;
+        assert!(take(&mut buckets, 0) >= LEAST_CONNECTIONS);
+        // Six and a half were there, so four and a half are missing then.
+        buckets.owe(&few, 0, 10 * LEAST_CONNECTIONS);
+        assert_eq!(take(&mut buckets, 20 * MS), 0, "two connections later");
+        assert!(take(&mut buckets, 120 * MS) >= LEAST_CONNECTIONS);
+        for _ in 0..1000 {
+            buckets.owe(&few, 0, LEAST_CONNECTIONS);
+        }
+        assert!(buckets.classes[0].own >= -depth(few.whole, LEAST_CONNECTIONS), "debts are bounded");
+    }
+
+    #[test]
+    fn nothing_overflows_whatever_rate_and_clock() {
+        assert_eq!(bytes_rate(8_000_000_000), SECOND);
+        assert_eq!((bytes_rate(0), connections_rate(0)), (0, 0));
+        assert_eq!((bytes_rate(1), connections_rate(1)), (1, 1_125_900));
+        assert_eq!((bytes_rate(u64::MAX), connections_rate(u32::MAX)), (RATE_MAX, RATE_MAX));
+        let all = [(u32::MAX, 1, 100, 100); CLASSES_MAX];
+        for whole in [1, 1000, bytes_rate(100_000_000_000_000), RATE_MAX, u64::MAX] {
+            for settings in [&all[..], &[(1, 1, 100, 100), (u32::MAX, 1, 1, 1)]] {
+                let rates = Rates::divided(whole, LEAST_BYTES, &classes(settings));
+                let mut buckets = Buckets::default();
+                let most = depth(rates.whole, LEAST_BYTES);
+                for now in [0, 1, u64::MAX, 1 << 63, (1 << 63) - 1, 5, 1 << 40, (1 << 40) + MS, 1 << 39, 0] {
+                    for class in [0, 1, 15, 16, u32::MAX] {
+                        let before = buckets;
+                        let taken = buckets.take(&rates, class, 1500 << FRACTION, now);
+                        assert!((0..=(1500 << FRACTION) + taken.portion).contains(&taken.tokens));
+                        assert!(buckets.shared >= 0 && buckets.shared <= most, "{before:?} to {buckets:?}");
+                        assert!(buckets.classes.iter().all(|one| one.own >= 0 && one.own <= most));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_clock_that_jumps_gives_no_more_than_the_buckets_hold() {
+        let rates = rates(&[(1, 1, 100, 100)]);
+        let mut buckets = Buckets::default();
+        let full = depth(rates.whole, LEAST_BYTES);
+        let mut all = |now| {
+            let mut sum = 0;
+            loop {
+                let taken = buckets.take(&rates, 0, 1 << 20, now).tokens;
+                if taken == 0 {
+                    return sum;
+                }
+                sum += taken;
+            }
+        };
+        assert!(all(1 << 50) <= 2 * full);
+        assert!(all(1 << 60) <= 2 * full);
+        assert_eq!(all(1 << 40), 0, "back: nothing");
+        assert!(all((1 << 40) + 10 * MS) > 0, "and on from there");
+    }
+
+    #[test]
+    fn ids_of_classes_are_never_nothing() {
+        assert_ne!(class_id("gold"), class_id("silver"));
+        assert!((0..100_000_u32).all(|n| {
+            let mut name = [0; 6];
+            name.iter_mut().enumerate().for_each(|(at, byte)| *byte = b'a' + (n >> (at * 4) & 15) as u8);
+            class_id(core::str::from_utf8(&name).unwrap_or("")) != 0
+        }));
+    }
+}

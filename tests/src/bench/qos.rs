@@ -1,0 +1,478 @@
+//! `qos`: whether shares follow weights while a server is saturated, and what that costs.
+//!
+//! ```text
+//! bandwidth    UDP senders, one a class, at twice their share each -- l4 service with a bandwidth -- one backend
+//! requests     wrk, one a class -- mode = "terminate" with max_inflight -- nginx that answers at a fixed rate
+//! haproxy      the same through HAProxy: set-priority-class, maxconn
+//! hellos       TLS clients that connect again and again -- passthrough, over = "hold" -- one backend
+//! ```
+//!
+//! The path of an established packet is measured by `fastpath`.
+
+use std::{
+    collections::BTreeMap,
+    io::Write as _,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{JoinHandle, sleep},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::{
+    bench::{
+        FORGET,
+        load::{Found, Generator},
+        origin::{HTTPS, Origin},
+        report::{Goal, Report, Row, median},
+    },
+    daemon::{Daemon, Folder, Process, Service, config},
+    http,
+    netns::Netns,
+    sockets,
+    tls::{Authority, HOST, User, Version},
+    topology::{Family, Plan, Topology, VIP},
+};
+
+/// Bits a second that the backend of the first part takes.
+const BANDWIDTH: u64 = 100_000_000;
+/// Bytes of a datagram, and those of Ethernet, IPv4 and UDP before it.
+const DATAGRAM: usize = 1400;
+const HEADERS: u64 = 42;
+/// Port of the UDP service.
+const UDP: u16 = 9000;
+/// Requests a second that the server answers, and that it is given at a time.
+const CAPACITY: u32 = 1000;
+const INFLIGHT: u32 = 8;
+/// Connections of one wrk: more than its class's share of those at a time.
+const CONNECTIONS: u8 = 32;
+/// New connections a second, and threads of each class that want some.
+const RATE: u32 = 200;
+const THREADS: usize = 12;
+
+const NAMES: [&str; 3] = ["gold", "silver", "bronze"];
+
+#[derive(Clone, Copy)]
+struct Effort {
+    rounds: usize,
+    seconds: u32,
+}
+
+/// Measures all parts.
+pub fn run(quick: bool) -> Result<Report> {
+    let effort = if quick { Effort { rounds: 1, seconds: 2 } } else { Effort { rounds: 3, seconds: 5 } };
+    let mut found = Samples::default();
+    for _ in 0..effort.rounds {
+        for weights in [&[8, 1][..], &[5, 3, 1]] {
+            bandwidth(effort, weights, &mut found)?;
+            requests(effort, weights, &mut found)?;
+            hellos(effort, weights, &mut found)?;
+        }
+    }
+    Ok(found.report())
+}
+
+/// Values of rounds by case, subject, metric and unit; and what should be reached.
+#[derive(Default)]
+struct Samples {
+    values: BTreeMap<(String, String, String, &'static str), Vec<f64>>,
+    order: Vec<(String, String, String, &'static str)>,
+    goals: Vec<Wanted>,
+}
+
+/// A value that should be reached in the median.
+struct Wanted {
+    key: (String, String, String, &'static str),
+    limit: f64,
+    most: bool,
+}
+
+impl Samples {
+    fn add(&mut self, case: &str, subject: &str, metric: &str, unit: &'static str, value: f64) {
+        let key = (case.to_owned(), subject.to_owned(), metric.to_owned(), unit);
+        if !self.values.contains_key(&key) {
+            self.order.push(key.clone());
+        }
+        self.values.entry(key).or_default().push(value);
+    }
+
+    /// Adds a value that has a goal.
+    fn wanted(
+        &mut self,
+        (case, subject, metric, unit): (&str, &str, &str, &'static str),
+        value: f64,
+        limit: f64,
+        most: bool,
+    ) {
+        let key = (case.to_owned(), subject.to_owned(), metric.to_owned(), unit);
+        if !self.values.contains_key(&key) {
+            self.goals.push(Wanted { key, limit, most });
+        }
+        self.add(case, subject, metric, unit, value);
+    }
+
+    /// Shares beside weights: rows, and the largest deviation, percent of the share that the weight gives.
+    fn shares(&mut self, case: &str, subject: &str, weights: &[u32], amounts: &[f64], goal: bool) {
+        let (all, sum) = (amounts.iter().sum::<f64>(), weights.iter().sum::<u32>());
+        let mut worst = 0.0_f64;
+        for ((name, weight), amount) in NAMES.iter().zip(weights).zip(amounts) {
+            let (share, due) = (amount / all, f64::from(*weight) / f64::from(sum));
+            worst = worst.max((share / due - 1.0).abs() * 100.0);
+            self.add(
+                case,
+                subject,
+                &format!("{name}: share, weight gives {:.1}", due * 100.0),
+                "%",
+                share * 100.0,
+            );
+        }
+        let metric = "largest deviation from the weights";
+        if goal {
+            self.wanted((case, subject, metric, "%"), worst, 5.0, true);
+        } else {
+            self.add(case, subject, metric, "%", worst);
+        }
+    }
+
+    fn report(&self) -> Report {
+        let rows = self.order.iter().filter_map(|key| {
+            let (case, subject, metric, unit) = key;
+            Some(Row::new(case, subject, metric, unit, self.values.get(key)?))
+        });
+        let goals = self.goals.iter().map(|Wanted { key, limit, most }| {
+            let (case, subject, metric, _) = key;
+            let (name, value) =
+                (format!("{case}: {subject}: {metric}"), self.values.get(key).and_then(|all| median(all)));
+            if *most { Goal::at_most(&name, value, *limit) } else { Goal::at_least(&name, value, *limit) }
+        });
+        Report { bench: "qos", rows: rows.collect(), goals: goals.collect() }
+    }
+}
+
+/// Classes by weights, in the words of the file.
+fn classes(weights: &[u32]) -> String {
+    NAMES
+        .iter()
+        .zip(weights)
+        .map(|(name, weight)| format!("\n[[class]]\nname = \"{name}\"\nweight = {weight}\n"))
+        .collect()
+}
+
+/// A rule for each client address.
+fn by_client(topology: &Topology, weights: &[u32]) -> String {
+    let rule = |(number, name): (usize, &&str)| {
+        format!("{{ class = \"{name}\", clients = \"{}\" }}", topology.client(Family::V4, number))
+    };
+    let rules: Vec<String> = NAMES.iter().take(weights.len()).enumerate().map(rule).collect();
+    format!("classify = [{}]", rules.join(", "))
+}
+
+fn named(weights: &[u32]) -> String {
+    weights.iter().map(u32::to_string).collect::<Vec<_>>().join(":")
+}
+
+fn place() -> Result<Topology> {
+    Topology::new(Plan { backends: 1, ..Plan::default() })
+}
+
+/// Threads that work until this is dropped.
+#[derive(Default)]
+struct Workers {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<Result<()>>>,
+}
+
+impl Workers {
+    fn start(&mut self, netns: &Netns, work: impl FnOnce(&AtomicBool) -> Result<()> + Send + 'static) {
+        let stop = Arc::clone(&self.stop);
+        self.threads.push(netns.spawn(move || work(&stop)));
+    }
+
+    /// Ends them; the first failure is told.
+    fn end(mut self) -> Result<()> {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in std::mem::take(&mut self.threads) {
+            match thread.join() {
+                Ok(result) => result?,
+                Err(_) => bail!("a thread of the measurement panicked"),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// (a), (b): bytes by the policer of the data path.
+fn bandwidth(effort: Effort, weights: &[u32], found: &mut Samples) -> Result<()> {
+    let topology = place()?;
+    let service = Service::new("sink", UDP)
+        .with("protocol = \"udp\"")
+        .with("mode = \"l4\"")
+        .with(&by_client(&topology, weights))
+        .with(&format!("limits = {{ bandwidth = \"{}bit/s\" }}", BANDWIDTH));
+    let text = config(&topology, "native", &[service]) + &classes(weights);
+    let _daemon = Daemon::start_with(&topology.dispatcher, &text)?;
+    let place = topology.backends.first().context("a backend")?;
+    let counts = Arc::new(Mutex::new(BTreeMap::<IpAddr, u64>::new()));
+    let mut sink = Workers::default();
+    let (address, noted) = (SocketAddr::new(place.address(Family::V4), UDP), Arc::clone(&counts));
+    let (ready, is_ready) = std::sync::mpsc::channel();
+    sink.start(&place.netns, move |stop| {
+        let socket = UdpSocket::bind(address)?;
+        socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+        let _ = ready.send(());
+        let mut buffer = [0; 2048];
+        while !stop.load(Ordering::Relaxed) {
+            if let Ok((length, from)) = socket.recv_from(&mut buffer) {
+                let mut counts = noted.lock().unwrap_or_else(PoisonError::into_inner);
+                *counts.entry(from.ip()).or_default() += length as u64 + HEADERS;
+            }
+        }
+        Ok(())
+    });
+    is_ready.recv().context("the sink did not start")?;
+    let sum: u32 = weights.iter().sum();
+    let received = |seconds: u32| {
+        let read = || counts.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        // The bucket's burst is over.
+        sleep(Duration::from_millis(700));
+        let (before, began) = (read(), Instant::now());
+        sleep(Duration::from_secs(seconds.into()));
+        let (after, took) = (read(), began.elapsed().as_secs_f64());
+        let of = |number| {
+            let client = topology.client(Family::V4, number);
+            let bytes = |counts: &BTreeMap<IpAddr, u64>| counts.get(&client).copied().unwrap_or(0);
+            (bytes(&after) - bytes(&before)) as f64 * 8.0 / took
+        };
+        (0..weights.len()).map(of).collect::<Vec<f64>>()
+    };
+    // Twice what the weights give.
+    let mut senders = Workers::default();
+    for (number, weight) in weights.iter().enumerate() {
+        let rate = 2 * BANDWIDTH * u64::from(*weight) / u64::from(sum);
+        send(&mut senders, &topology, number, rate);
+    }
+    let case = format!("(a) bandwidth, weights {}", named(weights));
+    let rates = received(effort.seconds);
+    senders.end()?;
+    found.shares(&case, "dispatcher", weights, &rates, true);
+    let used = rates.iter().sum::<f64>() / BANDWIDTH as f64 * 100.0;
+    found.add(&case, "dispatcher", "of the bandwidth, used", "%", used);
+    // Only the last class, which has the least.
+    let last = weights.len() - 1;
+    let mut alone = Workers::default();
+    send(&mut alone, &topology, last, 2 * BANDWIDTH);
+    let rates = received(effort.seconds);
+    alone.end()?;
+    sink.end()?;
+    let case = format!("(b) one class alone, weights {}", named(weights));
+    let used = rates.get(last).copied().unwrap_or(0.0) / BANDWIDTH as f64 * 100.0;
+    found.wanted((&case, "dispatcher", "of the bandwidth, used", "%"), used, 95.0, false);
+    Ok(())
+}
+
+/// Sends datagrams from a client at a rate.
+fn send(workers: &mut Workers, topology: &Topology, number: usize, rate: u64) {
+    let from = topology.client(Family::V4, number);
+    workers.start(&topology.clients, move |stop| {
+        let socket = UdpSocket::bind(SocketAddr::new(from, 0))?;
+        socket.connect(SocketAddr::new(VIP[0], UDP))?;
+        let datagram = [7; DATAGRAM];
+        let bits = (DATAGRAM as u64 + HEADERS) * 8;
+        let (began, mut sent) = (Instant::now(), 0_u64);
+        while !stop.load(Ordering::Relaxed) {
+            let due = (began.elapsed().as_secs_f64() * rate as f64) as u64 / bits;
+            while sent < due {
+                // A full queue loses it, as a network would.
+                drop(socket.send(&datagram));
+                sent += 1;
+            }
+            sleep(Duration::from_micros(500));
+        }
+        Ok(())
+    });
+}
+
+/// (c), (e): requests, by the daemon's queue and by HAProxy's.
+fn requests(effort: Effort, weights: &[u32], found: &mut Samples) -> Result<()> {
+    let authority = Authority::new()?;
+    let topology = place()?;
+    let place = topology.backends.first().context("a backend")?;
+    let _origin = Origin::paced(&place.netns, "b1", &authority, CAPACITY)?;
+    for netns in [&topology.clients, &topology.dispatcher, &place.netns] {
+        netns.sysctl(&[FORGET])?;
+    }
+    let folder = Folder::new()?;
+    let own = authority.issue("front")?;
+    let certificate = folder.write("web.pem", &own.certificate_pem)?;
+    let key = folder.write("web.pem.key", &own.key_pem)?;
+    let roots = folder.write("roots.pem", &authority.pem())?;
+    let rules: Vec<String> = NAMES
+        .iter()
+        .take(weights.len())
+        .map(|name| format!("{{ class = \"{name}\", header = \"X-Tier: {name}\" }}"))
+        .collect();
+    let service = Service::new("web", HTTPS)
+        .with("mode = \"terminate\"")
+        .with(&format!(
+            "terminate.certificates = [{{ certificate = \"{}\", key = \"{}\" }}]",
+            certificate.display(),
+            key.display()
+        ))
+        .with(&format!("tunnels.roots = \"{}\"", roots.display()))
+        .with(&format!("tunnels.server_name = \"{HOST}\""))
+        .with(&format!("classify = [{}]", rules.join(", ")))
+        .with(&format!("limits = {{ max_inflight = {INFLIGHT} }}"));
+    let text = config(&topology, "native", &[service]) + &classes(weights);
+    let case = format!("(c) requests, weights {}", named(weights));
+    {
+        let daemon = Daemon::start_with(&topology.dispatcher, &text)?;
+        served(&topology, &authority)?;
+        side(effort, &topology, &case, "dispatcher", weights, found)?;
+        drop(daemon);
+    }
+    let file =
+        folder.write("haproxy.cfg", &haproxy(place.address(Family::V4), [&certificate, &roots], weights))?;
+    let mut command = topology.dispatcher.command("haproxy");
+    command.arg("-db").arg("-f").arg(file);
+    let mut process = Process::start(command, None).context("is haproxy installed?")?;
+    process.listens(&topology.dispatcher, SocketAddr::new(VIP[0], HTTPS)).context("haproxy")?;
+    let case = format!("(e) requests, weights {}", named(weights));
+    side(effort, &topology, &case, "haproxy", weights, found)
+}
+
+/// Waits until requests are answered.
+fn served(topology: &Topology, authority: &Authority) -> Result<()> {
+    let user = User::new(authority, Version::Tls13)?;
+    let (from, to) = (topology.client(Family::V4, 0), SocketAddr::new(VIP[0], HTTPS));
+    let deadline = Instant::now() + sockets::PATIENCE;
+    loop {
+        let mut line = user.connect(&topology.clients, from, to)?;
+        write!(line, "GET / HTTP/1.1\r\nHost: {HOST}\r\n\r\n")?;
+        line.flush()?;
+        let head = http::read_head(&mut line)?.context("no answer")?;
+        if head.line.contains(" 200") {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "the answer is {}", head.line);
+        sleep(Duration::from_millis(20));
+    }
+}
+
+/// The heaviest class alone, then all of them.
+fn side(
+    effort: Effort,
+    topology: &Topology,
+    case: &str,
+    subject: &str,
+    weights: &[u32],
+    found: &mut Samples,
+) -> Result<()> {
+    let url = format!("https://{}/", SocketAddr::new(VIP[0], HTTPS));
+    let start = |name: &&str| {
+        let header = format!("X-Tier: {name}");
+        let more = ["--latency", "-H", &header];
+        Generator::wrk(&topology.clients, &url, effort.seconds, CONNECTIONS, &more)
+    };
+    let heaviest = NAMES.first().context("a class")?;
+    let alone = Found::by_wrk(&start(heaviest)?.finish()?)?;
+    let running = NAMES.iter().take(weights.len()).map(start).collect::<Result<Vec<_>>>()?;
+    let all = running.into_iter().map(|one| Found::by_wrk(&one.finish()?)).collect::<Result<Vec<_>>>()?;
+    let rates: Vec<f64> = all.iter().map(|one| one.rate).collect();
+    let ours = subject == "dispatcher";
+    found.shares(case, subject, weights, &rates, ours);
+    found.add(case, subject, "requests of all", "1/s", rates.iter().sum());
+    found.add(case, subject, "failed", "requests", all.iter().map(|one| one.failed as f64).sum());
+    let p99 = |one: Option<&Found>| one.and_then(|one| one.p99).context("wrk said no percentile");
+    let (alone, beside) = (p99(Some(&alone))?, p99(all.first())?);
+    found.add(case, subject, "gold: p99 alone", "ms", alone);
+    found.add(case, subject, "gold: p99 beside the others", "ms", beside);
+    let metric = "gold: p99, ratio to that alone";
+    if ours {
+        found.wanted((case, subject, metric, "ratio"), beside / alone, 1.5, true);
+    } else {
+        found.add(case, subject, metric, "ratio", beside / alone);
+    }
+    Ok(())
+}
+
+/// As many requests at a time; the classes in the order of their weights, which is all that it knows.
+fn haproxy(backend: IpAddr, [certificate, roots]: [&PathBuf; 2], weights: &[u32]) -> String {
+    let rules: String = NAMES
+        .iter()
+        .zip(weights)
+        .map(|(name, weight)| {
+            format!("    http-request set-priority-class int(-{weight}) if {{ req.hdr(x-tier) {name} }}\n")
+        })
+        .collect();
+    format!(
+        "global\n    maxconn 8000\n    nbthread 2\n\
+         defaults\n    mode http\n    timeout connect 5s\n    timeout client 60s\n    timeout server 60s\n    \
+         timeout queue 5s\n    timeout http-keep-alive 60s\n    http-reuse always\n\
+         frontend web\n    bind {}:{HTTPS} ssl crt {} alpn http/1.1\n{rules}    default_backend servers\n\
+         backend servers\n    server b1 {backend}:{HTTPS} maxconn {INFLIGHT} ssl verify required ca-file {} sni str({HOST}) \
+         verifyhost {HOST} alpn http/1.1 pool-max-conn -1\n",
+        VIP[0],
+        certificate.display(),
+        roots.display()
+    )
+}
+
+/// (d): connections that wait for their turn in the daemon.
+fn hellos(effort: Effort, weights: &[u32], found: &mut Samples) -> Result<()> {
+    let authority = Authority::new()?;
+    let topology = place()?;
+    let place = topology.backends.first().context("a backend")?;
+    let _origin = Origin::start(&place.netns, "b1", &authority, false)?;
+    for netns in [&topology.clients, &topology.dispatcher, &place.netns] {
+        netns.sysctl(&[FORGET])?;
+    }
+    let service = Service::new("web", HTTPS)
+        .with("miss = \"daemon\"")
+        .with(&by_client(&topology, weights))
+        .with(&format!("limits = {{ connections_per_second = {RATE}, over = \"hold\" }}"));
+    let text = config(&topology, "native", &[service]) + &classes(weights);
+    let _daemon = Daemon::start_with(&topology.dispatcher, &text)?;
+    let counts: Vec<Arc<AtomicU64>> = weights.iter().map(|_| Arc::default()).collect();
+    let failed = Arc::new(AtomicU64::new(0));
+    let mut workers = Workers::default();
+    for (number, count) in counts.iter().enumerate() {
+        let (from, to) = (topology.client(Family::V4, number), SocketAddr::new(VIP[0], HTTPS));
+        for _ in 0..THREADS {
+            let user = User::new(&authority, Version::Tls13)?.forgetful();
+            let (count, failed) = (Arc::clone(count), Arc::clone(&failed));
+            workers.start(&topology.clients, move |stop| {
+                while !stop.load(Ordering::Relaxed) {
+                    match sockets::connect_here(from, to).map(|stream| user.resumes_on(stream)) {
+                        Ok(Ok(_)) => count.fetch_add(1, Ordering::Relaxed),
+                        _ => failed.fetch_add(1, Ordering::Relaxed),
+                    };
+                }
+                Ok(())
+            });
+        }
+    }
+    let read = || counts.iter().map(|count| count.load(Ordering::Relaxed)).collect::<Vec<_>>();
+    sleep(Duration::from_millis(1500));
+    let (before, began) = (read(), Instant::now());
+    sleep(Duration::from_secs(effort.seconds.into()));
+    let (after, took) = (read(), began.elapsed().as_secs_f64());
+    workers.end()?;
+    let rates: Vec<f64> =
+        after.iter().zip(&before).map(|(after, before)| (after - before) as f64 / took).collect();
+    let case = format!("(d) held hellos, weights {}", named(weights));
+    found.shares(&case, "dispatcher", weights, &rates, true);
+    found.add(&case, "dispatcher", "connections of all", "1/s", rates.iter().sum());
+    found.add(&case, "dispatcher", "failed", "connections", failed.load(Ordering::Relaxed) as f64);
+    Ok(())
+}
