@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io,
+    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -26,7 +27,9 @@ use tokio::{
 use crate::{
     api,
     balancer::{Balancer, Candidate},
+    config::class_id,
     dataplane::{Dataplane, Error, RELEASES_AT_ONCE, Sessions, Swept, monotonic_seconds},
+    qos::Held,
     reconcile::Pool,
     state::Shared,
 };
@@ -87,7 +90,9 @@ pub(crate) async fn serve(
     loop {
         if more {
             tokio::task::yield_now().await;
-        } else if let Ok(guard) = timeout_at(look, held.readable_mut()).await {
+        } else if let Ok(guard) =
+            timeout_at(shared.qos.next().map_or(look, |due| due.min(look)), held.readable_mut()).await
+        {
             guard?.clear_ready();
         }
         more = answer(&shared, &mut picker, held.get_mut());
@@ -103,25 +108,40 @@ pub(crate) async fn serve(
 }
 
 /// Answers what is held, at most as many hellos as one run releases: those that came first do not wait for
-/// all the others. True when there may be more.
+/// all the others. Those for backends with limits wait for their turn. True when there may be more.
 fn answer(shared: &Shared, picker: &mut Picker, held: &mut RingBuf<MapData>) -> bool {
     let (pools, counted) = shared.pools();
     picker.counted(counted);
-    let mut releases = Vec::new();
-    while releases.len() < RELEASES_AT_ONCE
+    let (mut releases, mut read) = (Vec::new(), 0);
+    while read < RELEASES_AT_ONCE
         && let Some(item) = held.next()
     {
+        read += 1;
         let Some(event) = read_event(&item) else { continue };
         take_note(shared, &event);
         match picker.answer(&shared.dataplane, &pools, &event) {
-            Ok(Some(backend)) => releases.push(Release { slot: event.slot, backend, flow: event.flow }),
+            Ok(Some(Choice { id, index, class })) => {
+                let Event { frontend, slot, flow, .. } = event;
+                let client = flow.src.into();
+                let class = || if class == 0 { class_of(shared, &pools, frontend, client) } else { class };
+                if !shared.qos.hold(id, class, client, Held { frontend, slot, flow }) {
+                    releases.push(Release { slot, backend: index, flow });
+                }
+            }
             // The client sends its hello again, and may then find a backend.
             Ok(None) => log::debug!("no backend for {:?}", event.flow),
             Err(error) => log::warn!("held hello of {:?}: {error}", event.flow),
         }
     }
+    for (backend, Held { frontend, slot, flow }) in shared.qos.release(RELEASES_AT_ONCE - releases.len()) {
+        match pools.get(&frontend).and_then(|pool| pool.known.get(&backend)) {
+            Some(index) => releases.push(Release { slot, backend: *index, flow }),
+            // As above.
+            None => log::debug!("the backend for {flow:?} is gone"),
+        }
+    }
     if releases.is_empty() {
-        return false;
+        return read == RELEASES_AT_ONCE;
     }
     match shared.dataplane.release(&releases) {
         Ok(()) => {
@@ -129,7 +149,15 @@ fn answer(shared: &Shared, picker: &mut Picker, held: &mut RingBuf<MapData>) -> 
         }
         Err(error) => log::error!("releasing {} held hellos: {error}", releases.len()),
     }
-    releases.len() == RELEASES_AT_ONCE
+    read == RELEASES_AT_ONCE || releases.len() == RELEASES_AT_ONCE
+}
+
+/// The class of a client without a session that has one.
+fn class_of(shared: &Shared, pools: &BTreeMap<u32, Pool>, frontend: u32, client: IpAddr) -> u16 {
+    let config = shared.config();
+    let name = pools.get(&frontend).map(|pool| &pool.service);
+    let service = config.services.iter().find(|service| Some(&service.name) == name);
+    service.map_or(0, |service| class_id(service.class_of(client)))
 }
 
 pub(crate) fn read_event(bytes: &[u8]) -> Option<Event> {
@@ -175,6 +203,23 @@ fn take_note(shared: &Shared, event: &Event) {
     }
 }
 
+/// Where a held hello goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Choice {
+    /// The backend's id.
+    id: u32,
+    /// Its index.
+    index: u32,
+    /// The session's class.
+    class: u16,
+}
+
+impl From<Candidate> for Choice {
+    fn from(Candidate { id, index, .. }: Candidate) -> Self {
+        Self { id, index, class: 0 }
+    }
+}
+
 /// Balancers with what they remember between picks.
 #[derive(Default)]
 struct Picker {
@@ -193,39 +238,39 @@ impl Picker {
         }
     }
 
-    /// The backend index for a held hello.
+    /// The backend for a held hello.
     fn answer(
         &mut self,
         dataplane: &Dataplane,
         pools: &BTreeMap<u32, Pool>,
         event: &Event,
-    ) -> Result<Option<u32>, Error> {
+    ) -> Result<Option<Choice>, Error> {
         let Some(pool) = pools.get(&event.frontend) else { return Ok(None) };
         // A key's name is one for many clients: only a server's acceptance says whose it is.
         if event.session.len == 0 || event.session.kind == KIND_TICKET_NAME {
-            return Ok(self.pick(pool, &event.flow).map(|one| one.index));
+            return Ok(self.pick(pool, &event.flow).map(Choice::from));
         }
         self.bind(dataplane.sessions(), pool, event)
     }
 
     /// A hello with an identifier: the session's backend, or a new session.
-    fn bind(&mut self, sessions: &Sessions, pool: &Pool, event: &Event) -> Result<Option<u32>, Error> {
+    fn bind(&mut self, sessions: &Sessions, pool: &Pool, event: &Event) -> Result<Option<Choice>, Error> {
         let (key, now) = (event.session, monotonic_seconds());
         let known =
             || -> Result<_, Error> { Ok(sessions.all(&key)?.find_map(|session| usable(session, pool, now))) };
-        if let Some(index) = known()? {
-            return Ok(Some(index));
+        if let Some(choice) = known()? {
+            return Ok(Some(choice));
         }
         let Some(picked) = self.pick(pool, &event.flow) else { return Ok(None) };
         let session = provisional(picked.id, now, pool.provisional_ttl);
         if !sessions.insert_new(key, session)? {
             // The data path was faster: its entry counts, if it can be used.
-            if let Some(index) = known()? {
-                return Ok(Some(index));
+            if let Some(choice) = known()? {
+                return Ok(Some(choice));
             }
             sessions.insert(key, session)?;
         }
-        Ok(Some(picked.index))
+        Ok(Some(picked.into()))
     }
 
     fn pick(&mut self, pool: &Pool, client: &FlowKey) -> Option<Candidate> {
@@ -239,10 +284,11 @@ impl Picker {
     }
 }
 
-/// The backend index of a session that may be used.
-fn usable(session: Session, pool: &Pool, now: u32) -> Option<u32> {
+/// The backend of a session that may be used.
+fn usable(session: Session, pool: &Pool, now: u32) -> Option<Choice> {
     let session = Some(session).filter(|session| !session.expired(now))?;
-    session.ids().find_map(|id| pool.known.get(&id).copied())
+    let choice = |id| Some(Choice { id, index: *pool.known.get(&id)?, class: session.class });
+    session.ids().find_map(choice)
 }
 
 fn provisional(backend: u32, now: u32, life: u32) -> Session {
@@ -291,8 +337,9 @@ mod tests {
     #[test]
     fn only_living_sessions_of_reachable_backends_are_used() {
         let pool = pool(Balance::Maglev);
-        let session = |backend| provisional(backend, 50, 10);
-        assert_eq!(usable(session(102), &pool, 55), Some(2), "drained backends keep their sessions");
+        let session = |backend| Session { class: 7, ..provisional(backend, 50, 10) };
+        let choice = Choice { id: 102, index: 2, class: 7 };
+        assert_eq!(usable(session(102), &pool, 55), Some(choice), "drained backends keep their sessions");
         assert_eq!(usable(session(102), &pool, 60), None);
         assert_eq!(usable(session(103), &pool, 55), None);
     }

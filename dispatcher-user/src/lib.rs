@@ -21,6 +21,7 @@ pub mod logging;
 pub mod netlink;
 mod policing;
 pub mod privileges;
+pub mod qos;
 pub mod reconcile;
 pub mod reload;
 mod response_times;

@@ -587,8 +587,8 @@ fn rendered(service: &Service, (address, proto): Vip, (source_base, source_len):
     let mut set = |condition: bool, flag| flags |= if condition { flag } else { 0 };
     set(service.proxy_protocol, FRONTEND_PROXY_V2);
     set(service.miss == Miss::Daemon, FRONTEND_MISS_DAEMON);
-    set(service.queueing.over == Over::Reset, FRONTEND_OVER_RESET);
-    set(service.queueing.over == Over::Hold, FRONTEND_OVER_HOLD);
+    set(service.queueing.over == Over::Reset && !service.holds_connections(), FRONTEND_OVER_RESET);
+    set(service.holds_connections(), FRONTEND_OVER_HOLD);
     set(!service.sack, FRONTEND_NO_SACK);
     set(!service.timestamps, FRONTEND_NO_TS);
     set(matches!(service.source, Source::Dispatcher { .. }), FRONTEND_SOURCE_DISPATCHER);

@@ -21,6 +21,7 @@ use crate::{
     events::Counts,
     health::Suspects,
     policing::Policing,
+    qos::Qos,
     reconcile::{self, Actual, Desired, Pool, Reach, Unhealthy},
     reload::{self, Source},
     response_times::ResponseTimes,
@@ -50,6 +51,7 @@ pub(crate) struct Shared {
     pub(crate) discovery: Discovery,
     pub(crate) suspects: Suspects,
     pub(crate) terminator: Terminator,
+    pub(crate) qos: Qos,
     state: Mutex<State>,
     pools: Mutex<Pools>,
 }
@@ -107,6 +109,8 @@ impl Shared {
         actual: Actual,
         store: Option<Store>,
     ) -> Self {
+        let qos = Qos::default();
+        qos.follow(&config);
         let state = State {
             deadlines: deadlines(&base.amendments),
             tickets: actual.tickets(),
@@ -127,6 +131,7 @@ impl Shared {
             discovery: Discovery::default(),
             suspects: Suspects::default(),
             terminator: Terminator::default(),
+            qos,
             state: Mutex::new(state),
             pools: Mutex::default(),
         }
@@ -160,6 +165,7 @@ impl Shared {
         let config = Arc::new(config);
         *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&config);
         state.deadlines = deadlines(amendments);
+        self.qos.follow(&config);
         self.settle(&mut state, &config)
     }
 
@@ -197,9 +203,9 @@ impl Shared {
         Ok(())
     }
 
-    /// True when a balancer wants to know how many connections backends have.
+    /// True when a balancer, or a limit, wants to know how many connections backends have.
     pub(crate) fn follows_load(&self) -> bool {
-        self.config().services.iter().any(|service| service.balance.follows_load())
+        self.qos.follows_load() || self.config().services.iter().any(|service| service.balance.follows_load())
     }
 
     /// Connections that are open at a backend.
@@ -224,6 +230,7 @@ impl Shared {
             let actual = &state.actual;
             state.loads =
                 by_index.iter().filter_map(|(index, n)| Some((actual.backend_id(*index)?, *n))).collect();
+            self.qos.count(|backend| state.loads.get(&backend).copied().unwrap_or(0));
             let times = actual.backend_indexes().filter_map(|(id, index)| {
                 let times = self.dataplane.backend_times(index);
                 times.map_err(|error| log::warn!("{error}")).ok().map(|times| (id, times))

@@ -24,6 +24,7 @@ use tokio::{sync::watch, task::JoinHandle};
 use crate::{
     balancer::{Balance, Balancer, Candidate},
     config::{self, Config, Service, Terminate},
+    qos::Qos,
     reconcile::Pool,
     state::Shared,
     terminate::counts::{Counted, Counts},
@@ -32,6 +33,7 @@ use crate::{
 
 mod access;
 mod certificates;
+mod class;
 mod connection;
 pub(crate) mod counts;
 mod forwarded;
@@ -417,9 +419,10 @@ impl Terminator {
     }
 
     /// The balancer's choice among backends to which connections are established, or else among those to which
-    /// they are being made.
+    /// they are being made. What waits for a backend is load of it.
     fn pick(
         &self,
+        qos: &Qos,
         road: &Tunnels,
         service: &Service,
         pool: &Pool,
@@ -430,7 +433,7 @@ impl Terminator {
         let mut waiting = Vec::new();
         for one in pool.candidates.iter().filter(|one| !avoid.contains(&one.id)) {
             let Load { established, in_flight, failing } = road.load(one.id);
-            let one = Candidate { load: in_flight as u64, ..*one };
+            let one = Candidate { load: in_flight as u64 + qos.waiting(one.id), ..*one };
             if established > 0 {
                 candidates.push(one);
             } else if !failing {

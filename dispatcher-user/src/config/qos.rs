@@ -496,6 +496,14 @@ impl Service {
         backend.limits.or(self.limits)
     }
 
+    /// True when connections beyond what backends can take wait in the daemon: where that is said, and where there
+    /// may be only so many at a time, which nobody else knows.
+    #[must_use]
+    pub fn holds_connections(&self) -> bool {
+        let limited = || self.backends.iter().any(|backend| self.limits_of(backend).max_connections > 0);
+        self.queueing.over == Over::Hold || self.miss == Miss::Daemon && limited()
+    }
+
     /// The class of a client that no other rule is about.
     #[must_use]
     pub fn class_of(&self, client: IpAddr) -> &str {

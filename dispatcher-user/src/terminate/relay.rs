@@ -158,8 +158,10 @@ async fn bind(
                 break;
             }
         }
-        let pick =
-            || terminator.pick(&terminator.tunnels, &relay.service, &reached.pool, client.ip(), &avoid);
+        let pick = || {
+            let (qos, road) = (&shared.qos, &terminator.tunnels);
+            terminator.pick(qos, road, &relay.service, &reached.pool, client.ip(), &avoid)
+        };
         let backend = known.map(|(_, backend)| backend).or_else(|| pick().map(|one| one.id));
         let backend = backend.ok_or("no backend takes connections")?;
         let patience = until.saturating_duration_since(Instant::now());

@@ -19,8 +19,8 @@ use hyper::{
     HeaderMap, Method, Request, Response, StatusCode, Uri, Version,
     body::{Body as _, Frame, Incoming, SizeHint},
     header::{
-        CACHE_CONTROL, CONNECTION, CONTENT_TYPE, COOKIE, EXPECT, HOST, HeaderName, HeaderValue, SET_COOKIE,
-        TE, TRANSFER_ENCODING, UPGRADE,
+        CACHE_CONTROL, CONNECTION, CONTENT_TYPE, COOKIE, EXPECT, HOST, HeaderName, HeaderValue, RETRY_AFTER,
+        SET_COOKIE, TE, TRANSFER_ENCODING, UPGRADE,
     },
     http::{
         request::Parts,
@@ -32,14 +32,17 @@ use hyper_util::rt::TokioIo;
 use tokio::time::{error::Elapsed, timeout, timeout_at};
 
 use super::{
-    Reached, Site, access,
+    Reached, Site, access, class,
     connection::{Busy, Client},
     forwarded::REQUEST_ID,
     secure,
     sending::Sending,
     session::{self, Binding},
 };
-use crate::tunnels::{Body, BoxError, Lease, Reply, SendError, Tunnels};
+use crate::{
+    qos::{Permit, Refused},
+    tunnels::{Body, BoxError, Lease, Reply, SendError, Tunnels},
+};
 
 /// Tunnels that one request is offered to.
 const TRIES: usize = 5;
@@ -64,10 +67,12 @@ const HOP_BY_HOP: [HeaderName; 7] = [
 struct Failure {
     status: StatusCode,
     problem: String,
+    /// It may try again soon.
+    again: bool,
 }
 
 fn failure(status: StatusCode, problem: impl Into<String>) -> Failure {
-    Failure { status, problem: problem.into() }
+    Failure { status, problem: problem.into(), again: false }
 }
 
 /// Answers a request, whatever happens.
@@ -84,10 +89,13 @@ pub(super) async fn answer(
     let http1 = request.version() < Version::HTTP_2;
     let answer = match pass_on(&client, &site, request, &id, &mut way).await {
         Ok(response) => response,
-        Err(Failure { status, problem }) => {
+        Err(Failure { status, problem, again }) => {
             let (service, from) = (&site.service.name, client.address);
             log::debug!("{service} {from}: {status}: {problem} (request {id})");
             let mut page = page(status, &problem, &id);
+            if again {
+                page.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            }
             if http1 && matches!(status, StatusCode::BAD_REQUEST | StatusCode::NOT_IMPLEMENTED) {
                 // What follows may have been meant as something else.
                 page.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
@@ -323,7 +331,8 @@ async fn pass_on(
     way.secure = secure;
     let mut avoid = Vec::new();
     loop {
-        let (lease, backend) = lease(client, site, secure, key.as_ref(), confirmed, &avoid).await?;
+        let Leased { lease, backend, permit } =
+            lease(client, site, &head, secure, key.as_ref(), confirmed, &avoid).await?;
         let (tunnel, home) = if secure { (lease.id(), lease.home()) } else { (0, 0) };
         (way.backend, way.tunnel, way.tries) = (backend, tunnel, way.tries + 1);
         let named = (&authority, &host);
@@ -338,9 +347,14 @@ async fn pass_on(
             None => timeout(limit, exchange).await,
         };
         let (error, request) = match sent {
-            Ok(Ok(response)) => {
+            Ok(Ok((response, whole))) => {
+                if let Some(permit) = &permit {
+                    permit.answered();
+                }
                 let binding = Binding { backend, tunnel: home, confirmed: true };
-                return finish(client, site, response, upgraded, assigned, binding);
+                // The backend is done with what was read to its end.
+                let permit = permit.filter(|_| !whole);
+                return finish(client, site, response, upgraded, assigned, binding, permit);
             }
             Ok(Err(error)) => error,
             Err(_) => {
@@ -368,23 +382,23 @@ async fn pass_on(
     }
 }
 
-/// Sends a request and takes the answer. A short answer to a request that can be repeated is read to its end: a
-/// tunnel that ends on the way costs nothing then.
+/// Sends a request and takes the answer. A short answer to a request that can be repeated is read to its end, and
+/// so is told: a tunnel that ends on the way costs nothing then.
 async fn exchange(
     lease: Lease,
     request: Request<Body>,
     repeatable: bool,
-) -> Result<Response<Body>, (hyper::Error, Option<Request<Body>>)> {
+) -> Result<(Response<Body>, bool), (hyper::Error, Option<Request<Body>>)> {
     let sent = lease.send(request).await;
     let response =
         sent.map_err(|SendError { error, request, .. }| (error, request.map(|request| *request)))?;
     let (head, reply) = response.into_parts();
     let short = reply.size_hint().upper().is_some_and(|length| length <= SHORT);
     if !(repeatable && short) || head.status == StatusCode::SWITCHING_PROTOCOLS {
-        return Ok(Response::from_parts(head, reply.map_err(BoxError::from).boxed_unsync()));
+        return Ok((Response::from_parts(head, reply.map_err(BoxError::from).boxed_unsync()), false));
     }
     let body = whole(reply).await.map_err(|error| (error, None))?;
-    Ok(Response::from_parts(head, body))
+    Ok((Response::from_parts(head, body), true))
 }
 
 /// A short body that was read to its end: its length is known.
@@ -500,15 +514,25 @@ fn nothing() -> Body {
     Empty::new().map_err(|never| match never {}).boxed_unsync()
 }
 
+/// What a request is sent with.
+struct Leased {
+    lease: Lease,
+    backend: u32,
+    /// Of a backend with a limit.
+    permit: Option<Permit>,
+}
+
 /// A tunnel to the session's backend, or to the balancer's choice; a connection in clear for what is not secure.
+/// Where a backend takes only so many requests at a time, it is waited for before that.
 async fn lease(
     client: &Client,
     site: &Site,
+    head: &Parts,
     secure: bool,
     key: Option<&SessionKey>,
     confirmed: bool,
     avoid: &[u32],
-) -> Result<(Lease, u32), Failure> {
+) -> Result<Leased, Failure> {
     let unavailable = |problem: String| failure(StatusCode::SERVICE_UNAVAILABLE, problem);
     let terminator = &client.shared.terminator;
     let road = terminator.road(secure);
@@ -531,25 +555,34 @@ async fn lease(
     let mut backend = match known {
         Some((_, backend)) => backend,
         None => terminator
-            .pick(road, &site.service, &reached.pool, client.address.ip(), avoid)
+            .pick(&client.shared.qos, road, &site.service, &reached.pool, client.address.ip(), avoid)
             .map(|one| one.id)
             .ok_or_else(|| unavailable(nobody(road, &reached)))?,
     };
     loop {
+        let permit = match client.shared.qos.gate(backend) {
+            None => None,
+            Some(gate) => {
+                let class = class::class(client, site, head, known.as_ref().map(|(session, _)| session));
+                let entered = gate.enter(class, client.address.ip()).await;
+                let busy = |refused: Refused| Failure { again: true, ..unavailable(refused.to_string()) };
+                Some(entered.map_err(busy)?)
+            }
+        };
         let lease = road.wait(backend, wanted, PATIENCE).await;
         let lease = lease.map_err(|error| {
             // Names and addresses of backends are not for clients.
             log::debug!("{error}");
             unavailable("no tunnel to a backend was free in time".to_owned())
         })?;
-        let Some(key) = key else { return Ok((lease, backend)) };
+        let Some(key) = key else { return Ok(Leased { lease, backend, permit }) };
         let tunnel = if secure { lease.home() } else { 0 };
         let binding = Binding { backend, tunnel, confirmed: confirmed && known.is_some() };
         let service = &site.service;
         let bound =
             session::bind(sessions, key, binding, service, &reached, &client.recent).map_err(broken)?;
         if bound == backend || !usable(bound) {
-            return Ok((lease, backend));
+            return Ok(Leased { lease, backend, permit });
         }
         // Another first request of this session was faster.
         (backend, wanted) = (bound, 0);
@@ -608,6 +641,7 @@ fn finish(
     upgraded: Option<OnUpgrade>,
     assigned: Option<String>,
     binding: Binding,
+    permit: Option<Permit>,
 ) -> Result<Response<Body>, Failure> {
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         let Some(from) = upgraded else {
@@ -616,7 +650,7 @@ fn finish(
         let to = hyper::upgrade::on(&mut response);
         let busy = Busy::new(client);
         tokio::spawn(async move {
-            let _busy = busy;
+            let _until_then = (busy, permit);
             if let Ok((from, to)) = tokio::try_join!(from, to) {
                 // Whoever ends it, the other side hears of it.
                 drop(tokio::io::copy_bidirectional(&mut TokioIo::new(from), &mut TokioIo::new(to)).await);
@@ -646,5 +680,47 @@ fn finish(
         }
     }
     *response.version_mut() = Version::default();
-    Ok(response)
+    Ok(match permit {
+        None => response,
+        Some(permit) => response.map(|body| Admitted { body, permit: Some(permit) }.boxed_unsync()),
+    })
+}
+
+/// The body of an answer for which its backend has room until the body ends, or is dropped.
+struct Admitted {
+    body: Body,
+    permit: Option<Permit>,
+}
+
+impl Admitted {
+    fn settle(&mut self) {
+        if self.body.is_end_stream() {
+            self.permit = None;
+        }
+    }
+}
+
+impl hyper::body::Body for Admitted {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let frame = task::ready!(Pin::new(&mut self.body).poll_frame(context));
+        match &frame {
+            Some(Ok(_)) => self.settle(),
+            Some(Err(_)) | None => self.permit = None,
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
