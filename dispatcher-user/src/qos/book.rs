@@ -2,7 +2,7 @@
 
 use std::{array, collections::BTreeMap, time::Duration};
 
-use dispatcher_common::service::{BUCKETS, Histogram};
+use dispatcher_common::service::Histogram;
 
 use super::{Class, ClassStatus};
 
