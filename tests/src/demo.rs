@@ -13,18 +13,20 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use dispatcher_common::reason::Reason;
 use dispatcher_user::api;
 use serde::{Deserialize, Serialize};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::{
-    daemon::{Daemon, Folder, Service},
+    daemon::{Daemon, Folder, Service, config},
     netns::Netns,
     system::{Nginx, OpensslUser},
     tls::{Authority, Failure, Identity, Manners, Server, User, Version, visit_in_clear},
     topology::{self, Family, Shape, Topology},
 };
 
+mod bulk;
 mod shop;
 
 use self::shop::Shop;
@@ -113,14 +115,16 @@ pub fn run(plan: &Plan, out: &mut (impl Write + std::os::fd::AsFd)) -> Result<bo
     describe(plan, &topology, out)?;
     let _servers = servers(plan.peers, &topology, &authority)?;
     let folder = Folder::new()?;
-    let services = [Service::new("web", PORT), shop::service(&folder, &authority)?];
-    let mut daemon = Daemon::start(&topology, "native", &services)?;
+    let services = [Service::new("web", PORT), shop::service(&folder, &authority)?, bulk::service(&topology)];
+    let text = config(&topology, "native", &services) + &bulk::classes();
+    let mut daemon = Daemon::start_with(&topology.dispatcher, &text)?;
     writeln!(out, "Look inside: dispatcherctl --socket {} backends\n", daemon.socket().display())?;
 
     wait_for_keys(&daemon, &stop, out)?;
     shop::wait_for_tunnels(&daemon, &stop, out)?;
     let crowd = Crowd::new(plan, &topology, &authority)?;
     let shop = Shop::new(&topology, &authority)?;
+    bulk::start(&topology, &stop)?;
     let show = std::thread::scope(|scope| {
         let mut workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(|| crowd.work(&stop))).collect();
         workers.push(scope.spawn(|| shop.work(&stop)));
@@ -373,7 +377,10 @@ impl<'a> Crowd<'a> {
 
     fn summary(&self, daemon: &Daemon) -> Result<Summary> {
         let status = daemon.status()?;
-        let drops = daemon.drops()?.iter().map(|(_, packets)| packets).sum();
+        // What is beyond a bandwidth is meant to be dropped.
+        let meant = Reason::OverBandwidth.name();
+        let drops =
+            daemon.drops()?.iter().filter(|(name, _)| name != meant).map(|(_, packets)| packets).sum();
         Ok(Summary { hits: status.hits, misses: status.misses, drops, ..lock(&self.tally).sum })
     }
 }
@@ -441,7 +448,7 @@ fn show(
             bail!("dispatcherd: {status}; it said:\n{}", daemon.process().log());
         }
         if live {
-            let text = format!("{}\n{}", table(&of_web(daemon)?, crowd, second), shop.table(daemon)?);
+            let text = tables(daemon, crowd, shop, second)?;
             if lines_above > 0 {
                 write!(out, "\x1b[{lines_above}A\x1b[J")?;
             }
@@ -466,9 +473,15 @@ fn show(
         }
     }
     if !live {
-        write!(out, "\n{}\n{}", table(&of_web(daemon)?, crowd, second), shop.table(daemon)?)?;
+        write!(out, "\n{}", tables(daemon, crowd, shop, second)?)?;
     }
     Ok(())
+}
+
+/// A table for each service.
+fn tables(daemon: &Daemon, crowd: &Crowd<'_>, shop: &Shop<'_>, second: u64) -> Result<String> {
+    let web = table(&of_web(daemon)?, crowd, second);
+    Ok(format!("{web}\n{}\n{}", shop.table(daemon)?, bulk::table(daemon)?))
 }
 
 /// Backends of the service that the data path serves.

@@ -225,7 +225,9 @@ fn answers_are_as_the_api_is_described() {
         .with("mode = \"terminate\"")
         .with(&format!("terminate.certificates = [{{ certificate = \"{}\" }}]", pem.display()))
         .with(&format!("tunnels = {{ server_name = \"{HOST}\", roots = \"{}\" }}", roots.display()));
-    let text = config(&stage.topology, "native", &[web(), shop]).replace("state = \"none\"", &state);
+    let web = web().with("limits = { bandwidth = \"10Gbit/s\" }");
+    let text = config(&stage.topology, "native", &[web, shop]).replace("state = \"none\"", &state)
+        + "\n[[class]]\nname = \"gold\"\nweight = 8\n";
     stage.daemon.again(&stage.topology.dispatcher, &text).expect("starts");
     let _ = stage.returns(3);
     let document = described();
@@ -245,6 +247,8 @@ fn answers_are_as_the_api_is_described() {
         ),
         ("put", "/v1/backends/{service}/{name}", json!({ "addresses": ["10.99.0.9:443"], "weight": 1 })),
         ("put", "/v1/sessions/{id}", json!({ "service": "web", "backend": "b2" })),
+        ("patch", "/v1/qos/classes/{class}", json!({ "weight": 3 })),
+        ("put", "/v1/qos/sessions/{id}", json!({ "service": "web", "class": "gold" })),
     ];
     let paths = document["paths"].as_object().expect("paths");
     let mut asked = 0;
@@ -280,7 +284,7 @@ fn answers_are_as_the_api_is_described() {
                 });
                 id = tunnels()[0].id.to_string();
             }
-            let real = path.replace("{id}", &id).replace("{service}", "web");
+            let real = path.replace("{id}", &id).replace("{service}", "web").replace("{class}", "gold");
             // What is added is removed again.
             let name = if ["put", "delete"].contains(&method) { "b9" } else { "b1" };
             let real = real.replace("{name}", name);
