@@ -59,6 +59,8 @@ pub(super) struct Client {
     pub(super) address: SocketAddr,
     /// It speaks in clear.
     pub(super) clear: bool,
+    /// What it asked for by SNI, in lower case.
+    pub(super) server_name: Option<String>,
     /// What backends are told of it.
     pub(super) told: Told,
     open: Open,
@@ -174,7 +176,7 @@ async fn serve(
     let mut closing = shared.terminator.closing.subscribe();
     let now = Arc::clone(&site.borrow());
     let clear = now.terminate.clear.as_ref().is_some_and(|clear| clear.vips.contains(&vip));
-    let mut http2 = false;
+    let (mut http2, mut server_name) = (false, None);
     let stream = if clear {
         Either::Left(stream)
     } else {
@@ -182,7 +184,9 @@ async fn serve(
         let limit = now.terminate.handshake_timeout;
         match timeout(seconds(limit), acceptor.accept(stream)).await {
             Ok(Ok(stream)) => {
-                http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+                let tls = stream.get_ref().1;
+                http2 = tls.alpn_protocol() == Some(b"h2");
+                server_name = tls.server_name().map(str::to_ascii_lowercase);
                 Either::Right(stream)
             }
             Ok(Err(error)) => {
@@ -202,6 +206,7 @@ async fn serve(
         site,
         address,
         clear,
+        server_name,
         told: Told::of(address.ip(), clear),
         open,
         recent: Recent::default(),

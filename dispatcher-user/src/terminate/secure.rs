@@ -7,14 +7,18 @@ use crate::config::Secure;
 
 /// Whether a rule is for a request. A path counts as the server would read it.
 pub(super) fn is_for(rule: &Secure, method: &Method, path: &str, session: bool) -> bool {
+    (rule.methods.is_empty() || rule.methods.iter().any(|one| one == method.as_str()))
+        && (rule.paths.is_empty() || rule.paths.iter().any(|pattern| fits(pattern, path)))
+        && (session || !rule.session)
+}
+
+/// Whether a path, as the server would read it, is the pattern's, in which a `*` at the end stands for anything.
+pub(super) fn fits(pattern: &str, path: &str) -> bool {
     let path = normal(path);
-    let fits = |pattern: &String| match pattern.strip_suffix('*') {
+    match pattern.strip_suffix('*') {
         Some(start) => path.starts_with(start) || start.strip_suffix('/') == Some(path.as_str()),
         None => path.strip_suffix('/').unwrap_or(&path) == pattern.strip_suffix('/').unwrap_or(pattern),
-    };
-    (rule.methods.is_empty() || rule.methods.iter().any(|one| one == method.as_str()))
-        && (rule.paths.is_empty() || rule.paths.iter().any(fits))
-        && (session || !rule.session)
+    }
 }
 
 /// A path without percent-encoding, dot segments and empty segments, so that it cannot be written in two ways

@@ -34,7 +34,7 @@ pub(super) fn of_set_cookie<'h>(line: &'h HeaderValue, name: &str) -> Option<&'h
 }
 
 /// As in the data path, a value ends before a blank.
-fn value<'h>(pair: &'h [u8], name: &str) -> Option<&'h [u8]> {
+pub(super) fn value<'h>(pair: &'h [u8], name: &str) -> Option<&'h [u8]> {
     let pair = pair.trim_ascii_start();
     let rest = pair.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
     rest.split(|byte| matches!(byte, b' ' | b'\t')).next()
