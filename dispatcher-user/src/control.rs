@@ -67,7 +67,7 @@ use crate::{
 };
 
 pub(crate) mod metrics;
-mod qos;
+pub(crate) mod qos;
 mod saved;
 mod settings;
 pub(crate) mod trace;
@@ -273,6 +273,7 @@ fn resources() -> OpenApiRouter<Arc<Shared>> {
         .routes(routes!(settings::config))
         .routes(routes!(settings::config_toml))
         .routes(routes!(trace::trace))
+        .routes(routes!(qos::shares))
         .routes(routes!(qos::classes))
         .routes(routes!(qos::weigh))
         .routes(routes!(qos::assign))

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 use crate::{
     config::{AdminState, Amendments, Config},
-    control::trace::Trace,
+    control::{qos::Looks, trace::Trace},
     dataplane::{self, Dataplane},
     discovery::Discovery,
     events::Counts,
@@ -52,6 +52,7 @@ pub(crate) struct Shared {
     pub(crate) suspects: Suspects,
     pub(crate) terminator: Terminator,
     pub(crate) qos: Qos,
+    pub(crate) looks: Looks,
     state: Mutex<State>,
     pools: Mutex<Pools>,
 }
@@ -132,6 +133,7 @@ impl Shared {
             suspects: Suspects::default(),
             terminator: Terminator::default(),
             qos,
+            looks: Looks::default(),
             state: Mutex::new(state),
             pools: Mutex::default(),
         }

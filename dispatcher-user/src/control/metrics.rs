@@ -20,7 +20,7 @@ use prometheus_client::{
 };
 use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
 
-use super::{Failure, blocking, read_backends, read_counters, status_of};
+use super::{Failure, blocking, qos::read_shares, read_backends, read_counters, status_of};
 use crate::{
     api,
     state::Shared,
@@ -61,6 +61,8 @@ struct Snapshot {
     /// Of services that the daemon serves itself.
     served: Vec<(String, Counted)>,
     tunnels: Vec<Status>,
+    /// Of classes, with the times that they waited.
+    shares: Vec<(api::QosShare, Histogram)>,
 }
 
 impl Snapshot {
@@ -78,6 +80,7 @@ impl Snapshot {
             sessions: shared.counts.sessions(),
             served: shared.terminator.counted(),
             tunnels: shared.terminator.tunnels.backends(),
+            shares: read_shares(shared)?,
         })
     }
 
@@ -234,6 +237,55 @@ impl Snapshot {
         Ok(())
     }
 
+    fn encode_classes(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let of = |one: &api::QosShare| {
+            let (service, backend, class) = (one.service.clone(), one.backend.clone(), one.class.clone());
+            [("service", service), ("backend", backend), ("class", class)]
+        };
+        type Read<T> = fn(&api::QosShare) -> T;
+        let counters: [(&str, &str, Read<u64>); 10] = [
+            ("admitted", "Requests and held hellos that were let through", |one| one.admitted),
+            ("borrowed", "Of these, beyond the share of their class", |one| one.borrowed),
+            ("shed", "Requests and hellos refused because too many waited", |one| one.shed),
+            ("late", "Requests and hellos refused because they waited too long", |one| one.late),
+            ("cancelled", "Requests whose client went away while they waited", |one| one.cancelled),
+            ("passed_bytes", "Bytes of frames within the backend's bandwidth", |one| one.bytes),
+            ("borrowed_bytes", "Of these, beyond the share of their class", |one| one.borrowed_bytes),
+            ("dropped_bytes", "Bytes of frames beyond the backend's bandwidth", |one| one.dropped_bytes),
+            ("connections", "Connections within the backend's rate", |one| one.connections),
+            ("connections_over", "Connections beyond the backend's rate", |one| one.connections_over),
+        ];
+        for (name, help, read) in counters {
+            let name = format!("class_{name}");
+            let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Counter)?;
+            for (one, _) in &self.shares {
+                ConstCounter::new(read(one)).encode(family.encode_family(&of(one))?)?;
+            }
+        }
+        let gauges: [(&str, &str, Read<f64>); 4] = [
+            ("weight_share", "Weight by the sum of all weights", |one| one.weight_percent / 100.0),
+            ("share", "Part of what the backend was given last", |one| {
+                one.share_percent.unwrap_or(0.0) / 100.0
+            }),
+            ("queued", "Requests and hellos that wait", |one| one.queued as f64),
+            ("in_flight", "Requests under way", |one| one.in_flight as f64),
+        ];
+        for (name, help, read) in gauges {
+            let name = format!("class_{name}");
+            let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Gauge)?;
+            for (one, _) in &self.shares {
+                ConstGauge::new(read(one)).encode(family.encode_family(&of(one))?)?;
+            }
+        }
+        let help = "Time that requests and hellos waited";
+        let mut family =
+            encoder.encode_descriptor("class_wait_seconds", help, None, MetricType::Histogram)?;
+        for (one, times) in &self.shares {
+            encode_times(&mut family, &of(one), times)?;
+        }
+        Ok(())
+    }
+
     fn encode_daemon(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let api::Events { miss, held, released, refused, learned, rejected, swept } = self.status.events;
         let help = "Events of the data path that the daemon has handled";
@@ -320,6 +372,7 @@ impl Collector for Snapshot {
         self.encode_backends(&mut encoder)?;
         self.encode_served(&mut encoder)?;
         self.encode_tunnels(&mut encoder)?;
+        self.encode_classes(&mut encoder)?;
         self.encode_daemon(&mut encoder)
     }
 }

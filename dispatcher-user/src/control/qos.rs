@@ -1,13 +1,24 @@
 //! Quality of service: classes, their shares of backends, and the operator's word on both.
 
-use std::sync::Arc;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use axum::{Json, extract::State};
+use dispatcher_common::service::Histogram;
 
 use super::{
     Answer, Body, Failure, Names, Segment, bad, find_service, keys, kind, not_found, reading, shown,
 };
-use crate::{api, config, dataplane::monotonic_seconds, reload, state::Shared};
+use crate::{
+    api, config,
+    dataplane::{ClassCount, monotonic_seconds},
+    qos::ClassStatus,
+    reload,
+    state::Shared,
+};
 
 fn described(class: &config::Class) -> api::QosClass {
     api::QosClass {
@@ -107,4 +118,148 @@ pub(super) async fn assign(
         Ok(found)
     })
     .await
+}
+
+/// Bytes of classes at the last looks, from which their shares of the time between follow.
+#[derive(Default)]
+pub(crate) struct Looks(Mutex<[Look; 2]>);
+
+/// Bytes by the ids of backend and class.
+#[derive(Default)]
+struct Look {
+    at: Option<Instant>,
+    bytes: BTreeMap<(u32, u16), u64>,
+}
+
+/// Looks are at least so far apart.
+const APART: Duration = Duration::from_secs(1);
+
+impl Looks {
+    /// What was counted since the look before.
+    fn since(&self, now: BTreeMap<(u32, u16), u64>) -> BTreeMap<(u32, u16), u64> {
+        let mut looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let [before, last] = &mut *looks;
+        if last.at.is_none_or(|at| at.elapsed() >= APART) {
+            *before = std::mem::take(last);
+            *last = Look { at: Some(Instant::now()), bytes: now.clone() };
+        }
+        let then = |key| before.bytes.get(key).copied().unwrap_or(0);
+        now.iter().map(|(key, bytes)| (*key, bytes.saturating_sub(then(key)))).collect()
+    }
+}
+
+/// Classes' shares of backends
+#[utoipa::path(
+    get,
+    path = "/v1/qos",
+    responses((status = 200, description = "Each class at each backend that it used", body = Vec<api::QosShare>), Failure)
+)]
+pub(super) async fn shares(State(shared): State<Arc<Shared>>) -> Answer<Vec<api::QosShare>> {
+    reading(shared, |shared| Ok(read_shares(shared)?.into_iter().map(|(share, _)| share).collect())).await
+}
+
+/// What there is to say of each class at each backend that it used, with the times that its requests and hellos waited.
+pub(super) fn read_shares(shared: &Shared) -> Result<Vec<(api::QosShare, Histogram)>, Failure> {
+    let config = shared.config();
+    let places: BTreeMap<u32, u32> = shared.state().actual.backend_indexes().collect();
+    let queues = shared.qos.snapshot();
+    let mut counts = BTreeMap::new();
+    for (id, index) in &places {
+        for count in shared.dataplane.class_stats(*index)? {
+            counts.insert((*id, count.id), count);
+        }
+    }
+    let bytes = |count: &ClassCount| count.bytes.iter().sum::<u64>();
+    let recent = shared.looks.since(counts.iter().map(|(key, count)| (*key, bytes(count))).collect());
+    let weights: u64 = config.classes.iter().map(|class| u64::from(class.weight)).sum();
+    let mut found = Vec::new();
+    for service in &config.services {
+        for backend in &service.backends {
+            let of = |id| recent.get(&(backend.id, id)).copied().unwrap_or(0);
+            let all: u64 = config.classes.iter().map(|class| of(class.id)).sum();
+            for class in &config.classes {
+                let none = ClassCount::default();
+                let count = counts.get(&(backend.id, class.id)).unwrap_or(&none);
+                let waits = queues.iter().filter(|status| status.backend == backend.id);
+                let waits: Vec<_> =
+                    waits.flat_map(|status| &status.classes).filter(|one| one.id == class.id).collect();
+                let sum = |read: fn(&ClassStatus) -> u64| waits.iter().map(|one| read(one)).sum::<u64>();
+                let part = waits.iter().map(|one| one.share).find(|share| *share > 0.0);
+                let part = part.or_else(|| (all > 0).then(|| of(class.id) as f64 / all as f64));
+                let mut times = Histogram::default();
+                for one in &waits {
+                    times.sum += one.waits.sum;
+                    times.buckets.iter_mut().zip(one.waits.buckets).for_each(|(sum, count)| *sum += count);
+                }
+                let share = api::QosShare {
+                    service: service.name.clone(),
+                    backend: backend.name.clone(),
+                    class: class.name.clone(),
+                    weight_percent: f64::from(class.weight) / weights as f64 * 100.0,
+                    share_percent: part.map(|part| part * 100.0),
+                    in_flight: sum(|one| one.in_flight.into()),
+                    queued: sum(|one| one.queued.into()),
+                    admitted: sum(|one| one.admitted),
+                    borrowed: sum(|one| one.borrowed),
+                    shed: sum(|one| one.shed),
+                    late: sum(|one| one.late),
+                    cancelled: sum(|one| one.cancelled),
+                    wait_p50_ms: quantile(&times, 0.5),
+                    wait_p99_ms: quantile(&times, 0.99),
+                    bytes: bytes(count),
+                    borrowed_bytes: count.borrowed.iter().sum(),
+                    dropped_bytes: count.stats.dropped_to_backend_bytes + count.stats.dropped_to_client_bytes,
+                    connections: count.stats.connections,
+                    connections_over: count.stats.connections_over,
+                };
+                if used(&share) {
+                    found.push((share, times));
+                }
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn used(share: &api::QosShare) -> bool {
+    let waited = share.admitted + share.queued + share.shed + share.late + share.cancelled;
+    waited + share.bytes + share.dropped_bytes + share.connections + share.connections_over > 0
+}
+
+/// The end of the bucket in which a part of all ends, milliseconds; of the last one its beginning.
+fn quantile(times: &Histogram, part: f64) -> Option<f64> {
+    let due = (times.count() as f64 * part).ceil() as u64;
+    let mut counted = 0;
+    let at = times.buckets.iter().position(|count| {
+        counted += count;
+        counted >= due && due > 0
+    })?;
+    let end = Histogram::end(at).or_else(|| Histogram::end(at.checked_sub(1)?))?;
+    Some(end as f64 / 1e6)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_are_the_ends_of_buckets() {
+        let mut times = Histogram::default();
+        assert_eq!(quantile(&times, 0.5), None);
+        times.buckets[0] = 98;
+        times.buckets[10] = 2;
+        assert_eq!(quantile(&times, 0.5), Some(0.001_024));
+        assert_eq!(quantile(&times, 0.99), Some(1.048_576));
+    }
+
+    #[test]
+    fn shares_are_of_the_time_between_looks() {
+        let looks = Looks::default();
+        let at = |bytes| BTreeMap::from([((1, 2), bytes)]);
+        assert_eq!(looks.since(at(10)), at(10));
+        // Too soon: still since the first.
+        assert_eq!(looks.since(at(15)), at(15));
+        looks.0.lock().expect("whole")[1].at = Instant::now().checked_sub(APART);
+        assert_eq!(looks.since(at(30)), at(20));
+    }
 }

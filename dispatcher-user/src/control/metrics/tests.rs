@@ -167,7 +167,29 @@ fn snapshot(backends: Vec<api::Backend>) -> Snapshot {
         failed: 1,
     };
     let (served, tunnels) = (vec![("shop".into(), served)], vec![tunnels]);
-    Snapshot { status, counters, backends, times, health, sessions: [77, 5], served, tunnels }
+    let share = api::QosShare {
+        service: "shop".into(),
+        backend: "a".into(),
+        class: "gold".into(),
+        weight_percent: 80.0,
+        share_percent: Some(75.0),
+        in_flight: 1,
+        queued: 2,
+        admitted: 3,
+        borrowed: 4,
+        shed: 5,
+        late: 6,
+        cancelled: 7,
+        wait_p50_ms: None,
+        wait_p99_ms: None,
+        bytes: 8,
+        borrowed_bytes: 9,
+        dropped_bytes: 10,
+        connections: 11,
+        connections_over: 12,
+    };
+    let shares = vec![(share, Histogram::default())];
+    Snapshot { status, counters, backends, times, health, sessions: [77, 5], served, tunnels, shares }
 }
 
 fn value(samples: &BTreeMap<String, Vec<Sample>>, name: &str, labels: &[(&str, &str)]) -> f64 {
@@ -202,6 +224,31 @@ fn clients_requests_and_tunnels_are_there() {
         ("dispatcher_tunnel_failures_total", &backend, 1.0),
     ] {
         assert_eq!(value(&samples, name, labels), number, "{name} {labels:?}");
+    }
+}
+
+#[test]
+fn classes_are_there() {
+    let samples = parse(&snapshot(vec![backend("a", "up")]).text().expect("a text"));
+    let of = [("service", "shop"), ("backend", "a"), ("class", "gold")];
+    for (name, number) in [
+        ("weight_share", 0.8),
+        ("share", 0.75),
+        ("in_flight", 1.0),
+        ("queued", 2.0),
+        ("admitted_total", 3.0),
+        ("borrowed_total", 4.0),
+        ("shed_total", 5.0),
+        ("late_total", 6.0),
+        ("cancelled_total", 7.0),
+        ("passed_bytes_total", 8.0),
+        ("borrowed_bytes_total", 9.0),
+        ("dropped_bytes_total", 10.0),
+        ("connections_total", 11.0),
+        ("connections_over_total", 12.0),
+        ("wait_seconds_count", 0.0),
+    ] {
+        assert_eq!(value(&samples, &format!("dispatcher_class_{name}"), &of), number, "{name}");
     }
 }
 
