@@ -46,6 +46,8 @@ const LOCK_LIMIT_NS: u64 = 20_000;
 const LOCK_TRIES: u32 = 500;
 /// A held hello whose client retransmits after so long goes by the table, nanoseconds.
 const HELD_LIMIT_NS: u64 = 100_000_000;
+/// The daemon forgets one that waits for its turn after 2.5 s: then it is asked again.
+const QUEUED_LIMIT_NS: u64 = 2_600_000_000;
 
 /// What [`take`] says when the slot's content is enough to choose a backend; never counted.
 const ENOUGH: Reason = Reason::NoStage;
@@ -421,11 +423,19 @@ fn take(frame: &Frame, p: &Parsed, slot: &mut Slot, segment: &Segment) -> Verdic
             Verdict(if slot.len == before { ENOUGH } else { Reason::Stashed })
         }
         STAGE_HELD => {
+            if age <= HELD_LIMIT_NS {
+                return Verdict(Reason::Stashed);
+            }
             let frontend = services::frontend(slot.frontend)?;
+            if frontend.flags & FRONTEND_OVER_HOLD == 0 || !daemon_lives(globals()?) {
+                return Verdict(ENOUGH);
+            }
             // Where connections are held until their turn comes, the daemon's word is waited for.
-            let queued = frontend.flags & FRONTEND_OVER_HOLD != 0 && daemon_lives(globals()?);
-            let limit = if queued { SLOT_LIFE_NS } else { HELD_LIMIT_NS };
-            Verdict(if age > limit { ENOUGH } else { Reason::Stashed })
+            if age <= QUEUED_LIMIT_NS {
+                return Verdict(Reason::Stashed);
+            }
+            slot.stamp = segment.now;
+            Verdict(Reason::Held)
         }
         _ => {
             let frontend = services::frontend(slot.frontend)?;

@@ -150,7 +150,7 @@ pub struct ClassStatus {
     pub share: f64,
     /// The part that its weight says.
     pub due: f64,
-    /// How long those that were let in have waited.
+    /// Waiting times of those that waited and were let in.
     #[serde(skip)]
     pub waits: Histogram,
 }

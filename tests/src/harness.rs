@@ -12,8 +12,9 @@ use dispatcher_common::{
     flow::Link,
     reason::Reason,
     service::{
-        BACKEND_UP, Backend, FRONTEND_MISS_DAEMON, FRONTEND_PROXY_V2, FRONTEND_SOURCE_DISPATCHER, Frontend,
-        MODE_L4, MODE_LOCAL, MODE_PASSTHROUGH, VipKey, endpoint_index, stable_id,
+        BACKEND_UP, Backend, FRONTEND_MISS_DAEMON, FRONTEND_OVER_HOLD, FRONTEND_PROXY_V2,
+        FRONTEND_SOURCE_DISPATCHER, Frontend, MODE_L4, MODE_LOCAL, MODE_PASSTHROUGH, VipKey, endpoint_index,
+        stable_id,
     },
     session::{KIND_QUIC_CID, KIND_TICKET_NAME, KIND_TLS_SESSION_ID, Session, SessionKey},
 };
@@ -91,16 +92,33 @@ pub enum Service {
     Quic = 4433,
     /// Served by a listener of the daemon.
     Local = 448,
+    /// As `Held`, where connections wait until backends can take them.
+    Queued = 449,
 }
 
 impl Service {
-    const ALL: [Self; 8] =
-        [Self::Plain, Self::Pool, Self::Proxy, Self::Held, Self::Empty, Self::L4, Self::Quic, Self::Local];
+    const ALL: [Self; 9] = [
+        Self::Plain,
+        Self::Pool,
+        Self::Proxy,
+        Self::Held,
+        Self::Empty,
+        Self::L4,
+        Self::Quic,
+        Self::Local,
+        Self::Queued,
+    ];
 
     /// The IP protocol numbers of its frontends.
     fn protocols(self) -> &'static [u8] {
         match self {
-            Self::Plain | Self::Pool | Self::Proxy | Self::Held | Self::Empty | Self::Local => &[6],
+            Self::Plain
+            | Self::Pool
+            | Self::Proxy
+            | Self::Held
+            | Self::Empty
+            | Self::Local
+            | Self::Queued => &[6],
             Self::L4 => &[6, 17],
             Self::Quic => &[17],
         }
@@ -112,6 +130,7 @@ impl Service {
             Self::Pool => FRONTEND_SOURCE_DISPATCHER,
             Self::Proxy => FRONTEND_SOURCE_DISPATCHER | FRONTEND_PROXY_V2,
             Self::Held => FRONTEND_MISS_DAEMON,
+            Self::Queued => FRONTEND_MISS_DAEMON | FRONTEND_OVER_HOLD,
         }
     }
 
@@ -337,6 +356,7 @@ impl Machine {
                             | Service::Pool
                             | Service::Proxy
                             | Service::Held
+                            | Service::Queued
                             | Service::Empty => MODE_PASSTHROUGH,
                         },
                         service: service.id(),

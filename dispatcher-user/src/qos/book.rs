@@ -1,6 +1,6 @@
 //! What is counted of the classes at one backend.
 
-use std::{array, collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use dispatcher_common::service::Histogram;
 
@@ -23,7 +23,7 @@ pub(super) struct Book {
 }
 
 /// The counters of one class.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Counts {
     admitted: u64,
     waited: u64,
@@ -32,25 +32,9 @@ struct Counts {
     late: u64,
     cancelled: u64,
     in_flight: u32,
-    /// Of all that were admitted: 0 for those that did not wait.
+    /// Of those that were admitted and had waited.
     waits: Histogram,
     recent: Recent,
-}
-
-impl Default for Counts {
-    fn default() -> Self {
-        Self {
-            admitted: 0,
-            waited: 0,
-            borrowed: 0,
-            shed: 0,
-            late: 0,
-            cancelled: 0,
-            in_flight: 0,
-            waits: Histogram { buckets: array::from_fn(|_| 0), sum: 0 },
-            recent: Recent::default(),
-        }
-    }
 }
 
 /// What was counted in the last seconds.
@@ -110,9 +94,10 @@ impl Book {
             counts.borrowed += 1;
         }
         counts.admitted += 1;
-        counts.waited += u64::from(waited.is_some());
         counts.in_flight += 1;
-        let ns = u64::try_from(waited.unwrap_or_default().as_nanos()).unwrap_or(u64::MAX);
+        let Some(waited) = waited else { return };
+        let ns = u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX);
+        counts.waited += 1;
         counts.waits.buckets[Histogram::bucket(ns)] += 1;
         counts.waits.sum = counts.waits.sum.saturating_add(ns);
     }
@@ -188,7 +173,7 @@ mod tests {
         let now = book.read(at(8500), |id| usize::from(id) * 7);
         assert_eq!((now[0].share, now[1].share, now[1].queued), (0.25, 0.75, 7));
         assert_eq!((now[0].admitted, now[0].waited, now[0].in_flight), (108, 8, 108));
-        assert_eq!((now[0].waits.count(), now[0].waits.sum), (108, 24_000_000));
+        assert_eq!((now[0].waits.count(), now[0].waits.sum), (8, 24_000_000));
         let later = book.read(at(60_000), |_| 0);
         assert_eq!((later[0].share, later[1].share), (0.0, 0.0), "nothing lately");
         // A second that is before the last one changes nothing.

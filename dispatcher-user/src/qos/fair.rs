@@ -611,10 +611,8 @@ mod tests {
                     there.insert(number);
                 }
                 4..7 => {
-                    assert_eq!(
-                        queue.pop().map(|(_, item)| there.remove(&item)),
-                        (!there.is_empty()).then_some(true)
-                    );
+                    let any = !there.is_empty();
+                    assert_eq!(queue.pop().map(|(_, item)| there.remove(&item)), any.then_some(true));
                 }
                 7 => queue.pass(id, client(number as u32)),
                 8 if !tickets.is_empty() => {

@@ -17,8 +17,11 @@ const ANSWERS: u64 = 10;
 const TOLERANCE: f64 = 1.5;
 /// Part of a new limit that is taken over at once.
 const SMOOTHING: f64 = 0.2;
-/// Windows until the latency without load is measured anew.
-const PROBE: u32 = 300;
+/// Windows until the latency without load is measured anew: first, and at most, after twice as many each time. What
+/// was measured first may have been under load.
+const PROBES: [u32; 2] = [10, 300];
+/// It begins with so much, and grows.
+const START: u32 = 20;
 
 /// The limit, and what it follows.
 #[derive(Debug)]
@@ -27,8 +30,9 @@ pub(super) struct Adaptive {
     most: u32,
     /// What an answer takes without load, seconds; none where it is being measured.
     unloaded: Option<f64>,
-    /// Windows until it is measured again.
+    /// Windows until it is measured again, and from one time to the next.
     probe: u32,
+    pause: u32,
     /// Windows of little load that are left.
     quiet: u32,
     began: Duration,
@@ -39,13 +43,14 @@ pub(super) struct Adaptive {
 }
 
 impl Adaptive {
-    /// One that begins with all there may be.
+    /// A new one.
     pub(super) fn new(most: u32, now: Duration) -> Self {
         Self {
-            limit: f64::from(most),
+            limit: f64::from(most.min(START)),
             most,
             unloaded: None,
-            probe: PROBE,
+            probe: PROBES[0],
+            pause: PROBES[0],
             quiet: 0,
             began: now,
             sum: 0.0,
@@ -87,7 +92,8 @@ impl Adaptive {
         }
         self.probe -= 1;
         if self.probe == 0 {
-            (self.probe, self.quiet) = (PROBE, 2);
+            self.pause = (self.pause * 2).min(PROBES[1]);
+            (self.probe, self.quiet) = (self.pause, 2);
             return;
         }
         let unloaded = self.unloaded.map_or(average, |known| known.min(average));
@@ -129,7 +135,7 @@ mod tests {
         for capacity in [1, 2, 10, 100, 700] {
             let mut now = Duration::ZERO;
             let mut adaptive = Adaptive::new(1000, now);
-            // It begins with too much, whose latency it must not take for the best.
+            // What it begins with may be too much, whose latency it must not take for the best.
             let limits = load(&mut adaptive, &mut now, capacity, 3000);
             let mut settled = limits[1000..].to_vec();
             settled.sort_unstable();

@@ -217,8 +217,8 @@ pub(super) fn confirm(sessions: &Sessions, key: &SessionKey, backend: u32, life:
         let expires = if old.state == STATE_CONFIRMED { expires } else { old.expires };
         return sessions.insert(*key, Session { used: now, expires, ..old });
     }
-    let Session { tunnel, created, hits, .. } = old;
-    let new = Session { tunnel, created, hits, used: now, expires, ..Session::of(backend) };
+    let Session { tunnel, class, created, hits, .. } = old;
+    let new = Session { tunnel, class, created, hits, used: now, expires, ..Session::of(backend) };
     sessions.insert(*key, Session { state: STATE_CONFIRMED, ..new })
 }
 

@@ -513,3 +513,26 @@ fn misses_wait_for_a_living_daemon_only() {
     let mut talk = Talk::new(Service::Held, Family::V4, 5902);
     let _ = talk.bind(&machine, &client_hello(&[8; 32], 0), Reason::BoundMiss);
 }
+
+#[test]
+fn hellos_wait_for_their_turn_as_long_as_the_daemon_lives() {
+    let machine = machine();
+    let pause = |ms| std::thread::sleep(std::time::Duration::from_millis(ms));
+    let beat = || machine.beat(true).expect("alive");
+    beat();
+    let mut talk = Talk::new(Service::Queued, Family::V4, 5903);
+    talk.shake(&machine);
+    let hello = talk.data(0, &client_hello(&[9; 32], 0));
+    let _ = machine.expect("an unknown ID", &hello, Reason::Held);
+    pause(250);
+    beat();
+    let _ = machine.expect("the client waits on", &hello, Reason::Stashed);
+    // By then the daemon has forgotten it.
+    pause(2500);
+    beat();
+    let _ = machine.expect("it is asked again", &hello, Reason::Held);
+    let _ = machine.expect("and not each time", &hello, Reason::Stashed);
+    pause(250);
+    machine.beat(false).expect("dead");
+    let _ = machine.expect("nobody answers", &hello, Reason::BoundMiss);
+}

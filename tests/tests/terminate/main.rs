@@ -10,6 +10,7 @@ mod headers;
 mod life;
 mod mirror;
 mod peers;
+mod qos;
 mod refused;
 mod reload;
 mod requests;

@@ -1,0 +1,231 @@
+//! Backends that take so many requests at a time: who is served first (rows C11 and C12), who waits, who is refused.
+
+use std::{
+    io::Write as _,
+    thread::{Scope, ScopedJoinHandle},
+};
+
+use dispatcher_tests::{tls::HOST, topology::Family, town::until};
+use dispatcher_user::api;
+
+use crate::{
+    mirror::{Manner, Mirror},
+    scene::{COOKIE, Connection, Scene, Servers, say},
+};
+
+const CLASSES: &str =
+    "\n[[class]]\nname = \"gold\"\nweight = 3\n\n[[class]]\nname = \"bronze\"\nweight = 1\n";
+/// One request at a time.
+const ONE: &str = "limits.max_inflight = 1";
+const PATIENT: &str = "limits.queue_timeout = \"60s\"";
+
+/// Mirrors, and two sessions of `b1`, each in the class that is named like it.
+fn scene(lines: &[&str]) -> Scene {
+    let scene = Scene::mirrors(Manner::HTTP2, &[&[COOKIE], lines].concat());
+    scene.daemon.rewrite(&format!("{}{CLASSES}", scene.text)).expect("a configuration");
+    scene.daemon.told(&["reload"]).expect("reloaded");
+    for name in ["gold", "bronze"] {
+        let session = format!("cookie:{name}");
+        scene
+            .daemon
+            .told(&["sessions", "pin", &session, "--service", "shop", "--backend", "b1"])
+            .expect("pinned");
+        scene.daemon.told(&["qos", "assign", &session, name, "--service", "shop"]).expect("assigned");
+    }
+    scene
+}
+
+fn mirror(scene: &Scene, number: usize) -> &Mirror {
+    let Servers::Mirrors(mirrors) = &scene.servers else { panic!("mirrors") };
+    &mirrors[number]
+}
+
+/// What is counted of a class at a backend; nothing where it did not use it.
+fn shares(scene: &Scene, backend: &str, class: &str) -> api::QosShare {
+    let shares: Vec<api::QosShare> = scene.daemon.ask(&["qos"]).expect("shares");
+    let found = shares.into_iter().find(|one| one.backend == backend && one.class == class);
+    found.unwrap_or_else(|| panic!("no {class} at {backend}"))
+}
+
+fn queued(scene: &Scene, backend: &str) -> u64 {
+    let shares: Vec<api::QosShare> = scene.daemon.ask(&["qos"]).expect("shares");
+    shares.iter().filter(|one| one.backend == backend).map(|one| one.queued).sum()
+}
+
+fn text(session: &str, path: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nHost: {HOST}\r\nCookie: sid={session}\r\n\r\n")
+}
+
+/// A request of a session that stays under way until it is ended.
+struct Blocker(Connection);
+
+impl Blocker {
+    fn new(scene: &Scene, session: &str) -> Self {
+        let mut line = scene.connect(Family::V4, 0);
+        let head = format!(
+            "POST /blocker HTTP/1.1\r\nHost: {HOST}\r\nCookie: sid={session}\r\nContent-Length: 5\r\n\r\n"
+        );
+        line.write_all(head.as_bytes()).and_then(|()| line.flush()).expect("sent");
+        Self(line)
+    }
+
+    fn end(mut self) {
+        let (status, _) = say(&mut self.0, "12345").expect("an answer");
+        assert!(status.contains("200"), "{status}");
+    }
+}
+
+/// Asks on a connection of its own; the status and the body.
+fn ask<'s>(
+    scope: &'s Scope<'s, '_>,
+    scene: &'s Scene,
+    session: &'static str,
+    path: &'static str,
+) -> ScopedJoinHandle<'s, (String, String)> {
+    let mut line = scene.connect(Family::V4, 1);
+    scope.spawn(move || say(&mut line, &text(session, path)).expect("an answer"))
+}
+
+/// Lets both sessions ask 30 times while the server is busy; whose requests it got then, in order.
+fn race(scene: &Scene, blocked: impl FnOnce()) -> Vec<String> {
+    let before = mirror(scene, 0).seen().len();
+    let blocker = Blocker::new(scene, "bronze");
+    until("the server is busy", || mirror(scene, 0).begun() > before as u64);
+    std::thread::scope(|scope| {
+        let asked: Vec<_> = (0..60)
+            .map(|turn| ask(scope, scene, ["gold", "bronze"][usize::from(turn < 30)], "/slow/5"))
+            .collect();
+        until("all wait", || queued(scene, "b1") == 60);
+        blocked();
+        blocker.end();
+        for one in asked {
+            let (status, _) = one.join().expect("a client");
+            assert!(status.contains("200"), "{status}");
+        }
+    });
+    let seen = mirror(scene, 0).seen();
+    let whose = |one: &crate::mirror::Seen| one.header("cookie").unwrap_or_default().to_owned();
+    seen.iter().skip(before).filter(|one| one.method == "GET").map(whose).collect()
+}
+
+fn assert_share(order: &[String], percent: usize) {
+    let gold = order.iter().filter(|one| one.as_str() == "sid=gold").count() * 100 / order.len();
+    assert!(gold.abs_diff(percent) <= 5, "{gold}% instead of {percent}% are gold: {order:?}");
+}
+
+#[test]
+fn claim_c12_the_heavier_class_is_served_first() {
+    let scene = scene(&[ONE, PATIENT]);
+    // The lighter class asked first, and all its requests wait before the other's come.
+    let order = race(&scene, || {});
+    assert_eq!(order.len(), 60);
+    assert_share(&order[..40], 75);
+    assert!(order[40..].iter().filter(|one| one.as_str() == "sid=gold").count() <= 2, "{order:?}");
+    // A weight that is changed while they wait counts at once.
+    let order = race(&scene, || {
+        scene.daemon.told(&["qos", "weight", "gold", "1"]).expect("weighed");
+    });
+    assert_share(&order[..40], 50);
+    let (gold, bronze) = (shares(&scene, "b1", "gold"), shares(&scene, "b1", "bronze"));
+    assert_eq!((gold.admitted, bronze.admitted), (60, 62), "{gold:?} {bronze:?}");
+    assert_eq!((gold.shed + gold.late + gold.cancelled, gold.queued, gold.in_flight), (0, 0, 0));
+}
+
+#[test]
+fn claim_c11_a_second_identifier_goes_to_the_server_of_the_first() {
+    // It waits for that server although others are idle.
+    let scene = scene(&[ONE, PATIENT]);
+    let mut line = scene.connect(Family::V4, 2);
+    let (_, body) = say(&mut line, &text("first", "/named")).expect("an answer");
+    let home = serde_json::from_str::<crate::mirror::Seen>(&body).expect("what was seen").backend;
+    let blocker = Blocker::new(&scene, "first");
+    let number = home.trim_start_matches('b').parse::<usize>().expect("a number") - 1;
+    until("the first session is in use", || mirror(&scene, number).begun() == 2);
+    std::thread::scope(|scope| {
+        let second = ask(scope, &scene, "from-the-backend", "/");
+        until("the second one waits for its server", || queued(&scene, &home) == 1);
+        blocker.end();
+        let (status, body) = second.join().expect("a client");
+        assert!(status.contains("200"), "{status}");
+        assert_eq!(serde_json::from_str::<crate::mirror::Seen>(&body).expect("what was seen").backend, home);
+    });
+    let sessions = scene.sessions();
+    assert_eq!(sessions.iter().filter(|one| one.backend == home && one.state == "confirmed").count(), 2);
+}
+
+#[test]
+fn a_full_queue_refuses_who_has_most_for_its_weight() {
+    let scene = scene(&[ONE, PATIENT, "limits.queue = 4"]);
+    let blocker = Blocker::new(&scene, "bronze");
+    until("the server is busy", || mirror(&scene, 0).begun() == 1);
+    std::thread::scope(|scope| {
+        let waiting: Vec<_> = (0..4).map(|_| ask(scope, &scene, "bronze", "/")).collect();
+        until("the queue is full", || queued(&scene, "b1") == 4);
+        let refused =
+            scene.curl("jar", Family::V4, &["-i", "-H", "Cookie: sid=bronze"], "/").expect("an answer");
+        let head = refused.to_lowercase();
+        assert!(head.contains(" 503") && head.contains("\nretry-after: 1\r\n"), "{refused}");
+        assert!(head.contains("x-request-id: ") && head.contains("too many requests wait"), "{refused}");
+        let gold = ask(scope, &scene, "gold", "/");
+        until("one of the others made room", || shares(&scene, "b1", "bronze").shed == 2);
+        assert_eq!((shares(&scene, "b1", "gold").queued, queued(&scene, "b1")), (1, 4));
+        blocker.end();
+        assert!(gold.join().expect("a client").0.contains("200"));
+        let refused = waiting.into_iter().map(|one| one.join().expect("a client").0);
+        assert_eq!(refused.filter(|status| status.contains("503")).count(), 1);
+    });
+}
+
+#[test]
+fn nobody_waits_longer_than_the_deadline() {
+    let scene = scene(&[ONE, "limits.queue_timeout = \"1s\""]);
+    let blocker = Blocker::new(&scene, "gold");
+    until("the server is busy", || mirror(&scene, 0).begun() == 1);
+    let late = scene.curl("jar", Family::V6, &["-i", "-H", "Cookie: sid=gold"], "/").expect("an answer");
+    assert!(late.contains(" 503") && late.contains("took no more requests in time"), "{late}");
+    assert_eq!((shares(&scene, "b1", "gold").late, queued(&scene, "b1")), (1, 0));
+    blocker.end();
+    let answer = scene.curl("jar", Family::V6, &["-i", "-H", "Cookie: sid=gold"], "/").expect("an answer");
+    assert!(answer.contains(" 200"), "{answer}");
+}
+
+#[test]
+fn a_client_that_goes_leaves_the_queue() {
+    let scene = scene(&[ONE, PATIENT]);
+    let blocker = Blocker::new(&scene, "gold");
+    until("the server is busy", || mirror(&scene, 0).begun() == 1);
+    let mut line = scene.connect(Family::V4, 1);
+    line.write_all(text("gold", "/").as_bytes()).and_then(|()| line.flush()).expect("sent");
+    until("it waits", || queued(&scene, "b1") == 1);
+    drop(line);
+    until("its place is free", || queued(&scene, "b1") == 0);
+    let given_up = ["--http2", "--max-time", "1", "-H", "Cookie: sid=gold"];
+    scene.curl("jar", Family::V4, &given_up, "/").expect_err("the time is over");
+    until("both were counted", || shares(&scene, "b1", "gold").cancelled == 2);
+    blocker.end();
+    assert_eq!(mirror(&scene, 0).seen().len(), 1, "nothing was sent for them");
+    assert_eq!(shares(&scene, "b1", "gold").admitted, 1);
+}
+
+#[test]
+fn a_backend_without_a_limit_is_not_held_up() {
+    let scene = scene(&[]);
+    let limited = scene.text.replace("name = \"b1\"\n", "name = \"b1\"\nlimits = { max_inflight = 1 }\n");
+    scene.daemon.rewrite(&format!("{limited}{CLASSES}")).expect("a configuration");
+    scene.daemon.told(&["reload"]).expect("reloaded");
+    for backend in ["b1", "b2"] {
+        let pin =
+            ["sessions", "pin", &format!("cookie:of-{backend}"), "--service", "shop", "--backend", backend];
+        scene.daemon.told(&pin).expect("pinned");
+    }
+    let held: Vec<_> = (0..3).map(|_| Blocker::new(&scene, "of-b1")).collect();
+    let free: Vec<_> = (0..10).map(|_| Blocker::new(&scene, "of-b2")).collect();
+    until("all are under way at the other", || mirror(&scene, 1).begun() == 10);
+    until("two wait", || queued(&scene, "b1") == 2);
+    assert_eq!(mirror(&scene, 0).begun(), 1);
+    // Without the limit they need not wait any more.
+    scene.daemon.rewrite(&format!("{}{CLASSES}", scene.text)).expect("a configuration");
+    scene.daemon.told(&["reload"]).expect("reloaded");
+    until("all are under way", || mirror(&scene, 0).begun() == 3);
+    held.into_iter().chain(free).for_each(Blocker::end);
+}
