@@ -256,66 +256,85 @@ const fn gained(rate: u64, ticks: u64) -> i64 {
     (rate.wrapping_mul(ticks) >> FRACTION) as i64
 }
 
+/// [`CLASSES_MAX`], of which the compiler does not know that it could unroll a loop over it: the stack has no room for
+/// what it keeps then.
+#[inline(always)]
+fn rolled() -> usize {
+    crate::opaque::opaque(CLASSES_MAX as u64) as usize & 31
+}
+
 #[inline(always)]
 const fn at_most(a: i64, b: i64) -> i64 {
     if a < b { a } else { b }
 }
 
 impl Buckets {
-    /// Fills the buckets up to `now`, and gives out what runs over.
+    /// Sets the buckets' time. Returns how much passed, in ticks of 1024 ns; 0 if that is too little to fill them.
     #[inline(always)]
-    pub fn fill(&mut self, rates: &Rates, now: u64) {
+    pub fn advance(&mut self, now: u64) -> u64 {
         let elapsed = now.wrapping_sub(self.filled) as i64;
         if elapsed >= 0 && elapsed < STEP_NS {
-            return;
+            return 0;
         }
-        let ticks = if elapsed < 0 {
-            // The clock went back: it begins anew.
-            self.filled = now;
-            0
-        } else if elapsed > ELAPSED_MAX_NS {
-            self.filled = now;
-            ELAPSED_MAX_NS as u64 >> 10
-        } else {
-            self.filled = self.filled.wrapping_add(elapsed as u64 & !1023);
-            elapsed as u64 >> 10
-        };
         let turned = now.wrapping_sub(self.turned);
         if turned > HUNGER_NS {
             self.hungry = if turned > 2 * HUNGER_NS { 0 } else { self.hungry << 16 };
             self.turned = now;
         }
-        let hungry = (self.hungry | self.hungry >> 16) & 0xffff;
-        let (mut over, mut weights) = (0_i64, 0_u64);
-        for i in 0..CLASSES_MAX {
-            let (rate, bucket) = (&rates.classes[i], &mut self.classes[i]);
-            if rate.own == 0 {
-                continue;
-            }
-            let full = depth(rate.own, rates.least);
-            let mut own = bucket.own.wrapping_add(gained(rate.own, ticks));
-            if own > full {
-                if rate.lends != 0 {
-                    over = over.wrapping_add(own.wrapping_sub(full));
-                }
-                own = full;
-            }
-            bucket.own = own;
-            let ceil = bucket.ceil.wrapping_add(gained(rate.ceil, ticks));
-            bucket.ceil = at_most(ceil, depth(rate.ceil, rates.least));
-            let borrow = bucket.borrow.wrapping_add(gained(rate.borrow, ticks));
-            bucket.borrow = at_most(borrow, depth(rate.borrow, 0));
-            if hungry >> i & 1 != 0 {
-                weights = weights.wrapping_add(rate.own);
-            }
+        if elapsed < 0 {
+            // The clock went back: it begins anew.
+            self.filled = now;
+            return 0;
         }
-        let pool = at_most(self.shared.wrapping_add(over), depth(rates.whole, rates.least));
+        if elapsed > ELAPSED_MAX_NS {
+            self.filled = now;
+            return ELAPSED_MAX_NS as u64 >> 10;
+        }
+        self.filled = self.filled.wrapping_add(elapsed as u64 & !1023);
+        elapsed as u64 >> 10
+    }
+
+    /// Lets what came in a time run into a class's bucket. Returns its share if it wanted more lately, else 0.
+    #[inline(always)]
+    pub fn fill(&mut self, rates: &Rates, class: u32, ticks: u64) -> u64 {
+        let class = crate::opaque::opaque(class as u64) as usize & (CLASSES_MAX - 1);
+        let (rate, bucket) = (&rates.classes[class], &mut self.classes[class]);
+        if rate.own == 0 {
+            return 0;
+        }
+        let full = depth(rate.own, rates.least);
+        let mut own = bucket.own.wrapping_add(gained(rate.own, ticks));
+        if own > full {
+            if rate.lends != 0 {
+                self.shared = self.shared.wrapping_add(own.wrapping_sub(full));
+            }
+            own = full;
+        }
+        bucket.own = own;
+        let ceil = bucket.ceil.wrapping_add(gained(rate.ceil, ticks));
+        bucket.ceil = at_most(ceil, depth(rate.ceil, rates.least));
+        let borrow = bucket.borrow.wrapping_add(gained(rate.borrow, ticks));
+        bucket.borrow = at_most(borrow, depth(rate.borrow, 0));
+        if self.all_hungry() >> class & 1 != 0 { rate.own } else { 0 }
+    }
+
+    /// Bit n: class n wanted more than its own lately.
+    #[inline(always)]
+    fn all_hungry(&self) -> u32 {
+        (self.hungry | self.hungry >> 16) & 0xffff
+    }
+
+    /// Gives out what ran over, to classes whose shares have this sum.
+    #[inline(always)]
+    pub fn share(&mut self, rates: &Rates, weights: u64) {
+        let (hungry, pool) = (self.all_hungry(), at_most(self.shared, depth(rates.whole, rates.least)));
         self.shared = pool;
         if weights == 0 || pool <= 0 {
             return;
         }
-        for i in 0..CLASSES_MAX {
-            let (rate, bucket) = (&rates.classes[i], &mut self.classes[i]);
+        for i in 0..rolled() {
+            let at = crate::opaque::opaque(i as u64) as usize & 15;
+            let (rate, bucket) = (&rates.classes[at], &mut self.classes[at]);
             if hungry >> i & 1 == 0 || rate.own == 0 {
                 continue;
             }
@@ -334,8 +353,7 @@ impl Buckets {
 
     /// Takes the tokens that a class needs, and a portion more for what comes next; or what there is of it.
     #[inline(always)]
-    pub fn take(&mut self, rates: &Rates, class: u32, need: i64, now: u64) -> Taken {
-        self.fill(rates, now);
+    pub fn take(&mut self, rates: &Rates, class: u32, need: i64) -> Taken {
         let mut class = crate::opaque::opaque(class as u64) as usize & (CLASSES_MAX - 1);
         if rates.classes[class].own == 0 {
             class = 0;
@@ -436,6 +454,14 @@ mod tests {
 
     const MS: u64 = 1_000_000;
 
+    fn fill(buckets: &mut Buckets, rates: &Rates, now: u64) {
+        let ticks = buckets.advance(now);
+        if ticks != 0 {
+            let weights = (0..CLASSES_MAX as u32).map(|class| buckets.fill(rates, class, ticks)).sum();
+            buckets.share(rates, weights);
+        }
+    }
+
     fn classes(settings: &[(u32, u8, u8, u8)]) -> [ClassEntry; CLASSES_MAX] {
         let mut entries = [ClassEntry::default(); CLASSES_MAX];
         for (entry, &(weight, lends, borrow_limit, ceil)) in entries.iter_mut().zip(settings) {
@@ -459,7 +485,8 @@ mod tests {
                 }
                 let (credit, cost) = (&mut credits[class], 1000_i64 << FRACTION);
                 if credit.tokens < cost {
-                    credit.tokens += buckets.take(rates, class as u32, cost - credit.tokens, now).tokens;
+                    fill(&mut buckets, rates, now);
+                    credit.tokens += buckets.take(rates, class as u32, cost - credit.tokens).tokens;
                 }
                 if credit.tokens >= cost {
                     credit.tokens -= cost;
@@ -537,7 +564,8 @@ mod tests {
         let (mut buckets, mut credit, mut connections) = (Buckets::default(), 0, 0);
         for step in 0..10_000 {
             let cost = LEAST_CONNECTIONS;
-            credit += buckets.take(&few, 0, cost - credit, 1000 * MS + step * MS).tokens;
+            fill(&mut buckets, &few, 1000 * MS + step * MS);
+            credit += buckets.take(&few, 0, cost - credit).tokens;
             if credit >= cost {
                 credit -= cost;
                 connections += 1;
@@ -550,8 +578,10 @@ mod tests {
     fn what_is_owed_is_paid_first() {
         let few = Rates::divided(connections_rate(100), LEAST_CONNECTIONS, &classes(&[(1, 1, 100, 100)]));
         let mut buckets = Buckets::default();
-        let mut take =
-            |buckets: &mut Buckets, at: u64| buckets.take(&few, 0, LEAST_CONNECTIONS, 1000 * MS + at).tokens;
+        let take = |buckets: &mut Buckets, at: u64| {
+            fill(buckets, &few, 1000 * MS + at);
+            buckets.take(&few, 0, LEAST_CONNECTIONS).tokens
+        };
         assert!(take(&mut buckets, 0) >= LEAST_CONNECTIONS);
         // Six and a half were there, so four and a half are missing then.
         buckets.owe(&few, 0, 10 * LEAST_CONNECTIONS);
@@ -578,7 +608,8 @@ mod tests {
                 for now in [0, 1, u64::MAX, 1 << 63, (1 << 63) - 1, 5, 1 << 40, (1 << 40) + MS, 1 << 39, 0] {
                     for class in [0, 1, 15, 16, u32::MAX] {
                         let before = buckets;
-                        let taken = buckets.take(&rates, class, 1500 << FRACTION, now);
+                        fill(&mut buckets, &rates, now);
+                        let taken = buckets.take(&rates, class, 1500 << FRACTION);
                         assert!((0..=(1500 << FRACTION) + taken.portion).contains(&taken.tokens));
                         assert!(buckets.shared >= 0 && buckets.shared <= most, "{before:?} to {buckets:?}");
                         assert!(buckets.classes.iter().all(|one| one.own >= 0 && one.own <= most));
@@ -595,8 +626,9 @@ mod tests {
         let full = depth(rates.whole, LEAST_BYTES);
         let mut all = |now| {
             let mut sum = 0;
+            fill(&mut buckets, &rates, now);
             loop {
-                let taken = buckets.take(&rates, 0, 1 << 20, now).tokens;
+                let taken = buckets.take(&rates, 0, 1 << 20).tokens;
                 if taken == 0 {
                     return sum;
                 }

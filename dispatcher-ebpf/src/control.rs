@@ -186,7 +186,7 @@ pub fn has_payload(frame: &Frame, p: &Parsed) -> bool {
 pub fn forward(frame: &Frame, p: &Parsed, flow: &Flow, reason: Reason) -> Verdict {
     rewrite::translate::<true>(frame, frame.view(), p, p, flow)?;
     let flags = globals()?.flags;
-    if flags & GLOBAL_QOS != 0 && !qos::passes(flags, frame.view(), p, flow) {
+    if flags & GLOBAL_QOS != 0 && !qos::passes_slowly(flags, frame.view(), p, flow) {
         return Verdict(Reason::OverBandwidth);
     }
     leave(frame, p, &flow.link())?;

@@ -11,7 +11,7 @@ use aya_ebpf::{
 use dispatcher_common::{
     abi,
     checksum::{change, update},
-    flow::{FLAG_TO_BACKEND, Flow},
+    flow::{CLASS_BIT, FLAG_TO_BACKEND, Flow},
     globals::{GLOBAL_CLASSES, GLOBAL_DSCP, GLOBAL_LIMITS},
     opaque::opaque,
     qos::{
@@ -53,22 +53,51 @@ pub fn passes(flags: u32, view: View, layout: impl Layout, flow: &Flow) -> bool 
     if flags & GLOBAL_DSCP != 0 {
         mark(view, layout, flow.class());
     }
-    flags & GLOBAL_LIMITS == 0 || spend(flow, view.len())
-}
-
-/// Takes a frame's length from this CPU's credit; false when there is not enough, nor more to be had.
-#[inline(always)]
-fn spend(flow: &Flow, len: usize) -> bool {
-    let kind = if flow.flags & FLAG_TO_BACKEND != 0 { KIND_TO_BACKEND } else { KIND_TO_CLIENT };
-    let Some((limited, at)) = limit_of(flow.backend, kind, flow.class()) else { return true };
-    let Some(credit) = credit(limited, at) else { return true };
-    let cost = (len as u64) << FRACTION;
-    let left = credit.tokens.wrapping_sub(cost as i64);
-    if left >= 0 {
-        credit.tokens = left;
+    if flags & GLOBAL_LIMITS == 0 {
         return true;
     }
-    dispatcher_take(limited, at, cost, 0) != 0
+    let len = view.len() as u32;
+    let short = spend(flow.backend, flow.flags as u32, flow.class(), len);
+    short == NOT_SHORT || take(short >> 8, short & 0xff, (len as u64) << FRACTION, 0)
+}
+
+/// The same off the fast path, where one call costs the verifier less.
+#[inline(always)]
+pub fn passes_slowly(flags: u32, view: View, layout: impl Layout, flow: &Flow) -> bool {
+    if flags & GLOBAL_DSCP != 0 {
+        mark(view, layout, flow.class());
+    }
+    let len = view.len() as u32;
+    let short = dispatcher_spend(flow.backend, flow.flags as u32, flow.class(), len);
+    short == NOT_SHORT || take(short >> 8, short & 0xff, (len as u64) << FRACTION, 0)
+}
+
+/// What [`dispatcher_spend`] says when nothing is missing.
+const NOT_SHORT: u32 = u32::MAX;
+
+/// [`spend`], if there are limits: [`NOT_SHORT`], or what is to be asked for more, number and place of the credit.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn dispatcher_spend(backend: u32, flags: u32, class: u32, len: u32) -> u32 {
+    match globals() {
+        Ok(globals) if globals.flags & GLOBAL_LIMITS != 0 => spend(backend, flags, class, len),
+        _ => NOT_SHORT,
+    }
+}
+
+/// Takes a frame's length from this CPU's credit, by the flags of its flow. [`NOT_SHORT`], or whose credit is too
+/// small: number of the backend and place.
+#[inline(always)]
+fn spend(backend: u32, flags: u32, class: u32, len: u32) -> u32 {
+    let kind = if flags & FLAG_TO_BACKEND as u32 != 0 { KIND_TO_BACKEND } else { KIND_TO_CLIENT };
+    let Some((limited, at)) = limit_of(backend, kind, class) else { return NOT_SHORT };
+    let Some(credit) = credit(limited, at) else { return NOT_SHORT };
+    let left = credit.tokens.wrapping_sub((len as i64) << FRACTION);
+    if left < 0 {
+        return limited << 8 | at;
+    }
+    credit.tokens = left;
+    NOT_SHORT
 }
 
 /// The number of a backend among those with limits, and the place of a class's credit, if it has this kind.
@@ -90,42 +119,25 @@ fn credit(limited: u32, at: u32) -> Option<&'static mut Credit> {
     Some(unsafe { &mut *credits.add(at) })
 }
 
-/// Takes `cost` from this CPU's credit, which gets more from the buckets. 0 when there is not so much; with `owe`
+/// Takes `cost` from this CPU's credit, which gets more from the buckets. False when there is not so much; with `owe`
 /// that is never said, and what is missing is taken from what comes later.
-///
-/// Exported, so that the verifier checks it once and not for every way that leads here.
+#[inline(always)]
+fn take(limited: u32, at: u32, cost: u64, owe: u32) -> bool {
+    let locked = dispatcher_fill(limit_index(limited, at >> 4 & 3));
+    if dispatcher_take(limited, at, cost, owe | locked << 1) != 0 {
+        return true;
+    }
+    dispatcher_over(limited, at, cost);
+    false
+}
+
+/// Counts what could not be taken.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn dispatcher_take(limited: u32, at: u32, cost: u64, owe: u32) -> u32 {
-    let (kind, class) = (at >> 4 & 3, at & 15);
-    let index = limit_index(limited, kind);
-    let Some(credit) = credit(limited, at) else { return 1 };
-    let (Some(rates), Some(buckets)) = (RATES.get(index), BUCKETS.get_ptr_mut(index)) else { return 1 };
-    // SAFETY: array entries live as long as the map; the lock decides who writes.
-    let buckets = unsafe { &mut *buckets };
-    let lock = Word::new(&mut buckets.lock);
-    let cost = cost as i64;
-    let mut enough = owe != 0;
-    if lock.try_lock() {
-        let taken = buckets.take(rates, class, cost.wrapping_sub(credit.tokens), exact_ns());
-        credit.tokens = credit.tokens.wrapping_add(taken.tokens);
-        credit.portion = taken.portion;
-        if owe != 0 && credit.tokens < cost {
-            buckets.owe(rates, class, cost.wrapping_sub(credit.tokens));
-            credit.tokens = cost;
-        }
-        lock.unlock();
-        enough |= credit.tokens >= cost;
-    } else {
-        // Another CPU is there: this one is paid for later.
-        enough |= credit.tokens >= 0_i64.wrapping_sub(credit.portion);
-    }
-    if enough {
-        credit.tokens = credit.tokens.wrapping_sub(cost);
-        return 1;
-    }
-    if let Some(stats) = stats(limited, class) {
-        let bytes = (cost >> FRACTION) as u64;
+extern "C" fn dispatcher_over(limited: u32, at: u32, cost: u64) -> u32 {
+    let kind = at >> 4 & 3;
+    if let Some(stats) = stats(limited, at & 15) {
+        let bytes = cost >> FRACTION;
         if kind == KIND_TO_BACKEND {
             stats.dropped_to_backend += 1;
             stats.dropped_to_backend_bytes = stats.dropped_to_backend_bytes.wrapping_add(bytes);
@@ -135,6 +147,94 @@ extern "C" fn dispatcher_take(limited: u32, at: u32, cost: u64, owe: u32) -> u32
         } else {
             stats.connections_over += 1;
         }
+    }
+    0
+}
+
+/// Locks a limit's buckets and fills them. 0 when another CPU is there.
+///
+/// Exported, as what follows, so that the verifier checks it once and not for every way that leads here; and many
+/// small functions need less of the stack.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn dispatcher_fill(index: u32) -> u32 {
+    let Some(buckets) = buckets(index) else { return 0 };
+    if !Word::new(&mut buckets.lock).try_lock() {
+        return 0;
+    }
+    let ticks = buckets.advance(exact_ns());
+    if ticks != 0 {
+        let mut weights = 0_u64;
+        for class in 0..CLASSES_MAX as u32 {
+            weights = weights.wrapping_add(dispatcher_fill_class(index, class, ticks));
+        }
+        dispatcher_share(index, weights);
+    }
+    1
+}
+
+/// The buckets of a limit; their lock decides who writes.
+#[inline(always)]
+fn buckets(index: u32) -> Option<&'static mut Buckets> {
+    // SAFETY: array entries live as long as the map.
+    BUCKETS.get_ptr_mut(index).map(|buckets| unsafe { &mut *buckets })
+}
+
+/// Fills a class's buckets, see [`Buckets::fill`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn dispatcher_fill_class(index: u32, class: u32, ticks: u64) -> u64 {
+    match (RATES.get(index), buckets(index)) {
+        (Some(rates), Some(buckets)) => buckets.fill(rates, class, ticks & TICKS),
+        _ => 0,
+    }
+}
+
+/// More ticks than there ever are.
+const TICKS: u64 = (1 << 18) - 1;
+
+/// Gives out what ran over in locked buckets.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn dispatcher_share(index: u32, weights: u64) -> u32 {
+    if let (Some(rates), Some(buckets)) = (RATES.get(index), buckets(index)) {
+        buckets.share(rates, weights);
+    }
+    0
+}
+
+/// Bit of `how`: what is missing is owed.
+const OWE: u32 = 1;
+/// Bit of `how`: the buckets are locked; they are not any more afterwards.
+const LOCKED: u32 = 2;
+
+/// [`take`], once [`dispatcher_fill`] has done what it could.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn dispatcher_take(limited: u32, at: u32, cost: u64, how: u32) -> u32 {
+    let (kind, class) = (at >> 4 & 3, at & 15);
+    let index = limit_index(limited, kind);
+    let Some(credit) = credit(limited, at) else { return 1 };
+    let (Some(rates), Some(buckets)) = (RATES.get(index), buckets(index)) else { return 1 };
+    let cost = cost as i64;
+    let mut enough = how & OWE != 0;
+    if how & LOCKED != 0 {
+        let taken = buckets.take(rates, class, cost.wrapping_sub(credit.tokens));
+        credit.tokens = credit.tokens.wrapping_add(taken.tokens);
+        credit.portion = taken.portion;
+        if how & OWE != 0 && credit.tokens < cost {
+            buckets.owe(rates, class, cost.wrapping_sub(credit.tokens));
+            credit.tokens = cost;
+        }
+        Word::new(&mut buckets.lock).unlock();
+        enough |= credit.tokens >= cost;
+    } else {
+        // Another CPU is there: this one is paid for later.
+        enough |= credit.tokens >= 0_i64.wrapping_sub(credit.portion);
+    }
+    if enough {
+        credit.tokens = credit.tokens.wrapping_sub(cost);
+        return 1;
     }
     0
 }
@@ -149,29 +249,34 @@ fn stats(limited: u32, class: u32) -> Option<&'static mut ClassStats> {
 /// True when a backend may be given a connection of a class now; with `owe` it is given it in any case.
 #[inline(always)]
 pub fn connects(backend: u32, class: u32, owe: bool) -> bool {
-    dispatcher_connect(backend, class, owe as u32) != 0
-}
-
-/// [`connects`].
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn dispatcher_connect(backend: u32, class: u32, owe: u32) -> u32 {
-    let Ok(globals) = globals() else { return 1 };
-    if globals.flags & GLOBAL_LIMITS == 0 {
-        return 1;
+    let limit = dispatcher_connections(backend, class);
+    if limit == NOT_SHORT {
+        return true;
     }
-    let Some((limited, kinds)) = LIMITED.get(backend).map(|word| limited_of(*word)) else { return 1 };
-    if kinds == 0 {
-        return 1;
+    let owe = if owe { OWE } else { 0 };
+    if limit & 1 << 31 != 0 && !take(limit >> 8 & 0xffff, limit & 0xff, CONNECTION << FRACTION, owe) {
+        return false;
     }
-    let at = credit_index(KIND_CONNECTIONS, class);
-    if kinds >> KIND_CONNECTIONS & 1 != 0 && dispatcher_take(limited, at, CONNECTION << FRACTION, owe) == 0 {
-        return 0;
-    }
-    if let Some(stats) = stats(limited, class) {
+    if let Some(stats) = stats(limit >> 8 & 0xffff, class) {
         stats.connections += 1;
     }
-    1
+    true
+}
+
+/// A backend's number and the place of a class's credit for connections, with bit 31 if they are limited;
+/// [`NOT_SHORT`] if it has no limits at all.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn dispatcher_connections(backend: u32, class: u32) -> u32 {
+    let Ok(globals) = globals() else { return NOT_SHORT };
+    if globals.flags & GLOBAL_LIMITS == 0 {
+        return NOT_SHORT;
+    }
+    let Some((limited, kinds)) = LIMITED.get(backend).map(|word| limited_of(*word)) else { return NOT_SHORT };
+    if kinds == 0 {
+        return NOT_SHORT;
+    }
+    (kinds >> KIND_CONNECTIONS & 1) << 31 | limited << 8 | credit_index(KIND_CONNECTIONS, class)
 }
 
 /// The class of a connection of a frontend from the packet in scratch memory: its session's (`Scratch::class`), its
@@ -215,22 +320,28 @@ extern "C" fn dispatcher_class(frontend: u32) -> u32 {
 }
 
 /// What the class's DSCP makes of a TOS byte or traffic class; the two bits of ECN are kept (RFC 3168).
-#[inline(always)]
-fn marked(class: u32, tos: u8) -> u8 {
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn dispatcher_tos(class: u32, tos: u32) -> u32 {
+    let Ok(globals) = globals() else { return tos };
     match CLASSES.get(class) {
-        Some(class) if class.dscp < 64 => class.dscp << 2 | tos & 3,
+        Some(class) if class.dscp < 64 && globals.flags & GLOBAL_DSCP != 0 => {
+            (class.dscp as u32) << 2 | tos & 3
+        }
         _ => tos,
     }
+}
+
+/// [`dispatcher_tos`].
+#[inline(always)]
+fn marked(class: u32, tos: u8) -> u8 {
+    dispatcher_tos(class, tos as u32) as u8
 }
 
 /// The TOS byte or traffic class of a frame that is made of a slot's content.
 #[inline(always)]
 pub fn slot_tos(slot: &Slot) -> u8 {
-    let tos = slot.tos as u8;
-    match globals() {
-        Ok(globals) if globals.flags & GLOBAL_DSCP != 0 => marked(slot.marks >> 4 & 15, tos),
-        _ => tos,
-    }
+    marked(slot.marks >> CLASS_BIT & 15, slot.tos as u8)
 }
 
 /// Gives a packet the DSCP of its class.

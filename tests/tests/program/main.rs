@@ -9,6 +9,7 @@ mod hellos;
 mod icmp;
 mod l4;
 mod life;
+mod qos;
 mod quic;
 mod races;
 mod tickets;

@@ -1,0 +1,537 @@
+//! Limits of backends and classes: what passes, what is dropped or refused, and what is counted.
+
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use dispatcher_common::{
+    event::Release,
+    flow::{Flow, FlowKey, ports_word},
+    qos::class_id,
+    reason::Reason,
+    service::{FRONTEND_OVER_HOLD, FRONTEND_OVER_RESET},
+    session::{STATE_CONFIRMED, Session},
+};
+use dispatcher_tests::{
+    harness::{CLIENT_MACS, Far, Machine, Service, Talk, backend_at, client_at},
+    hello::client_hello,
+    packet::{Body, Packet, Udp, flags},
+    topology::Family,
+};
+use dispatcher_user::dataplane::{ClassSetting, Limits, NetworkClass};
+
+use crate::machine;
+
+const HTTP: &[u8] = b"GET / HTTP/1.1\r\nHost: service.test\r\n\r\n";
+/// Bits a second of most limits here, and bytes.
+const BANDWIDTH: u64 = 16_000_000;
+const RATE: f64 = BANDWIDTH as f64 / 8.0;
+
+fn class(name: &str, weight: u32) -> ClassSetting {
+    ClassSetting { id: class_id(name), weight, ..ClassSetting::default() }
+}
+
+/// A data path where one backend takes everything, with these limits.
+fn limited(limits: Limits) -> Machine {
+    let machine = machine();
+    machine.set_up(1, false).expect("one backend is enough");
+    machine.dataplane().set_limits(0, limits).expect("limits");
+    machine
+}
+
+fn bandwidth() -> Limits {
+    Limits { bandwidth: BANDWIDTH, connections_per_second: 0 }
+}
+
+fn connections(connections_per_second: u32) -> Limits {
+    Limits { bandwidth: 0, connections_per_second }
+}
+
+fn datagram(from: SocketAddr, to: SocketAddr, payload: &[u8]) -> Packet {
+    let body = Udp { src: from.port(), dst: to.port(), unchecked: false, payload: payload.to_vec() };
+    Packet { macs: CLIENT_MACS, ..Packet::new(from.ip(), to.ip(), Body::Udp(body)) }
+}
+
+/// The entry of a client's packets.
+fn flow(machine: &Machine, client: SocketAddr, vip: SocketAddr, proto: u32) -> Flow {
+    let key = FlowKey {
+        src: client.ip().into(),
+        dst: vip.ip().into(),
+        ports: ports_word(client.port(), vip.port()),
+        proto,
+    };
+    machine.dataplane().flows().get(&key).expect("readable").expect("a flow")
+}
+
+/// Connections whose class the network says: of each family one, with data in both directions.
+fn talk(machine: &Machine, service: Service, family: Family, port: u16) -> (Talk, Far) {
+    let mut talk = Talk::new(service, family, port);
+    let far = talk.establish(machine, HTTP, Reason::BoundNonsecure);
+    (talk, far)
+}
+
+/// Bytes a second of each frame that pass, when all are sent in turn as fast as it goes. What the buckets hold at the
+/// start is spent before.
+fn passing(machine: &Machine, packets: &[&Packet], time: Duration) -> Vec<f64> {
+    let frames: Vec<Vec<u8>> = packets.iter().map(|packet| packet.frame()).collect();
+    let mut rates = Vec::new();
+    for time in [Duration::from_millis(200), time] {
+        let began = Instant::now();
+        let mut sums = vec![0; frames.len()];
+        while began.elapsed() < time {
+            for (sum, frame) in sums.iter_mut().zip(&frames) {
+                let run = machine.dataplane().run("dispatcher", frame, None, 1, 0).expect("runs");
+                match run.retval {
+                    4 => *sum += frame.len(),
+                    1 => {}
+                    other => panic!("XDP action {other}"),
+                }
+            }
+        }
+        let seconds = began.elapsed().as_secs_f64();
+        rates = sums.into_iter().map(|sum| sum as f64 / seconds).collect();
+    }
+    rates
+}
+
+#[track_caller]
+fn assert_near(what: &str, found: f64, wanted: f64) {
+    assert!((found / wanted - 1.0).abs() < 0.08, "{what}: {found:.0} bytes a second, not {wanted:.0}");
+}
+
+const SOME: Duration = Duration::from_millis(600);
+
+#[test]
+fn the_rate_passes_and_what_is_over_is_dropped() {
+    let machine = limited(bandwidth());
+    for (port, family) in (3000..).zip(Family::BOTH) {
+        let (talk, far) = talk(&machine, Service::Plain, family, port);
+        let up = talk.data(100, &[7; 1200]);
+        let down = far.segment(flags::ACK, 5000, 1, &[8; 1200]);
+        let [rate] = *passing(&machine, &[&up], SOME) else { panic!("one rate") };
+        assert_near("to the backend", rate, RATE);
+        // The other direction has a rate of its own.
+        let (mut passed, mut dropped) = (0, 0);
+        let before = machine.dataplane().class_stats(0).expect("counted")[0];
+        for _ in 0..600 {
+            match machine.run(&down.frame()).expect("a verdict").reason {
+                Reason::ToClient => passed += 1,
+                Reason::OverBandwidth => dropped += 1,
+                other => panic!("{other:?}"),
+            }
+        }
+        let after = machine.dataplane().class_stats(0).expect("counted")[0];
+        let length = down.frame().len() as u64;
+        assert!(passed >= 65_536 / length && dropped > 0, "{passed} passed, {dropped} were dropped");
+        assert_eq!(after.stats.dropped_to_client - before.stats.dropped_to_client, dropped);
+        assert_eq!(
+            after.stats.dropped_to_client_bytes - before.stats.dropped_to_client_bytes,
+            dropped * length
+        );
+        assert_eq!(after.stats.dropped_to_backend, before.stats.dropped_to_backend);
+        let taken = after.bytes[1] - before.bytes[1];
+        let spare = taken as i64 - (passed * length) as i64;
+        // 2 ms of the rate, and less than a frame, are in the hand of each of the CPUs that this ran on.
+        assert!((0..=2 * (4_200 + length as i64)).contains(&spare), "{taken} bytes taken, {spare} not spent");
+        let [rate] = *passing(&machine, &[&down], SOME) else { panic!("one rate") };
+        assert_near("to the client", rate, RATE);
+    }
+}
+
+#[test]
+fn every_kind_of_flow_is_policed_and_other_backends_are_not() {
+    let machine = limited(bandwidth());
+    let (client, quic) = (client_at(Family::V4, 3100), client_at(Family::V6, 3101));
+    let datagrams = datagram(client, Service::L4.at(Family::V4), &[1; 1200]);
+    let short = datagram(quic, Service::Quic.at(Family::V6), &[0x43; 1200]);
+    let mut tagged = Talk::new(Service::Plain, Family::V4, 3102);
+    tagged.tags = vec![[0x81, 0, 0, 100]];
+    tagged.establish(&machine, HTTP, Reason::BoundNonsecure);
+    for packet in [datagrams, short, tagged.data(100, &[7; 1200])] {
+        let frame = packet.frame();
+        let reason = |_| machine.run(&frame).expect("a verdict").reason;
+        let reasons: Vec<Reason> = (0..600).map(reason).collect();
+        assert!(reasons.contains(&Reason::ToBackend) || reasons.contains(&Reason::BoundL4), "{packet:?}");
+        assert!(reasons.contains(&Reason::OverBandwidth), "{packet:?}");
+    }
+    machine.set_up(1, true).expect("up");
+    machine.set_up(0, false).expect("down");
+    let (talk, _) = talk(&machine, Service::Plain, Family::V4, 3103);
+    let free = talk.data(100, &[7; 1200]);
+    for _ in 0..300 {
+        let _ = machine.expect("a backend without limits", &free, Reason::ToBackend);
+    }
+    machine.dataplane().set_limits(1, bandwidth()).expect("limits");
+    machine.dataplane().set_limits(0, Limits::default()).expect("no limits");
+    assert!(machine.dataplane().class_stats(0).expect("counted").is_empty());
+    let rates = passing(&machine, &[&free], SOME);
+    assert_near("with the number that another had", rates[0], RATE);
+    machine.dataplane().set_limits(1, Limits::default()).expect("no limits");
+    for _ in 0..300 {
+        let _ = machine.expect("no limit any more", &free, Reason::ToBackend);
+    }
+}
+
+#[test]
+fn rates_that_no_link_has_are_no_limit_and_tiny_ones_hold() {
+    let machine = limited(Limits { bandwidth: u64::MAX, connections_per_second: u32::MAX });
+    let (talk, _) = talk(&machine, Service::Plain, Family::V4, 3150);
+    let packet = talk.data(100, &[7; 1200]);
+    for _ in 0..300 {
+        let _ = machine.expect("terabits", &packet, Reason::ToBackend);
+    }
+    machine.dataplane().set_limits(0, Limits { bandwidth: 1, connections_per_second: 1 }).expect("limits");
+    let passed = |_: &u32| machine.run(&packet.frame()).expect("a verdict").reason == Reason::ToBackend;
+    // The first fill is all that there is.
+    assert!((0..400).filter(passed).count() <= 3 * 65_536 / 1200);
+    assert_eq!((0..100).filter(passed).count(), 0);
+}
+
+/// Sets a class for the clients of both families at a service.
+fn networks(machine: &Machine, rows: &[(Service, &str, u8, &str)]) {
+    let networks: Vec<NetworkClass> = rows
+        .iter()
+        .map(|(service, address, prefix, class)| NetworkClass {
+            service: service.id(),
+            address: address.parse().expect("an address"),
+            prefix: *prefix,
+            class: class_id(class),
+        })
+        .collect();
+    machine.dataplane().set_networks(&networks).expect("networks");
+}
+
+#[test]
+fn the_class_is_the_sessions_the_networks_or_the_services() {
+    let machine = machine();
+    let d = machine.dataplane();
+    d.set_classes(&[class("gold", 4), class("silver", 2), class("bronze", 1)]).expect("classes");
+    let (gold, silver, bronze) = (1, 2, 3);
+    networks(
+        &machine,
+        &[
+            (Service::Plain, "10.1.0.0", 16, "bronze"),
+            (Service::Plain, "10.1.0.0", 24, "silver"),
+            (Service::Plain, "2001:db8:1::", 64, "silver"),
+            (Service::L4, "10.1.0.10", 32, "gold"),
+            (Service::L4, "2001:db8:1::a", 128, "gold"),
+            (Service::Quic, "0.0.0.0", 0, "bronze"),
+            (Service::Quic, "::", 0, "bronze"),
+        ],
+    );
+    let mut port = 3200;
+    for family in Family::BOTH {
+        for service in [Service::Pool, Service::L4] {
+            machine.change(service, family, |frontend| frontend.set_class(class_id("silver"))).expect("set");
+        }
+        for (what, id, name, expected) in [
+            ("no class in the session", [1; 32], "", silver),
+            ("the session's", [2; 32], "gold", gold),
+            ("a class that is not there", [3; 32], "copper", 0),
+        ] {
+            port += 1;
+            let class = if name.is_empty() { 0 } else { class_id(name) };
+            let session = Session { state: STATE_CONFIRMED, class, ..Session::of(Machine::backend_id(2)) };
+            machine.know(Service::Plain, &id, session).expect("a session");
+            let mut talk = Talk::new(Service::Plain, family, port);
+            talk.bind(&machine, &client_hello(&id, 0), Reason::BoundHit);
+            let entry = flow(&machine, talk.client, talk.vip, 6);
+            assert_eq!(entry.class(), expected, "{what}");
+            assert_eq!(entry.marks & 0xf, 3, "secure and a hit, beside the class");
+        }
+        port += 1;
+        let mut fresh = Talk::new(Service::Pool, family, port);
+        fresh.bind(&machine, HTTP, Reason::BoundNonsecure);
+        assert_eq!(flow(&machine, fresh.client, fresh.vip, 6).class(), silver, "the service's");
+        let mut other = Talk::new(Service::Proxy, family, port);
+        other.bind(&machine, HTTP, Reason::BoundNonsecure);
+        assert_eq!(flow(&machine, other.client, other.vip, 6).class(), 0, "nobody says anything");
+        let client = client_at(family, port);
+        for (service, expected) in [(Service::L4, gold), (Service::Quic, bronze)] {
+            let packet = datagram(client, service.at(family), &[0x43; 40]);
+            let _ = machine.expect("a datagram", &packet, Reason::BoundL4);
+            let entry = flow(&machine, client, service.at(family), 17);
+            assert_eq!(entry.class(), expected, "{service:?}");
+        }
+    }
+    // What is set replaces what was.
+    networks(&machine, &[(Service::Plain, "10.1.0.0", 16, "bronze")]);
+    for (family, expected) in [(Family::V4, bronze), (Family::V6, 0)] {
+        port += 1;
+        let mut talk = Talk::new(Service::Plain, family, port);
+        talk.bind(&machine, HTTP, Reason::BoundNonsecure);
+        assert_eq!(flow(&machine, talk.client, talk.vip, 6).class(), expected);
+    }
+}
+
+/// A gold and a default connection at one backend with a limit: data of both.
+fn two_classes(machine: &Machine, family: Family, port: u16) -> (Packet, Packet) {
+    let d = machine.dataplane();
+    networks(
+        machine,
+        &[(Service::Plain, "10.1.0.0", 16, "gold"), (Service::Plain, "2001:db8:1::", 64, "gold")],
+    );
+    let (gold, _) = talk(machine, Service::Plain, family, port);
+    d.set_networks(&[]).expect("none");
+    let (default, _) = talk(machine, Service::Plain, family, port + 1);
+    assert_eq!(
+        [&gold, &default].map(|talk| flow(machine, talk.client, talk.vip, 6).class()),
+        [1, 0],
+        "classes of the two"
+    );
+    (gold.data(100, &[7; 1200]), default.data(100, &[7; 1200]))
+}
+
+#[test]
+fn classes_share_by_weight_and_a_new_weight_acts_at_once() {
+    let machine = limited(bandwidth());
+    let d = machine.dataplane();
+    d.set_classes(&[class("gold", 3)]).expect("classes");
+    for (port, family) in [(3300, Family::V4), (3302, Family::V6)] {
+        d.set_classes(&[class("gold", 3)]).expect("classes");
+        let (gold, default) = two_classes(&machine, family, port);
+        let rates = passing(&machine, &[&gold, &default], SOME);
+        assert_near("three quarters", rates[0], RATE * 0.75);
+        assert_near("a quarter", rates[1], RATE * 0.25);
+        d.set_classes(&[class("gold", 1), ClassSetting { weight: 4, ..ClassSetting::default() }])
+            .expect("classes");
+        let rates = passing(&machine, &[&gold, &default], SOME);
+        assert_near("a fifth", rates[0], RATE * 0.2);
+        assert_near("four fifths", rates[1], RATE * 0.8);
+        let borrowed = |at: usize| d.class_stats(0).expect("counted")[at].borrowed[0];
+        let before = borrowed(1);
+        let alone = passing(&machine, &[&gold], SOME);
+        assert_near("what the other leaves is used", alone[0], RATE);
+        let lent = (borrowed(1) - before) as f64;
+        assert!(lent > 0.5 * RATE * 0.8, "{lent} bytes were borrowed");
+    }
+}
+
+#[test]
+fn lending_borrowing_and_ceilings_hold_on_frames() {
+    let machine = limited(bandwidth());
+    let d = machine.dataplane();
+    d.set_classes(&[class("gold", 1)]).expect("classes");
+    let (gold, default) = two_classes(&machine, Family::V4, 3400);
+    let rows = [
+        (
+            "the other lends nothing",
+            ClassSetting { lend: false, ..ClassSetting::default() },
+            class("gold", 1),
+            0.5,
+        ),
+        (
+            "a limit to what it borrows",
+            ClassSetting::default(),
+            ClassSetting { borrow_limit: 20, ..class("gold", 1) },
+            0.7,
+        ),
+        ("a ceiling", ClassSetting::default(), ClassSetting { ceil: 30, ..class("gold", 1) }, 0.3),
+    ];
+    for (what, other, gold_class, part) in rows {
+        d.set_classes(&[other, gold_class]).expect("classes");
+        let rates = passing(&machine, &[&gold], SOME);
+        assert_near(what, rates[0], RATE * part);
+    }
+    let rates = passing(&machine, &[&gold, &default], SOME);
+    assert_near("what a ceiling leaves", rates[1], RATE * 0.7);
+}
+
+#[test]
+fn a_class_that_is_deleted_while_in_use_counts_as_the_default_one() {
+    let machine = limited(bandwidth());
+    let d = machine.dataplane();
+    d.set_classes(&[class("gold", 3), class("silver", 1)]).expect("classes");
+    let (gold, default) = two_classes(&machine, Family::V4, 3500);
+    d.set_classes(&[class("silver", 1)]).expect("classes");
+    let rates = passing(&machine, &[&gold, &default], SOME);
+    // Nobody has silver's half, so they get all of it.
+    assert_near("together", rates[0] + rates[1], RATE);
+    let stats = d.class_stats(0).expect("counted");
+    assert_eq!(stats.iter().map(|one| one.id).collect::<Vec<_>>(), [0, class_id("silver")]);
+    assert_eq!(stats[1].bytes, [0, 0]);
+    let session =
+        Session { state: STATE_CONFIRMED, class: class_id("gold"), ..Session::of(Machine::backend_id(0)) };
+    machine.know(Service::Plain, &[5; 32], session).expect("a session");
+    let mut talk = Talk::new(Service::Plain, Family::V4, 3510);
+    talk.bind(&machine, &client_hello(&[5; 32], 0), Reason::BoundHit);
+    assert_eq!(flow(&machine, talk.client, talk.vip, 6).class(), 0);
+    // A class without limits and none at all.
+    d.set_classes(&[]).expect("classes");
+    let rates = passing(&machine, &[&gold], SOME);
+    assert_near("no class", rates[0], RATE);
+}
+
+/// How often it may take to use up what the buckets hold at the start.
+const MANY: u16 = 40;
+
+/// Opens connections until one is over the rate: its number and packet, before which all were bound.
+fn until_over(mut open: impl FnMut(u16) -> Reason, bound: Reason) -> (u16, Reason) {
+    for number in 0..MANY {
+        let reason = open(number);
+        if reason != bound {
+            assert!(number > 0, "the first one: {reason:?}");
+            return (number, reason);
+        }
+    }
+    panic!("{MANY} connections at once");
+}
+
+#[test]
+fn connections_over_the_rate_are_dropped_and_come_again() {
+    for (family, base) in [(Family::V4, 3600), (Family::V6, 3700)] {
+        let machine = limited(connections(20));
+        let mut talks = Vec::new();
+        let (over, reason) = until_over(
+            |number| {
+                let mut talk = Talk::new(Service::Plain, family, base + number);
+                talk.shake(&machine);
+                talks.push(talk.clone());
+                machine.run(&talk.data(0, HTTP).frame()).expect("a verdict").reason
+            },
+            Reason::BoundNonsecure,
+        );
+        assert_eq!(reason, Reason::OverConnections);
+        let stats = machine.dataplane().class_stats(0).expect("counted")[0].stats;
+        assert_eq!((stats.connections, stats.connections_over), (u64::from(over), 1));
+        assert_eq!(machine.dataplane().backend_stats(0).expect("counted").connections, u64::from(over));
+        // Those that are open go on.
+        let far = Far::new(&machine.expect("again", &talks[0].data(0, HTTP), Reason::SynRepeated).packet());
+        let _ = machine.expect("its answer", &far.syn_ack(), Reason::Replayed);
+        std::thread::sleep(Duration::from_millis(120));
+        let late = &talks[usize::from(over)];
+        let _ = machine.expect("the client repeats itself", &late.data(0, HTTP), Reason::BoundNonsecure);
+    }
+}
+
+#[test]
+fn connections_over_the_rate_can_be_refused() {
+    for family in Family::BOTH {
+        let machine = limited(connections(1));
+        for service in [Service::Plain, Service::L4] {
+            machine.change(service, family, |one| one.flags |= FRONTEND_OVER_RESET).expect("set");
+        }
+        let mut last = None;
+        let (_, reason) = until_over(
+            |number| {
+                let mut talk = Talk::new(Service::Plain, family, 3800 + number);
+                talk.shake(&machine);
+                let outcome = machine.run(&talk.data(0, HTTP).frame()).expect("a verdict");
+                let reason = outcome.reason;
+                last = Some((talk, outcome));
+                reason
+            },
+            Reason::BoundNonsecure,
+        );
+        assert_eq!(reason, Reason::ResetOverRate);
+        let (talk, outcome) = last.expect("one");
+        let reset = outcome.tcp();
+        assert_eq!((reset.flags, reset.seq), (flags::RST, talk.cookie.wrapping_add(1)));
+        assert_eq!(outcome.packet().dst, talk.client.ip());
+        let syn = Talk::new(Service::L4, family, 3850).syn();
+        let reset = machine.expect("l4", &syn, Reason::ResetOverRate).tcp();
+        assert_eq!(reset.flags, flags::RST | flags::ACK);
+        // There is nothing to refuse a datagram with.
+        for service in [Service::L4, Service::Quic] {
+            let packet = datagram(client_at(family, 3851), service.at(family), &[0x43; 40]);
+            let _ = machine.expect("a datagram", &packet, Reason::OverConnections);
+        }
+    }
+}
+
+#[test]
+fn connections_over_the_rate_can_wait_for_the_daemon() {
+    let family = Family::V4;
+    let machine = limited(connections(1));
+    machine.change(Service::Held, family, |one| one.flags |= FRONTEND_OVER_HOLD).expect("set");
+    let mut ring = machine.dataplane().take_held().expect("the ring");
+    let known = |number: u16| {
+        let id = [number as u8 + 1; 32];
+        let session = Session { state: STATE_CONFIRMED, ..Session::of(Machine::backend_id(0)) };
+        machine.know(Service::Held, &id, session).expect("a session");
+        client_hello(&id, 0)
+    };
+    let mut last = None;
+    let (_, reason) = until_over(
+        |number| {
+            machine.beat(true).expect("alive");
+            let mut talk = Talk::new(Service::Held, family, 3900 + number);
+            talk.shake(&machine);
+            let data = talk.data(0, &known(number));
+            let reason = machine.run(&data.frame()).expect("a verdict").reason;
+            last = Some((talk, data));
+            reason
+        },
+        Reason::BoundHit,
+    );
+    assert_eq!(reason, Reason::Held, "also with a session that is known");
+    let (talk, data) = last.expect("one");
+    let bytes = ring.next().expect("the daemon is told").to_vec();
+    let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    assert_eq!((word(0), word(8)), (dispatcher_common::event::EVENT_HELD, 0), "kind and backend");
+    // As long as the daemon lives its word is waited for, however often the client repeats itself.
+    std::thread::sleep(Duration::from_millis(150));
+    machine.beat(true).expect("alive");
+    let _ = machine.expect("repeated", &data, Reason::Stashed);
+    let key = FlowKey {
+        src: talk.client.ip().into(),
+        dst: talk.vip.ip().into(),
+        ports: ports_word(talk.client.port(), talk.vip.port()),
+        proto: 6,
+    };
+    // Its rate is not asked for again, so others find less.
+    let release = Release { slot: word(12), backend: 0, flow: key };
+    machine.dataplane().release(&[release]).expect("released");
+    assert_eq!(flow(&machine, talk.client, talk.vip, 6).backend, 0);
+    machine.beat(false).expect("dead");
+    let mut other = Talk::new(Service::Held, family, 3990);
+    other.shake(&machine);
+    let _ = machine.expect("nobody to ask", &other.data(0, &known(90)), Reason::OverConnections);
+}
+
+#[test]
+fn frames_get_the_dscp_of_their_class() {
+    let machine = machine();
+    let d = machine.dataplane();
+    machine.set_up(1, false).expect("one backend is enough");
+    let marked = ClassSetting { dscp: Some(46), ..class("gold", 1) };
+    d.set_classes(&[marked]).expect("classes");
+    networks(
+        &machine,
+        &[(Service::Plain, "10.1.0.0", 16, "gold"), (Service::Plain, "2001:db8:1::", 64, "gold")],
+    );
+    for (port, family) in (4000..).zip(Family::BOTH) {
+        let mut talk = Talk::new(Service::Plain, family, port);
+        let syn = talk.bind(&machine, HTTP, Reason::BoundNonsecure);
+        assert_eq!(syn.tos, 46 << 2, "the SYN");
+        let far = Far::new(&syn);
+        let _ = machine.expect("the backend's SYN-ACK", &far.syn_ack(), Reason::Replayed);
+        for ecn in 0..4 {
+            for fin in [0, flags::FIN] {
+                let mut packet = talk.segment(flags::ACK | fin, 100, 1, b"data");
+                packet.tos = 0x48 | ecn;
+                let out = machine.run(&packet.frame()).expect("a verdict").packet();
+                assert_eq!((out.tos, out.dst), (46 << 2 | ecn, backend_at(family, 0).ip()));
+                let mut packet = far.segment(flags::ACK, 100, 1, b"data");
+                packet.tos = ecn;
+                let out = machine.run(&packet.frame()).expect("a verdict").packet();
+                assert_eq!((out.tos, out.dst), (46 << 2 | ecn, talk.client.ip()));
+                assert_eq!(out.id, packet.id, "the flow label is kept");
+            }
+        }
+        // Another service's are left alone.
+        let packet = datagram(client_at(family, port), Service::L4.at(family), b"data");
+        let packet = Packet { tos: 0x49, ..packet };
+        let out = machine.expect("a datagram", &packet, Reason::BoundL4).packet();
+        assert_eq!(out.tos, 0x49);
+    }
+    d.set_classes(&[ClassSetting { dscp: Some(0), ..ClassSetting::default() }]).expect("classes");
+    let packet = datagram(client_at(Family::V4, 4100), Service::L4.at(Family::V4), b"data");
+    let out = machine.expect("a datagram", &Packet { tos: 0x4b, ..packet }, Reason::BoundL4).packet();
+    assert_eq!(out.tos, 3, "zero is a DSCP too");
+    d.set_classes(&[]).expect("classes");
+    let packet = datagram(client_at(Family::V4, 4100), Service::L4.at(Family::V4), b"data");
+    let out = machine.expect("a datagram", &Packet { tos: 0x4b, ..packet }, Reason::ToBackend).packet();
+    assert_eq!(out.tos, 0x4b, "nothing is set any more");
+}
