@@ -43,8 +43,12 @@ pub const LEAST_CONNECTIONS: i64 = (CONNECTION << FRACTION) as i64;
 
 /// Buckets are not filled more often than this, nanoseconds, so that what is cut off is nothing.
 const STEP_NS: i64 = 1 << 16;
-/// The longest time for which buckets are filled at once: twice what they hold.
-const ELAPSED_MAX_NS: i64 = 1 << 27;
+/// The longest time for which buckets are filled at once, nanoseconds.
+const ELAPSED_MAX_NS: i64 = 1 << 41;
+/// Ticks in which any bucket of a rate from [`FAST`] on is full, twice over.
+const FULL: u64 = 1 << 17;
+/// See [`FULL`]: slower ones times [`ELAPSED_MAX_NS`] fit a word.
+const FAST: u64 = 1 << 32;
 /// Half of the time for which a class counts as one that wants more, nanoseconds.
 const HUNGER_NS: u64 = 1 << 23;
 
@@ -249,10 +253,11 @@ pub const fn depth(rate: u64, least: i64) -> i64 {
     if depth > least { depth } else { least }
 }
 
-/// What runs into a bucket in a time of `ticks` of 1024 ns, at most 2^17 of them. `FRACTION` is 10, so
-/// rate * ticks * 2^10 / 2^30 * 2^10 is what follows.
+/// What runs into a bucket in a time of `ticks` of 1024 ns. `FRACTION` is 10, so rate * ticks * 2^10 / 2^30 * 2^10 is
+/// what follows.
 #[inline(always)]
 const fn gained(rate: u64, ticks: u64) -> i64 {
+    let ticks = if rate >= FAST && ticks > FULL { FULL } else { ticks };
     (rate.wrapping_mul(ticks) >> FRACTION) as i64
 }
 
@@ -572,6 +577,16 @@ mod tests {
             }
         }
         assert!((99..=102).contains(&connections), "{connections} connections in ten seconds");
+        let one = Rates::divided(connections_rate(1), LEAST_CONNECTIONS, &classes(&[(1, 1, 100, 100)]));
+        let (mut buckets, mut seldom) = (Buckets::default(), 0);
+        for step in 0..20 {
+            fill(&mut buckets, &one, 10_000 * MS + step * 700 * MS);
+            seldom += buckets.take(&one, 0, LEAST_CONNECTIONS).tokens;
+        }
+        assert!(
+            (14..=16).contains(&(seldom / LEAST_CONNECTIONS)),
+            "{seldom} in 14 seconds, asked for each 0.7"
+        );
     }
 
     #[test]

@@ -185,13 +185,10 @@ fn buckets(index: u32) -> Option<&'static mut Buckets> {
 #[inline(never)]
 extern "C" fn dispatcher_fill_class(index: u32, class: u32, ticks: u64) -> u64 {
     match (RATES.get(index), buckets(index)) {
-        (Some(rates), Some(buckets)) => buckets.fill(rates, class, ticks & TICKS),
+        (Some(rates), Some(buckets)) => buckets.fill(rates, class, ticks),
         _ => 0,
     }
 }
-
-/// More ticks than there ever are.
-const TICKS: u64 = (1 << 18) - 1;
 
 /// Gives out what ran over in locked buckets.
 #[unsafe(no_mangle)]

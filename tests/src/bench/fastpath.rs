@@ -29,7 +29,7 @@ use dispatcher_common::{
     stash::Slot,
 };
 use dispatcher_user::dataplane::{
-    Capacities, Dataplane, interface_index, monotonic_ns, monotonic_seconds, object, test_run,
+    Capacities, Dataplane, Limits, interface_index, monotonic_ns, monotonic_seconds, object, test_run,
 };
 
 use crate::{
@@ -138,6 +138,9 @@ enum Known {
     Cookie,
 }
 
+/// The backends have a bandwidth, bits a second: 40 Gbit/s, more than one CPU makes of short frames.
+const LIMITED: &str = "backends with a bandwidth";
+const BANDWIDTH: u64 = 40_000_000_000;
 const HELLO: &str = "ClientHello, session known";
 const HELLO_PSK: &str = "ClientHello with PSK, key known";
 /// Name and value of a cookie.
@@ -170,6 +173,8 @@ struct Case {
     reason: Option<Reason>,
     /// Number of flows of the `floor-lru` that it is compared with.
     floor: u32,
+    /// The backends have limits, which the frames do not reach.
+    limited: bool,
 }
 
 /// The frames of a case.
@@ -393,6 +398,7 @@ impl Bench {
             verdict: XDP_REDIRECT,
             reason: Some(reason),
             floor,
+            limited: false,
         };
         let mut cases = Vec::new();
         for count in COUNTS {
@@ -411,6 +417,7 @@ impl Bench {
                     verdict: XDP_TX,
                     reason: None,
                     floor: count,
+                    limited: false,
                 });
             }
             cases.push(forwarded(
@@ -427,6 +434,19 @@ impl Bench {
                 Reason::ToClient,
                 count,
             ));
+            let ways = [
+                (
+                    (|v4, n| from_client(v4, n, false)) as fn(bool, u32) -> Packet,
+                    "to backend",
+                    Reason::ToBackend,
+                ),
+                (from_backend, "to client", Reason::ToClient),
+            ];
+            for (frame, way, reason) in ways {
+                let name = format!("established, {way}, {LIMITED}, {flows}");
+                let all = patches(count, |n| frame(true, n));
+                cases.push(Case { limited: true, ..forwarded(name, frame(true, 0), all, reason, count) });
+            }
             cases.push(forwarded(
                 format!("established, to backend, SACK block, {flows}"),
                 from_client(true, 0, true),
@@ -467,6 +487,7 @@ impl Bench {
                 verdict: XDP_REDIRECT,
                 reason: Some(reason),
                 floor: 1,
+                limited: false,
             });
         }
         Ok(cases)
@@ -572,6 +593,8 @@ impl Bench {
 
     /// Gives the wrapper the frames of a case with a template.
     fn load(&mut self, case: &Case) -> Result<()> {
+        let limits = Limits { bandwidth: if case.limited { BANDWIDTH } else { 0 }, ..Limits::default() };
+        (0..BACKENDS).try_for_each(|backend| self.dataplane.set_limits(backend, limits))?;
         let Load::Template { frame, patches } = &case.load else { return Ok(()) };
         let mut template = [0; 128];
         template.get_mut(..frame.len()).context("a frame is too long")?.copy_from_slice(frame);
@@ -704,6 +727,21 @@ fn report(cases: &[Case], samples: &[Sample], floor: &[f64]) -> Report {
         };
         goals.push(one("SYN -> SYN-ACK", "SYN -> SYN-ACK", 2.6));
         goals.push(one("neither VIP nor backend", "non-VIP", 0.6));
+    }
+    for count in COUNTS {
+        for way in ["to backend", "to client"] {
+            let time = |name: &str| {
+                let found = cases.iter().zip(samples).find(|(case, _)| case.name == name);
+                found.map(|(_, sample)| own(sample)).unwrap_or_default()
+            };
+            let (with, without) = (
+                time(&format!("established, {way}, {LIMITED}, {}", flows(count))),
+                time(&format!("established, {way}, {}", flows(count))),
+            );
+            let added: Vec<f64> = with.iter().zip(&without).map(|(with, without)| with - without).collect();
+            let goal = format!("what a bandwidth adds, ns, {way}, {}", flows(count));
+            goals.push(Goal::at_most(&goal, median(&added), 10.0));
+        }
     }
     let hello = |name: &str| {
         let found = cases.iter().zip(samples).find(|(case, _)| case.name.starts_with(name));

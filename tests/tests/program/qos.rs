@@ -2,6 +2,8 @@
 
 use std::{
     net::SocketAddr,
+    os::fd::AsFd as _,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -19,7 +21,7 @@ use dispatcher_tests::{
     packet::{Body, Packet, Udp, flags},
     topology::Family,
 };
-use dispatcher_user::dataplane::{ClassSetting, Limits, NetworkClass};
+use dispatcher_user::dataplane::{ClassSetting, Limits, NetworkClass, test_run};
 
 use crate::machine;
 
@@ -137,6 +139,30 @@ fn the_rate_passes_and_what_is_over_is_dropped() {
         let [rate] = *passing(&machine, &[&down], SOME) else { panic!("one rate") };
         assert_near("to the client", rate, RATE);
     }
+}
+
+#[test]
+fn cpus_that_send_at_once_keep_to_the_rate_together() {
+    let machine = limited(bandwidth());
+    let program = machine.dataplane().program_fd("dispatcher").expect("a program");
+    let packets =
+        [3050, 3051].map(|port| talk(&machine, Service::Plain, Family::V4, port).0.data(100, &[7; 1200]));
+    let send = |frame: &[u8], time: Duration| {
+        let (began, mut sum) = (Instant::now(), 0);
+        while began.elapsed() < time {
+            let run = test_run(program.as_fd(), frame, None, 1, 0).expect("runs");
+            sum += if run.retval == 4 { frame.len() } else { 0 };
+        }
+        sum as f64 / began.elapsed().as_secs_f64()
+    };
+    let both = |time| {
+        thread::scope(|scope| {
+            let all = packets.each_ref().map(|packet| scope.spawn(|| send(&packet.frame(), time)));
+            all.map(|one| one.join().expect("sends")).iter().sum::<f64>()
+        })
+    };
+    both(Duration::from_millis(200));
+    assert_near("two at once", both(SOME), RATE);
 }
 
 #[test]
@@ -399,7 +425,7 @@ fn connections_over_the_rate_are_dropped_and_come_again() {
         // Those that are open go on.
         let far = Far::new(&machine.expect("again", &talks[0].data(0, HTTP), Reason::SynRepeated).packet());
         let _ = machine.expect("its answer", &far.syn_ack(), Reason::Replayed);
-        std::thread::sleep(Duration::from_millis(120));
+        thread::sleep(Duration::from_millis(120));
         let late = &talks[usize::from(over)];
         let _ = machine.expect("the client repeats itself", &late.data(0, HTTP), Reason::BoundNonsecure);
     }
@@ -471,7 +497,7 @@ fn connections_over_the_rate_can_wait_for_the_daemon() {
     let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
     assert_eq!((word(0), word(8)), (dispatcher_common::event::EVENT_HELD, 0), "kind and backend");
     // As long as the daemon lives its word is waited for, however often the client repeats itself.
-    std::thread::sleep(Duration::from_millis(150));
+    thread::sleep(Duration::from_millis(150));
     machine.beat(true).expect("alive");
     let _ = machine.expect("repeated", &data, Reason::Stashed);
     let key = FlowKey {
