@@ -393,7 +393,8 @@ fn the_configuration_in_force_is_shown_and_loads_again() {
     assert_eq!(json["service"][0]["backend"][2]["name"], "b3");
     let schema: Value = stage.daemon.ask(&["config", "schema"]).expect("a schema");
     jsonschema::validate(&schema, &json).unwrap_or_else(|error| panic!("{}: {error}", error.instance_path()));
-    let changed = shown.replacen("weight = 1", "weight = 7", 1);
+    let (classes, services) = shown.split_once("[[service.backend]]").expect("a backend");
+    let changed = format!("{classes}[[service.backend]]{}", services.replacen("weight = 1", "weight = 7", 1));
     stage.daemon.rewrite(&changed).expect("written");
     let said = stage.daemon.told(&["reload"]).expect("reloaded");
     assert_eq!(said, "~ backend web/b1: weight: 1 -> 7\nin force: 1 change\n");
