@@ -278,7 +278,7 @@ impl Buckets {
     #[inline(always)]
     pub fn advance(&mut self, now: u64) -> u64 {
         let elapsed = now.wrapping_sub(self.filled) as i64;
-        if elapsed >= 0 && elapsed < STEP_NS {
+        if (0..STEP_NS).contains(&elapsed) {
             return 0;
         }
         let turned = now.wrapping_sub(self.turned);
