@@ -29,8 +29,8 @@ fn shares(stage: &Stage) -> Vec<api::QosShare> {
 
 /// Hellos of so many connections at the same time; those connections, once each is answered.
 fn rush(stage: &Stage, number: u8) -> Vec<TcpStream> {
-    let streams: Vec<_> =
-        (0..number).map(|i| stage.connect(Family::BOTH[usize::from(i) % 2], i.into()).expect("a connection"));
+    let connect = |i: u8| stage.connect(Family::BOTH[usize::from(i) % 2], i.into()).expect("a connection");
+    let streams: Vec<_> = (0..number).map(connect).collect();
     std::thread::scope(|scope| {
         let one = |(i, mut stream): (usize, TcpStream)| {
             scope.spawn(move || {
