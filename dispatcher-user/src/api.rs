@@ -491,6 +491,8 @@ pub struct Flow {
     pub secure: bool,
     /// Its session was known.
     pub hit: bool,
+    /// Class.
+    pub class: String,
 }
 
 /// `GET /v1/counters`.

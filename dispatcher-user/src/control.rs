@@ -1031,6 +1031,8 @@ struct Names {
     ids: HashMap<u32, u32>,
     /// Backend ids of the tunnels that there are.
     tunnels: HashMap<u32, u32>,
+    /// Ids of classes by their numbers in flows.
+    classes: Vec<u16>,
 }
 
 impl Names {
@@ -1043,7 +1045,9 @@ impl Names {
         let backends = numbered.collect();
         let ids = state.actual.backend_indexes().map(|(id, index)| (index, id)).collect();
         let tunnels = shared.terminator.tunnels.list().iter().map(|one| (one.id, one.backend)).collect();
-        Self { config, backends, ids, tunnels }
+        let classes = shared.dataplane.class_ids();
+        let classes = classes.map_err(|error| log::warn!("{error}")).unwrap_or_default().to_vec();
+        Self { config, backends, ids, tunnels, classes }
     }
 
     fn service(&self, id: u32) -> String {
@@ -1154,6 +1158,11 @@ fn shown_flow(names: &Names, key: &FlowKey, flow: &Flow, now: u32) -> api::Flow 
         age_seconds: now.saturating_sub(flow.created),
         secure: flow.marks & MARK_SECURE != 0,
         hit: flow.marks & MARK_HIT != 0,
+        class: names
+            .classes
+            .get(flow.class() as usize)
+            .and_then(|id| names.class(*id))
+            .unwrap_or_else(|| config::DEFAULT_CLASS.to_owned()),
     }
 }
 

@@ -1156,7 +1156,7 @@ fn identities(identities: &[api::Identity]) -> Sheet {
 }
 
 fn flows(flows: &[api::Flow]) -> Sheet {
-    let header = ["client", "vip", "proto", "service", "backend", "state", "secure", "hit", "age"];
+    let header = ["client", "vip", "proto", "service", "backend", "state", "secure", "hit", "age", "class"];
     let yes = |value| if value { "yes" } else { "no" }.to_owned();
     let row = |one: &api::Flow| {
         vec![
@@ -1169,9 +1169,10 @@ fn flows(flows: &[api::Flow]) -> Sheet {
             yes(one.secure),
             yes(one.hit),
             age(one.age_seconds.into()),
+            one.class.clone(),
         ]
     };
-    table(&header, 8, &["hit", "secure", "proto"], flows.iter().map(row))
+    table(&header, 8, &["class", "hit", "secure", "proto"], flows.iter().map(row))
 }
 
 fn counters(now: &api::Counters, before: Option<&api::Counters>, all: bool) -> Sheet {

@@ -131,6 +131,7 @@ fn a_list_that_is_cut_says_so() {
         age_seconds: 1,
         secure: true,
         hit: true,
+        class: "default".to_owned(),
     };
     let list = |count: u16| serde_json::to_string(&(0..count).map(flow).collect::<Vec<_>>()).expect("json");
     let hint = "dispatcherctl: the first 3, there may be more: `--limit N` lists up to N\n";

@@ -269,6 +269,11 @@ impl Dataplane {
         self.set_flags(GLOBAL_CLASSES | GLOBAL_DSCP, [(several, GLOBAL_CLASSES), (marks, GLOBAL_DSCP)])
     }
 
+    /// The ids of the classes by their numbers, which flows have; 0 where there is none.
+    pub fn class_ids(&self) -> Result<[u16; CLASSES_MAX], Error> {
+        Ok(self.qos.entries()?.map(|entry| entry.id))
+    }
+
     /// Sets the limits of a backend.
     pub fn set_limits(&self, backend: u32, limits: Limits) -> Result<(), Error> {
         let qos = &self.qos;
