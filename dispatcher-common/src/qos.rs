@@ -485,7 +485,7 @@ mod tests {
         while now < warm + time {
             now += 1000;
             for (class, every) in every.iter().enumerate() {
-                if *every == 0 || now % every != 0 {
+                if *every == 0 || !now.is_multiple_of(*every) {
                     continue;
                 }
                 let (credit, cost) = (&mut credits[class], 1000_i64 << FRACTION);

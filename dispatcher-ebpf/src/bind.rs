@@ -205,12 +205,13 @@ fn choose(slot: &mut Slot, index: u32, frontend: &Frontend, avoid: u32) -> Verdi
     if backend == ANY {
         let hash = (stash::mix(&slot.key) >> 16) as u32 ^ slot.isn;
         backend = services::pick(frontend, hash, v4, avoid)?;
-        if slot.stage == STAGE_FILLING && frontend.flags & FRONTEND_MISS_DAEMON != 0 {
-            if daemon_lives(globals()?) {
-                slot.backend = backend;
-                slot.stage = STAGE_HELD;
-                return Verdict(Reason::Held);
-            }
+        if slot.stage == STAGE_FILLING
+            && frontend.flags & FRONTEND_MISS_DAEMON != 0
+            && daemon_lives(globals()?)
+        {
+            slot.backend = backend;
+            slot.stage = STAGE_HELD;
+            return Verdict(Reason::Held);
         }
         reason = if !secure {
             Reason::BoundNonsecure
