@@ -161,8 +161,10 @@ fn a_full_queue_refuses_who_has_most_for_its_weight() {
     std::thread::scope(|scope| {
         let waiting: Vec<_> = (0..4).map(|_| ask(scope, &scene, "bronze", "/")).collect();
         until("the queue is full", || queued(&scene, "b1") == 4);
-        let refused =
-            scene.curl("jar", Family::V4, &["-i", "-H", "Cookie: sid=bronze"], "/").expect("an answer");
+        // From the address of the others: another client's would make room for itself.
+        let from = scene.topology.client(Family::V4, 1).to_string();
+        let arguments = ["-i", "--interface", &from, "-H", "Cookie: sid=bronze"];
+        let refused = scene.curl("jar", Family::V4, &arguments, "/").expect("an answer");
         let head = refused.to_lowercase();
         assert!(head.contains(" 503") && head.contains("\nretry-after: 1\r\n"), "{refused}");
         assert!(head.contains("x-request-id: ") && head.contains("too many requests wait"), "{refused}");
