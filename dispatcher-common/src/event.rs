@@ -17,6 +17,10 @@ pub const EVENT_REJECTED: u32 = 5;
 /// A connection was bound: one of so many as [`Globals::trace`](crate::globals::Globals::trace) says.
 pub const EVENT_BOUND: u32 = 6;
 
+/// A hello of a known session is held until its turn at its backend, which is over its rate: answer as
+/// [`EVENT_HELD`], with that backend.
+pub const EVENT_TURN: u32 = 7;
+
 /// One record of the rings `EVENTS` and `HELD`. 96 bytes.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 #[repr(C)]
@@ -27,7 +31,7 @@ pub struct Event {
     pub frontend: u32,
     /// Backend index; for [`EVENT_HELD`] what the table would pick.
     pub backend: u32,
-    /// Stash slot, for [`EVENT_HELD`]; number of the [`Reason`](crate::reason::Reason), for [`EVENT_BOUND`].
+    /// Stash slot, for [`EVENT_HELD`] and [`EVENT_TURN`]; number of the [`Reason`](crate::reason::Reason), for [`EVENT_BOUND`].
     pub slot: u32,
     /// The flow of the packet that it is about: client -> VIP; of what a server's packet taught
     /// ([`EVENT_LEARNED`], [`EVENT_REJECTED`]) backend -> client or pool.

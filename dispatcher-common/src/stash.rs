@@ -22,6 +22,8 @@ pub const STAGE_FREE: u32 = 0;
 pub const STAGE_FILLING: u32 = 1;
 /// Waits for the daemon's pick.
 pub const STAGE_HELD: u32 = 2;
+/// [`Slot::marks`]: it is held for its turn at the backend that it has.
+pub const MARK_TURN: u32 = 1 << 8;
 /// The SYN went to the backend.
 pub const STAGE_BOUND: u32 = 3;
 /// The backend has answered and the content was sent; kept for repair, may be taken over.
@@ -115,7 +117,8 @@ pub struct Slot {
     pub dst: Addr,
     /// Ports of packets to the backend, as on the wire.
     pub ports: u32,
-    /// Result of the scan: `flow::MARK_SECURE`, `flow::MARK_HTTP`; then the class, as in `Flow::marks`.
+    /// Result of the scan: `flow::MARK_SECURE`, `flow::MARK_HTTP`; then the class, as in `Flow::marks`; then
+    /// [`MARK_TURN`].
     pub marks: u32,
     /// TOS or traffic class of the client's packet.
     pub tos: u32,

@@ -2,7 +2,7 @@
 
 use dispatcher_common::{
     addr::Addr,
-    event::{EVENT_BOUND, EVENT_HELD, EVENT_MISS, EVENT_REFUSED},
+    event::{EVENT_BOUND, EVENT_HELD, EVENT_MISS, EVENT_REFUSED, EVENT_TURN},
     flow::{
         CLASS_BIT, FLAG_SYN_SENT, FLAG_TO_BACKEND, FLAG_VLAN, Flow, FlowKey, Link, MARK_HIT, MARK_HTTP,
         MARK_SECURE, MARKS_CLASS, is_closed, ports_of, ports_swapped,
@@ -15,7 +15,7 @@ use dispatcher_common::{
         FRONTEND_SOURCE_DISPATCHER, Frontend,
     },
     session::{KIND_CLIENT, KIND_TICKET_NAME},
-    stash::{STAGE_BOUND, STAGE_FILLING, STAGE_FREE, STAGE_HELD, Slot},
+    stash::{MARK_TURN, STAGE_BOUND, STAGE_FILLING, STAGE_FREE, STAGE_HELD, Slot},
 };
 
 use crate::{
@@ -129,6 +129,7 @@ fn over(slot: &mut Slot, frontend: &Frontend) -> Verdict {
         && daemon_lives(globals()?)
     {
         slot.stage = STAGE_HELD;
+        slot.marks |= MARK_TURN;
         return Verdict(Reason::Held);
     }
     slot.stage = if frontend.flags & FRONTEND_OVER_RESET != 0 { STAGE_FREE } else { STAGE_FILLING };
@@ -256,7 +257,7 @@ fn choose(slot: &mut Slot, index: u32, frontend: &Frontend, avoid: u32) -> Verdi
 #[inline(always)]
 fn classify(slot: &mut Slot) {
     let class = qos::class(slot.frontend);
-    slot.marks = slot.marks & !(MARKS_CLASS as u32) | class << CLASS_BIT;
+    slot.marks = slot.marks & !(MARKS_CLASS as u32 | MARK_TURN) | class << CLASS_BIT;
 }
 
 /// The client's next connection may come without this one's identifier: a service that knows clients by
@@ -286,7 +287,8 @@ fn follow_client(slot: &Slot, frontend: &Frontend) -> bool {
 /// Asks the daemon for a backend for a held slot; false when the ring is full.
 #[inline(always)]
 pub fn ask(index: u32, slot: &Slot) -> bool {
-    tell(EVENT_HELD, slot.backend, index, slot)
+    let kind = if slot.marks & MARK_TURN != 0 { EVENT_TURN } else { EVENT_HELD };
+    tell(kind, slot.backend, index, slot)
 }
 
 /// Tells the daemon of a slot; false when the ring is full.

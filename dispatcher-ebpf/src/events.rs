@@ -3,7 +3,7 @@
 use aya_ebpf::{macros::map, maps::RingBuf};
 use dispatcher_common::{
     abi,
-    event::{EVENT_HELD, Event},
+    event::{EVENT_HELD, EVENT_TURN, Event},
     flow::FlowKey,
     session::SessionKey,
 };
@@ -23,7 +23,8 @@ const WAKE: u64 = 0;
 /// Writes an event; false when the ring is full.
 #[inline(always)]
 pub fn tell(kind: u32, frontend: u32, backend: u32, slot: u32, flow: &FlowKey, session: &SessionKey) -> bool {
-    let (ring, flags) = if kind == EVENT_HELD { (&HELD, WAKE) } else { (&EVENTS, LEAVE) };
+    let (ring, flags) =
+        if kind == EVENT_HELD || kind == EVENT_TURN { (&HELD, WAKE) } else { (&EVENTS, LEAVE) };
     let Some(mut entry) = ring.reserve::<Event>(0) else { return false };
     let event = entry.as_mut_ptr();
     // SAFETY: the ring reserved the bytes of one event; every field is written.

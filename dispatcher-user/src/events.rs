@@ -14,7 +14,8 @@ use std::{
 use aya::maps::{MapData, RingBuf};
 use dispatcher_common::{
     event::{
-        EVENT_BOUND, EVENT_HELD, EVENT_LEARNED, EVENT_MISS, EVENT_REFUSED, EVENT_REJECTED, Event, Release,
+        EVENT_BOUND, EVENT_HELD, EVENT_LEARNED, EVENT_MISS, EVENT_REFUSED, EVENT_REJECTED, EVENT_TURN, Event,
+        Release,
     },
     flow::FlowKey,
     session::{KIND_TICKET_NAME, STATE_PROVISIONAL, Session},
@@ -175,7 +176,7 @@ fn take_note(shared: &Shared, event: &Event) {
     let counts = &shared.counts;
     let (count, what) = match event.kind {
         EVENT_MISS => (&counts.miss, "unknown identifier"),
-        EVENT_HELD => (&counts.held, "held"),
+        EVENT_HELD | EVENT_TURN => (&counts.held, "held"),
         EVENT_REFUSED => (&counts.refused, "refused by the backend"),
         EVENT_LEARNED => (&counts.learned, "identifier learned"),
         EVENT_REJECTED => (&counts.rejected, "ticket not accepted"),
@@ -246,6 +247,11 @@ impl Picker {
         event: &Event,
     ) -> Result<Option<Choice>, Error> {
         let Some(pool) = pools.get(&event.frontend) else { return Ok(None) };
+        if event.kind == EVENT_TURN {
+            let home = pool.known.iter().find(|(_, index)| **index == event.backend);
+            let class = dataplane.sessions().get(&event.session)?.map_or(0, |session| session.class);
+            return Ok(home.map(|(id, index)| Choice { id: *id, index: *index, class }));
+        }
         // A key's name is one for many clients: only a server's acceptance says whose it is.
         if event.session.len == 0 || event.session.kind == KIND_TICKET_NAME {
             return Ok(self.pick(pool, &event.flow).map(Choice::from));

@@ -9,7 +9,7 @@ use dispatcher_common::reason::Reason;
 use dispatcher_tests::{
     hello::{ask, client_hello},
     stage::{Stage, web},
-    tls::Manners,
+    tls::{Manners, Version},
     topology::{Family, Plan},
     town::until,
 };
@@ -77,4 +77,33 @@ fn no_more_connections_than_there_may_be() {
     });
     assert_eq!(stage.daemon.counter(Reason::Released).expect("a counter"), 7);
     assert_eq!(stage.daemon.counter(Reason::BoundMiss).expect("a counter"), 0);
+}
+
+#[test]
+fn known_sessions_that_wait_for_their_turn_stay_at_home() {
+    let service = ["limits.connections_per_second = 4", "limits.over = \"hold\"", TURNS]
+        .iter()
+        .fold(web().with("miss = \"daemon\""), |service, line| service.with(line));
+    let manners = Manners { tickets: true, ..Manners::default() };
+    let stage = Stage::new(Plan::default(), "native", &service, manners);
+    let routable = || {
+        let found: Vec<api::Identity> = stage.daemon.ask(&["identities"]).expect("identities");
+        found.iter().all(|one| one.state == "routable")
+    };
+    until("keys are known", routable);
+    for version in [Version::Tls12, Version::Tls13] {
+        let user = stage.user(version).with_tickets();
+        let home = stage.visit(&user, Family::V4, 0).backend;
+        let before = stage.daemon.counter(Reason::Released).expect("a counter");
+        for turn in 0..12 {
+            let visit = stage.visit(&user, Family::BOTH[turn % 2], turn);
+            assert_eq!(
+                (visit.backend.as_str(), visit.reused.as_str()),
+                (home.as_str(), "r"),
+                "{version:?} {turn}"
+            );
+        }
+        let after = stage.daemon.counter(Reason::Released).expect("a counter");
+        assert!(after > before + 5, "most had to wait: {before} and {after}");
+    }
 }

@@ -13,7 +13,9 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use dispatcher_common::{
-    event::{EVENT_BOUND, EVENT_HELD, EVENT_LEARNED, EVENT_MISS, EVENT_REFUSED, EVENT_REJECTED, Event},
+    event::{
+        EVENT_BOUND, EVENT_HELD, EVENT_LEARNED, EVENT_MISS, EVENT_REFUSED, EVENT_REJECTED, EVENT_TURN, Event,
+    },
     flow::{FlowKey, ports_of},
     reason::Reason,
 };
@@ -39,10 +41,11 @@ const ROOM: usize = 4096;
 const BATCH: usize = 256;
 
 /// Kinds of events, as the API calls them.
-const EVENTS: [(u32, &str); 6] = [
+const EVENTS: [(u32, &str); 7] = [
     (EVENT_BOUND, "bound"),
     (EVENT_MISS, "miss"),
     (EVENT_HELD, "held"),
+    (EVENT_TURN, "held"),
     (EVENT_REFUSED, "refused"),
     (EVENT_LEARNED, "learned"),
     (EVENT_REJECTED, "rejected"),

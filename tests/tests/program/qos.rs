@@ -497,7 +497,7 @@ fn connections_over_the_rate_can_wait_for_the_daemon() {
     let (talk, data) = last.expect("one");
     let bytes = ring.next().expect("the daemon is told").to_vec();
     let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-    assert_eq!((word(0), word(8)), (dispatcher_common::event::EVENT_HELD, 0), "kind and backend");
+    assert_eq!((word(0), word(8)), (dispatcher_common::event::EVENT_TURN, 0), "kind and backend");
     // As long as the daemon lives its word is waited for, however often the client repeats itself.
     thread::sleep(Duration::from_millis(150));
     machine.beat(true).expect("alive");

@@ -33,7 +33,8 @@ async fn waits(entering: &mut Entering<'_>) {
 async fn is_in(entering: &mut Entering<'_>) -> Permit {
     match poll!(entering) {
         Poll::Ready(Ok(permit)) => permit,
-        other => panic!("it is in: {other:?}"),
+        Poll::Ready(Err(refused)) => panic!("refused: {refused}"),
+        Poll::Pending => panic!("it waits"),
     }
 }
 
