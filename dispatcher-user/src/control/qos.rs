@@ -9,9 +9,7 @@ use std::{
 use axum::{Json, extract::State};
 use dispatcher_common::service::Histogram;
 
-use super::{
-    Answer, Body, Failure, Names, Segment, bad, find_service, keys, kind, not_found, reading, shown,
-};
+use super::{Answer, Body, Failure, Names, Segment, find_service, keys, kind, not_found, reading, shown};
 use crate::{
     api, config,
     dataplane::{ClassCount, monotonic_seconds},
@@ -87,14 +85,10 @@ pub(super) async fn assign(
     reading(shared, move |shared| {
         let config = shared.config();
         find_service(&config, &wanted.service)?;
-        let class = match &wanted.class {
-            Some(name) if name == config::DEFAULT_CLASS => {
-                return Err(bad(format!(
-                    "\"{name}\" is where the rules put what they do not name; leave the class out to let the rules decide"
-                )));
-            }
+        // The default one is where the rules put what they do not name: they decide again.
+        let class = match wanted.class.as_deref() {
+            None | Some(config::DEFAULT_CLASS) => 0,
             Some(name) => class(&config, name)?.id,
-            None => 0,
         };
         let kinds = match &wanted.kind {
             Some(name) => vec![kind(name)?],

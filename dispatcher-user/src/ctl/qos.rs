@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::Subcommand;
 
 use super::{Client, Error, Form, Identifier, Sheet, escaped, sessions, show, table};
-use crate::{api, config::DEFAULT_CLASS};
+use crate::api;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -63,7 +63,7 @@ pub(super) async fn run(
             show(out, form, ask.patch::<Vec<api::QosClass>>(&path, &weight).await?.as_slice(), classes)
         }
         Some(Command::Assign { id, class, service, kind }) => {
-            let class = (class != DEFAULT_CLASS).then(|| class.clone());
+            let class = Some(class.clone());
             let kind = id.kind(kind.as_deref())?;
             let wanted = api::QosAssignment { service: service.clone(), class, kind };
             let path = format!("/v1/qos/sessions/{}", escaped(&id.hex));
