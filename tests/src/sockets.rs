@@ -3,7 +3,7 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use socket2::{Domain, Protocol, Socket, Type};
@@ -44,14 +44,25 @@ fn open(socket: Socket, from: SocketAddr, to: SocketAddr) -> io::Result<TcpStrea
 
 /// Listens on a port of a namespace, on all addresses of both families.
 pub fn listen(netns: &Netns, port: u16) -> io::Result<TcpListener> {
-    netns.run(|| {
+    let listen = || {
         let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP))?;
         socket.set_only_v6(false)?;
         socket.set_reuse_address(true)?;
         socket.bind(&SocketAddr::from(([0_u16; 8], port)).into())?;
         socket.listen(1024)?;
         Ok(socket.into())
-    })
+    };
+    // A child that another test has just forked may have a listener that was closed here, until it becomes another
+    // program.
+    let deadline = Instant::now() + Duration::from_secs(2);
+    loop {
+        match netns.run(listen) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            result => return result,
+        }
+    }
 }
 
 /// A UDP socket on an address of a namespace.
