@@ -50,7 +50,7 @@ pub fn listen(netns: &Netns, port: u16) -> io::Result<TcpListener> {
         socket.set_reuse_address(true)?;
         socket.bind(&SocketAddr::from(([0_u16; 8], port)).into())?;
         socket.listen(1024)?;
-        Ok(socket.into())
+        Ok::<TcpListener, io::Error>(socket.into())
     };
     // A child that another test has just forked may have a listener that was closed here, until it becomes another
     // program.
