@@ -8,6 +8,7 @@
 //! - `fair::Queue` says whose turn it is: start-time fair queueing over classes, then clients.
 //! - `gate::Gate` lets so many requests at a time to one backend; `limit::Adaptive` may say how many.
 //! - `pace::Pacer` releases hellos to one backend.
+//! - `most::Most` keeps classes from what others do not lend, and to their ceilings, at a gate.
 //! - `book::Book` counts.
 //!
 //! A backend without limits has neither, and costs nothing but a look at a flag. All time is monotonic: a clock
@@ -27,12 +28,13 @@ use dispatcher_common::service::Histogram;
 use serde::Serialize;
 use tokio::time::Instant;
 
-use crate::config::{self, Config, Queueing};
+use crate::config::{self, Class, Config, Queueing};
 
 mod book;
 mod fair;
 mod gate;
 mod limit;
+mod most;
 mod pace;
 
 use self::pace::Pacer;
@@ -40,25 +42,6 @@ pub(crate) use self::{
     gate::{Gate, Permit, Refused},
     pace::Held,
 };
-
-/// A class of requests and connections.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Class {
-    /// 0 is the default class, which is always there.
-    pub id: u16,
-    /// Name.
-    pub name: String,
-    /// Its share of a backend is its weight by the sum of all; 0 counts as 1.
-    pub weight: u32,
-    /// 0 to 7: what waits in a class of a higher one is served before all lower ones.
-    pub priority: u8,
-}
-
-impl Default for Class {
-    fn default() -> Self {
-        Self { id: 0, name: "default".to_owned(), weight: 1, priority: 0 }
-    }
-}
 
 /// What one backend can take. 0: no limit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -222,13 +205,6 @@ impl Qos {
 
     /// Sets what a configuration says.
     pub(crate) fn follow(&self, config: &Config) {
-        let class = |class: &config::Class| Class {
-            id: class.id,
-            name: class.name.clone(),
-            weight: class.weight,
-            priority: class.priority,
-        };
-        let classes: Vec<Class> = config.classes.iter().map(class).collect();
         let limits = config.services.iter().flat_map(|service| {
             service.backends.iter().map(move |backend| {
                 let config::Limits { connections_per_second, max_inflight, max_connections, .. } =
@@ -249,7 +225,7 @@ impl Qos {
                 (backend.id, limits)
             })
         });
-        self.set(&classes, limits);
+        self.set(&config.classes, limits);
     }
 
     /// The gate of a backend with a limit of requests.
@@ -362,7 +338,7 @@ mod tests {
         assert!(qos.gate(2).is_none());
         let gate = qos.gate(1).expect("a gate");
         let permit = gate.enter(9, CLIENT).await.expect("room");
-        let class = Class { id: 9, name: "gold".to_owned(), weight: 5, priority: 0 };
+        let class = Class { id: 9, name: "gold".to_owned(), weight: 5, ..Class::default() };
         qos.set(&[Class::default(), class], [(1, requests(2))]);
         assert!(qos.gate(1).is_some_and(|same| Arc::ptr_eq(&same, &gate)), "it stays, with who is under way");
         let status = qos.snapshot();

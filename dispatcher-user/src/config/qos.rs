@@ -61,6 +61,13 @@ impl Class {
     }
 }
 
+/// The default class, where nothing is said of it.
+impl Default for Class {
+    fn default() -> Self {
+        Self::new(DEFAULT_CLASS)
+    }
+}
+
 /// The stable id of a class, which session entries hold: 0 for [`DEFAULT_CLASS`], and for no other.
 #[must_use]
 pub fn class_id(name: &str) -> u16 {

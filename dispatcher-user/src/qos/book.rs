@@ -109,6 +109,11 @@ impl Book {
         }
     }
 
+    /// Requests of a class under way.
+    pub(super) fn in_flight(&self, class: u16) -> u32 {
+        self.counts.get(&class).map_or(0, |counts| counts.in_flight)
+    }
+
     pub(super) fn lose(&mut self, class: u16, loss: Loss) {
         let counts = self.counts.entry(class).or_default();
         match loss {
@@ -151,7 +156,7 @@ mod tests {
     use super::*;
 
     fn class(id: u16, weight: u32) -> Class {
-        Class { id, name: format!("c{id}"), weight, priority: 0 }
+        Class { id, name: format!("c{id}"), weight, ..Class::default() }
     }
 
     #[test]

@@ -147,7 +147,7 @@ impl<T> Queue<T> {
     /// Sets the classes. What waits in one that is gone waits in class 0, behind what the same client has there.
     /// A weight of 0 is one of 1, and a priority of more than 7 is 7: the configuration refuses both.
     pub(crate) fn set(&mut self, classes: &[Class]) {
-        let class0 = Class { id: 0, name: String::new(), weight: 1, priority: 0 };
+        let class0 = Class::default();
         let known = classes.iter().any(|one| one.id == 0);
         for class in classes.iter().chain((!known).then_some(&class0)) {
             let (weight, level) = (class.weight.max(1), usize::from(class.priority).min(LEVELS - 1));
@@ -211,9 +211,9 @@ impl<T> Queue<T> {
         self.serve(class);
     }
 
-    /// Takes what is served next, with its class.
-    pub(crate) fn pop(&mut self) -> Option<(u16, T)> {
-        let waiting = self.classes.iter().filter(|(_, kind)| kind.len > 0);
+    /// Takes what is served next, with its class, among classes that may have more.
+    pub(crate) fn pop(&mut self, may: impl Fn(u16) -> bool) -> Option<(u16, T)> {
+        let waiting = self.classes.iter().filter(|(id, kind)| kind.len > 0 && may(**id));
         let (class, _) = waiting.min_by_key(|(_, kind)| (Reverse(kind.level), kind.start))?;
         let class = *class;
         let item = self.classes.get_mut(&class)?.pop()?;
@@ -308,7 +308,7 @@ mod tests {
     }
 
     fn class(id: u16, weight: u32) -> Class {
-        Class { id, name: format!("c{id}"), weight, priority: 0 }
+        Class { id, name: format!("c{id}"), weight, ..Class::default() }
     }
 
     fn urgent(id: u16, priority: u8) -> Class {
@@ -347,7 +347,7 @@ mod tests {
             }
         }
         for _ in 0..number {
-            let (class, ()) = queue.pop().expect("something waits");
+            let (class, ()) = queue.pop(|_| true).expect("something waits");
             *counts.entry(class).or_insert(0) += 1;
             queue.push(class, client(0), ());
         }
@@ -385,7 +385,7 @@ mod tests {
             queue.push(id, client(0), ());
         }
         for turn in 1..1000_u64 {
-            let (id, ()) = queue.pop().expect("something waits");
+            let (id, ()) = queue.pop(|_| true).expect("something waits");
             *counts.entry(id).or_insert(0) += 1;
             queue.push(id, client(0), ());
             for class in &classes {
@@ -433,7 +433,7 @@ mod tests {
         queue.pass(0, client(0));
         queue.push(0, client(0), ());
         queue.push(1, client(1), ());
-        assert_eq!(queue.pop().map(|(class, ())| class), Some(1), "it had one less");
+        assert_eq!(queue.pop(|_| true).map(|(class, ())| class), Some(1), "it had one less");
         let counts = served(&mut queue, &classes, 100);
         assert_shares(&counts, &classes, 100);
     }
@@ -451,7 +451,7 @@ mod tests {
         }
         let mut order = Vec::new();
         for _ in 0..120 {
-            let (_, who) = queue.pop().expect("something waits");
+            let (_, who) = queue.pop(|_| true).expect("something waits");
             order.push(who);
             if who == 2 {
                 queue.push(0, client(2), 2);
@@ -476,7 +476,7 @@ mod tests {
         queue.push(0, address("2001:db8:0:1::1"), 'b');
         queue.push(0, address("::ffff:192.0.2.1"), 'c');
         queue.push(0, address("192.0.2.1"), 'd');
-        let order: String = (0..6).filter_map(|_| queue.pop()).map(|(_, item)| item).collect();
+        let order: String = (0..6).filter_map(|_| queue.pop(|_| true)).map(|(_, item)| item).collect();
         assert_eq!(order, "abcada");
     }
 
@@ -487,7 +487,7 @@ mod tests {
         for id in [0, 1, 2, 3, 0, 1, 2, 3] {
             queue.push(id, client(0), ());
         }
-        let order: Vec<u16> = std::iter::from_fn(|| queue.pop()).map(|(class, ())| class).collect();
+        let order: Vec<u16> = std::iter::from_fn(|| queue.pop(|_| true)).map(|(class, ())| class).collect();
         assert_eq!(order, [1, 3, 1, 3, 2, 2, 0, 0], "7 and what is more than 7 are one level");
         // A class that moves to another level begins there like one that is new.
         let counts = served(&mut queue, &classes[..1], 1000);
@@ -510,14 +510,14 @@ mod tests {
                 queue.push(id, client(numbers.below(100) as u32), false);
             }
             turns += 1;
-            if matches!(queue.pop(), Some((_, true))) {
+            if matches!(queue.pop(|_| true), Some((_, true))) {
                 break;
             }
             assert!(turns < 3, "the first item of a class is among the first");
         }
         queue.push(0, client(0), true);
         let mut turns = 0;
-        while !matches!(queue.pop(), Some((_, true))) {
+        while !matches!(queue.pop(|_| true), Some((_, true))) {
             queue.push(1, client(numbers.below(100) as u32), false);
             queue.push(2, client(numbers.below(100) as u32), false);
             turns += 1;
@@ -556,8 +556,8 @@ mod tests {
         assert_eq!(queue.item(second).map(|item| *item), Some("second"));
         assert_eq!(queue.cancel(second), Some((0, "second")));
         assert_eq!((queue.cancel(second), queue.cancel(first)), (None, None), "each goes once");
-        assert_eq!(queue.pop(), Some((0, "unknown")));
-        assert_eq!((queue.cancel(third), queue.pop(), queue.len()), (None, None, 0));
+        assert_eq!(queue.pop(|_| true), Some((0, "unknown")));
+        assert_eq!((queue.cancel(third), queue.pop(|_| true), queue.len()), (None, None, 0));
         check(&queue);
     }
 
@@ -612,7 +612,7 @@ mod tests {
                 }
                 4..7 => {
                     let any = !there.is_empty();
-                    assert_eq!(queue.pop().map(|(_, item)| there.remove(&item)), any.then_some(true));
+                    assert_eq!(queue.pop(|_| true).map(|(_, item)| there.remove(&item)), any.then_some(true));
                 }
                 7 => queue.pass(id, client(number as u32)),
                 8 if !tickets.is_empty() => {

@@ -16,6 +16,7 @@ use super::{
     book::{Book, Loss},
     fair::{Queue, Ticket},
     limit::Adaptive,
+    most::Most,
 };
 
 /// Why a request is not let in.
@@ -77,6 +78,7 @@ struct Inner {
     limits: Limits,
     adaptive: Option<Adaptive>,
     in_flight: u32,
+    most: Most,
     queue: Queue<Waiter>,
     book: Book,
 }
@@ -88,13 +90,26 @@ struct Waiter {
 }
 
 impl Inner {
-    fn has_room(&self) -> bool {
-        let limit = match &self.adaptive {
+    /// Requests at a time.
+    fn limit(&self) -> u32 {
+        match &self.adaptive {
             _ if self.limits.max_inflight == 0 => u32::MAX,
             None => self.limits.max_inflight,
             Some(adaptive) => adaptive.limit(),
-        };
-        self.in_flight < limit
+        }
+    }
+
+    /// Whether one more request of a class may be under way.
+    fn has_room(&self, class: u16) -> bool {
+        let Self { in_flight, most, book, .. } = self;
+        most.allows(class, *in_flight, self.limit(), |class| book.in_flight(class))
+    }
+
+    /// Whose turn it is, if there is room.
+    fn next(&mut self) -> Option<(u16, Waiter)> {
+        let limit = self.limit();
+        let Self { in_flight, most, queue, book, .. } = self;
+        queue.pop(|class| most.allows(class, *in_flight, limit, |class| book.in_flight(class)))
     }
 }
 
@@ -104,6 +119,7 @@ impl Gate {
             limits: Limits::default(),
             adaptive: None,
             in_flight: 0,
+            most: Most::default(),
             queue: Queue::new(classes),
             book: Book::default(),
         };
@@ -116,6 +132,7 @@ impl Gate {
     pub(super) fn set(self: &Arc<Self>, classes: &[Class], limits: Limits) {
         let mut inner = self.lock();
         inner.queue.set(classes);
+        inner.most.set(classes);
         inner.book.set(classes);
         let most = limits.max_inflight;
         match &mut inner.adaptive {
@@ -160,7 +177,8 @@ impl Gate {
         let mut inner = self.lock();
         let now = Instant::now();
         let class = inner.queue.class(class);
-        if inner.queue.len() == 0 && inner.has_room() {
+        // Who waits while there is room waits for room of his class.
+        if inner.queue.waiting(class) == 0 && inner.has_room(class) {
             inner.queue.pass(class, client);
             return Ok(self.permit(&mut inner, class, None, now));
         }
@@ -192,9 +210,7 @@ impl Gate {
 
     /// Lets in whose turn it is, as long as there is room.
     fn let_in(self: &Arc<Self>, inner: &mut Inner) {
-        while inner.has_room()
-            && let Some((class, waiter)) = inner.queue.pop()
-        {
+        while let Some((class, waiter)) = inner.next() {
             let now = Instant::now();
             let waited = Some(now.saturating_duration_since(waiter.since));
             let permit = self.permit(inner, class, waited, now);

@@ -125,7 +125,7 @@ impl Pacer {
         if !self.has_room() || rate != 0 && self.due > now + BURST {
             return None;
         }
-        let (class, (since, held)) = self.queue.pop()?;
+        let (class, (since, held)) = self.queue.pop(|_| true)?;
         self.flows.remove(&held.flow);
         if rate != 0 {
             self.due = self.due.max(now) + Duration::from_secs(1) / rate;
@@ -155,7 +155,7 @@ mod tests {
     use super::*;
 
     fn class(id: u16, weight: u32) -> Class {
-        Class { id, name: format!("c{id}"), weight, priority: 0 }
+        Class { id, name: format!("c{id}"), weight, ..Class::default() }
     }
 
     fn limits(rate: u32, most: u32) -> Limits {

@@ -9,7 +9,7 @@ use tokio::{
 use super::*;
 
 fn class(id: u16, weight: u32) -> Class {
-    Class { id, name: format!("c{id}"), weight, priority: 0 }
+    Class { id, name: format!("c{id}"), weight, ..Class::default() }
 }
 
 fn limits(max_inflight: u32, queue: u32) -> Limits {
@@ -237,4 +237,24 @@ async fn an_adaptive_limit_follows_the_answers() {
     sleep(Duration::from_secs(10)).await;
     admitted = gate.read().3[0].admitted - admitted;
     assert!(admitted >= 4500, "the server is not idle: {admitted} of 5000");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_class_at_its_ceiling_waits_while_others_get_in() {
+    let bronze = Class { ceil: 50, ..class(1, 1) };
+    let gate = Gate::new(&[class(0, 1), bronze], limits(2, 10));
+    let first = gate.enter(1, client(1)).await.expect("room");
+    let (mut second, mut third) = (entering(&gate, 1, 1), entering(&gate, 1, 1));
+    waits(&mut second).await;
+    waits(&mut third).await;
+    let other = gate.enter(0, client(2)).await.expect("it overtakes those who may not");
+    assert_eq!((of(&gate, 1).queued, of(&gate, 0).waited), (2, 0));
+    drop(other);
+    waits(&mut second).await;
+    drop(first);
+    let _second = is_in(&mut second).await;
+    waits(&mut third).await;
+    // Without the ceiling there is room.
+    gate.set(&[class(0, 1), class(1, 1)], limits(2, 10));
+    is_in(&mut third).await;
 }
