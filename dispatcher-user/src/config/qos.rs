@@ -38,9 +38,9 @@ pub struct Class {
     pub priority: u8,
     /// What it leaves of its share, others may use.
     pub lend: bool,
-    /// The most of a backend's rate that it takes beyond its share, percent.
+    /// The most that it takes beyond its share, percent of a backend's rate or requests at a time.
     pub borrow_limit: u8,
-    /// The most of a backend's rate that it takes, percent.
+    /// The most that it takes in all, percent of a backend's rate or requests at a time.
     pub ceil: u8,
     /// Its packets are marked with it (RFC 2474).
     pub dscp: Option<u8>,

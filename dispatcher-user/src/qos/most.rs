@@ -102,7 +102,10 @@ mod tests {
                     .map(|(id, weight)| Class { lend: false, borrow_limit: 0, ..class(id, weight) })
                     .collect();
                 for id in 0..3 {
-                    assert!(given(&classes, whole, &[id])[usize::from(id)] > 0, "{id} of {weights:?}, {whole}");
+                    assert!(
+                        given(&classes, whole, &[id])[usize::from(id)] > 0,
+                        "{id} of {weights:?}, {whole}"
+                    );
                 }
             }
         }

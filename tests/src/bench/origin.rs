@@ -1,6 +1,12 @@
 //! nginx with a small answer, in clear and over TLS.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::{Context as _, Result};
 
@@ -20,7 +26,7 @@ pub const HTTPS: u16 = 443;
 pub struct Origin {
     /// The server.
     pub process: Process,
-    _folder: Folder,
+    folder: Folder,
 }
 
 impl Origin {
@@ -29,7 +35,7 @@ impl Origin {
         Self::with(netns, name, authority, http2, None)
     }
 
-    /// One that answers so many requests a second, and lets the others wait.
+    /// One that answers so many requests a second, and lets the others wait. It notes the `X-Tier` of each.
     pub fn paced(netns: &Netns, name: &str, authority: &Authority, rate: u32) -> Result<Self> {
         Self::with(netns, name, authority, false, Some(rate))
     }
@@ -45,13 +51,17 @@ impl Origin {
         let zone = rate
             .map(|rate| format!("limit_req_zone $server_port zone=all:1m rate={rate}r/s;\n"))
             .unwrap_or_default();
-        // An answer by `return` comes before the limit: a file comes after it.
-        let answer = if rate.is_some() {
-            "limit_req zone=all burst=10000;\ntry_files /answer =404;"
-        } else {
-            "return 200 'ok';"
-        };
         let folder = Folder::new()?;
+        // An answer by `return` comes before the limit: a file comes after it.
+        let (answer, log) = if rate.is_some() {
+            let log = format!(
+                "log_format tier '$msec $http_x_tier';\naccess_log {} tier",
+                folder.path().join("log").display()
+            );
+            ("limit_req zone=all burst=10000;\ntry_files /answer =404;", log)
+        } else {
+            ("return 200 'ok';", "access_log off".to_owned())
+        };
         let credentials = authority.issue(name)?;
         folder.write("certificate.pem", &credentials.certificate_pem)?;
         folder.write("key.pem", &credentials.key_pem)?;
@@ -62,7 +72,7 @@ impl Origin {
              error_log stderr warn;\npid {path}/pid;\n\
              events {{ worker_connections 8192; }}\n\
              http {{\n\
-               access_log off;\nkeepalive_requests 100000000;\n\
+               {log};\nkeepalive_requests 100000000;\n\
                client_body_temp_path {path}/body;\nproxy_temp_path {path}/proxy;\n\
                fastcgi_temp_path {path}/fastcgi;\nuwsgi_temp_path {path}/uwsgi;\nscgi_temp_path {path}/scgi;\n\
                {zone}server {{\n\
@@ -81,6 +91,21 @@ impl Origin {
         let mut process = Process::start(command, None)
             .context("starting nginx; `cargo xtask setup` says how to get it")?;
         process.listens(netns, SocketAddr::new(IpAddr::from([127, 0, 0, 1]), HTTPS)).context("nginx")?;
-        Ok(Self { process, _folder: folder })
+        Ok(Self { process, folder })
+    }
+
+    /// How many requests of each `X-Tier` a [paced](Self::paced) one has answered in a time.
+    pub fn tiers(&self, from: SystemTime, time: Duration) -> Result<BTreeMap<String, u64>> {
+        let path: PathBuf = self.folder.path().join("log");
+        let log = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        let from = from.duration_since(UNIX_EPOCH)?.as_secs_f64();
+        let mut all = BTreeMap::new();
+        for line in log.lines() {
+            let (at, tier) = line.split_once(' ').context("a line of nginx's log")?;
+            if (0.0..time.as_secs_f64()).contains(&(at.parse::<f64>()? - from)) {
+                *all.entry(tier.to_owned()).or_default() += 1;
+            }
+        }
+        Ok(all)
     }
 }

@@ -19,7 +19,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{JoinHandle, sleep},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -54,6 +54,10 @@ const CONNECTIONS: u8 = 32;
 /// New connections a second, and threads of each class that want some.
 const RATE: u32 = 200;
 const THREADS: usize = 12;
+
+/// A new weight acts once a time of this length has shares within so much of it.
+const WINDOW: Duration = Duration::from_millis(50);
+const NEAR: f64 = 0.1;
 
 const NAMES: [&str; 3] = ["gold", "silver", "bronze"];
 
@@ -119,10 +123,9 @@ impl Samples {
     /// Shares beside weights: rows, and the largest deviation, percent of the share that the weight gives.
     fn shares(&mut self, case: &str, subject: &str, weights: &[u32], amounts: &[f64], goal: bool) {
         let (all, sum) = (amounts.iter().sum::<f64>(), weights.iter().sum::<u32>());
-        let mut worst = 0.0_f64;
+        let worst = deviation(weights, amounts).unwrap_or(f64::NAN) * 100.0;
         for ((name, weight), amount) in NAMES.iter().zip(weights).zip(amounts) {
             let (share, due) = (amount / all, f64::from(*weight) / f64::from(sum));
-            worst = worst.max((share / due - 1.0).abs() * 100.0);
             self.add(
                 case,
                 subject,
@@ -221,9 +224,9 @@ fn bandwidth(effort: Effort, weights: &[u32], found: &mut Samples) -> Result<()>
         .with(&by_client(&topology, weights))
         .with(&format!("limits = {{ bandwidth = \"{}bit/s\" }}", BANDWIDTH));
     let text = config(&topology, "native", &[service]) + &classes(weights);
-    let _daemon = Daemon::start_with(&topology.dispatcher, &text)?;
+    let daemon = Daemon::start_with(&topology.dispatcher, &text)?;
     let place = topology.backends.first().context("a backend")?;
-    let counts = Arc::new(Mutex::new(BTreeMap::<IpAddr, u64>::new()));
+    let counts = Arc::new(Mutex::new(BTreeMap::<IpAddr, Vec<Instant>>::new()));
     let mut sink = Workers::default();
     let (address, noted) = (SocketAddr::new(place.address(Family::V4), UDP), Arc::clone(&counts));
     let (ready, is_ready) = std::sync::mpsc::channel();
@@ -235,7 +238,8 @@ fn bandwidth(effort: Effort, weights: &[u32], found: &mut Samples) -> Result<()>
         while !stop.load(Ordering::Relaxed) {
             if let Ok((length, from)) = socket.recv_from(&mut buffer) {
                 let mut counts = noted.lock().unwrap_or_else(PoisonError::into_inner);
-                *counts.entry(from.ip()).or_default() += length as u64 + HEADERS;
+                ensure!(length == DATAGRAM, "a datagram of {length} bytes");
+                counts.entry(from.ip()).or_default().push(Instant::now());
             }
         }
         Ok(())
@@ -243,18 +247,11 @@ fn bandwidth(effort: Effort, weights: &[u32], found: &mut Samples) -> Result<()>
     is_ready.recv().context("the sink did not start")?;
     let sum: u32 = weights.iter().sum();
     let received = |seconds: u32| {
-        let read = || counts.lock().unwrap_or_else(PoisonError::into_inner).clone();
         // The bucket's burst is over.
         sleep(Duration::from_millis(700));
-        let (before, began) = (read(), Instant::now());
+        let began = Instant::now();
         sleep(Duration::from_secs(seconds.into()));
-        let (after, took) = (read(), began.elapsed().as_secs_f64());
-        let of = |number| {
-            let client = topology.client(Family::V4, number);
-            let bytes = |counts: &BTreeMap<IpAddr, u64>| counts.get(&client).copied().unwrap_or(0);
-            (bytes(&after) - bytes(&before)) as f64 * 8.0 / took
-        };
-        (0..weights.len()).map(of).collect::<Vec<f64>>()
+        rates(&counts, &topology, weights.len(), began, began.elapsed())
     };
     // Twice what the weights give.
     let mut senders = Workers::default();
@@ -263,11 +260,35 @@ fn bandwidth(effort: Effort, weights: &[u32], found: &mut Samples) -> Result<()>
         send(&mut senders, &topology, number, rate);
     }
     let case = format!("(a) bandwidth, weights {}", named(weights));
-    let rates = received(effort.seconds);
+    let rates_by_weights = received(effort.seconds);
+    let turned = weights.iter().rev().copied().collect::<Vec<u32>>();
+    let began = Instant::now();
+    for (name, weight) in NAMES.iter().zip(&turned) {
+        daemon.told(&["qos", "weight", name, &weight.to_string()])?;
+    }
+    // Of which the last one is what all wait for.
+    let said = began.elapsed();
+    let deadline = Instant::now() + Duration::from_secs(2);
+    let acts = loop {
+        ensure!(Instant::now() < deadline, "new weights do not act");
+        sleep(WINDOW);
+        let steps = (0..).map(|step| Duration::from_millis(5) * step);
+        let seen = steps.take_while(|step| began + *step + WINDOW < Instant::now()).find(|step| {
+            let rates = rates(&counts, &topology, weights.len(), began + *step, WINDOW);
+            deviation(&turned, &rates).is_some_and(|deviation| deviation < NEAR)
+        });
+        if let Some(step) = seen {
+            break step;
+        }
+    };
     senders.end()?;
-    found.shares(&case, "dispatcher", weights, &rates, true);
-    let used = rates.iter().sum::<f64>() / BANDWIDTH as f64 * 100.0;
+    found.shares(&case, "dispatcher", weights, &rates_by_weights, true);
+    let used = rates_by_weights.iter().sum::<f64>() / BANDWIDTH as f64 * 100.0;
     found.add(&case, "dispatcher", "of the bandwidth, used", "%", used);
+    let metric = "the last of the weights is said by the command line";
+    found.add(&case, "dispatcher", metric, "ms", said.as_secs_f64() * 1e3);
+    let metric = "all weights turned round act, since the first was said";
+    found.wanted((&case, "dispatcher", metric, "ms"), acts.as_secs_f64() * 1e3, 100.0, true);
     // Only the last class, which has the least.
     let last = weights.len() - 1;
     let mut alone = Workers::default();
@@ -279,6 +300,32 @@ fn bandwidth(effort: Effort, weights: &[u32], found: &mut Samples) -> Result<()>
     let used = rates.get(last).copied().unwrap_or(0.0) / BANDWIDTH as f64 * 100.0;
     found.wanted((&case, "dispatcher", "of the bandwidth, used", "%"), used, 95.0, false);
     Ok(())
+}
+
+/// Bits a second that came from each client.
+fn rates(
+    counts: &Mutex<BTreeMap<IpAddr, Vec<Instant>>>,
+    topology: &Topology,
+    clients: usize,
+    from: Instant,
+    time: Duration,
+) -> Vec<f64> {
+    let counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
+    let of = |number| {
+        let all = counts.get(&topology.client(Family::V4, number)).map_or(&[][..], Vec::as_slice);
+        let count = |end: Instant| all.partition_point(|at| *at < end) as f64;
+        let bits = (DATAGRAM as u64 + HEADERS) as f64 * 8.0;
+        (count(from + time) - count(from)) * bits / time.as_secs_f64()
+    };
+    (0..clients).map(of).collect()
+}
+
+/// The largest deviation of amounts from weights, as a part of what the weight gives. None where nothing came.
+fn deviation(weights: &[u32], amounts: &[f64]) -> Option<f64> {
+    let (all, sum) = (amounts.iter().sum::<f64>(), weights.iter().sum::<u32>());
+    let due = |weight: &u32| f64::from(*weight) / f64::from(sum);
+    let each = weights.iter().zip(amounts).map(|(weight, amount)| (amount / all / due(weight) - 1.0).abs());
+    (all > 0.0).then(|| each.fold(0.0, f64::max))
 }
 
 /// Sends datagrams from a client at a rate.
@@ -308,7 +355,8 @@ fn requests(effort: Effort, weights: &[u32], found: &mut Samples) -> Result<()> 
     let authority = Authority::new()?;
     let topology = place()?;
     let place = topology.backends.first().context("a backend")?;
-    let _origin = Origin::paced(&place.netns, "b1", &authority, CAPACITY)?;
+    let sum: u32 = weights.iter().sum();
+    let share = |rate: u32| rate * weights.first().copied().unwrap_or(1) / sum;
     for netns in [&topology.clients, &topology.dispatcher, &place.netns] {
         netns.sysctl(&[FORGET])?;
     }
@@ -335,11 +383,24 @@ fn requests(effort: Effort, weights: &[u32], found: &mut Samples) -> Result<()> 
         .with(&format!("limits = {{ max_inflight = {INFLIGHT} }}"));
     let text = config(&topology, "native", &[service]) + &classes(weights);
     let case = format!("(c) requests, weights {}", named(weights));
-    {
-        let daemon = Daemon::start_with(&topology.dispatcher, &text)?;
+    // What the heaviest class is promised: a server of its share.
+    let promised = {
+        let _origin = Origin::paced(&place.netns, "b1", &authority, share(CAPACITY))?;
+        let _daemon = Daemon::start_with(
+            &topology.dispatcher,
+            &text.replace(
+                &format!("max_inflight = {INFLIGHT}"),
+                &format!("max_inflight = {}", share(INFLIGHT).max(1)),
+            ),
+        )?;
         served(&topology, &authority)?;
-        side(effort, &topology, &case, "dispatcher", weights, found)?;
-        drop(daemon);
+        Found::by_wrk(&wrk(effort.seconds, &topology, NAMES[0])?.finish()?)?
+    };
+    let origin = Origin::paced(&place.netns, "b1", &authority, CAPACITY)?;
+    {
+        let _daemon = Daemon::start_with(&topology.dispatcher, &text)?;
+        served(&topology, &authority)?;
+        side(effort, &topology, &origin, (&case, "dispatcher"), weights, Some(promised), found)?;
     }
     let file =
         folder.write("haproxy.cfg", &haproxy(place.address(Family::V4), [&certificate, &roots], weights))?;
@@ -348,7 +409,7 @@ fn requests(effort: Effort, weights: &[u32], found: &mut Samples) -> Result<()> 
     let mut process = Process::start(command, None).context("is haproxy installed?")?;
     process.listens(&topology.dispatcher, SocketAddr::new(VIP[0], HTTPS)).context("haproxy")?;
     let case = format!("(e) requests, weights {}", named(weights));
-    side(effort, &topology, &case, "haproxy", weights, found)
+    side(effort, &topology, &origin, (&case, "haproxy"), weights, None, found)
 }
 
 /// Waits until requests are answered.
@@ -369,28 +430,35 @@ fn served(topology: &Topology, authority: &Authority) -> Result<()> {
     }
 }
 
-/// The heaviest class alone, then all of them.
+/// Requests of a class, as many as are answered.
+fn wrk(seconds: u32, topology: &Topology, class: &str) -> Result<Generator> {
+    let url = format!("https://{}/", SocketAddr::new(VIP[0], HTTPS));
+    let header = format!("X-Tier: {class}");
+    Generator::wrk(&topology.clients, &url, seconds, CONNECTIONS, &["--latency", "-H", &header])
+}
+
+/// The heaviest class alone, then all of them. `promised` is how it does alone before a server of its share.
 fn side(
     effort: Effort,
     topology: &Topology,
-    case: &str,
-    subject: &str,
+    origin: &Origin,
+    (case, subject): (&str, &str),
     weights: &[u32],
+    promised: Option<Found>,
     found: &mut Samples,
 ) -> Result<()> {
-    let url = format!("https://{}/", SocketAddr::new(VIP[0], HTTPS));
-    let start = |name: &&str| {
-        let header = format!("X-Tier: {name}");
-        let more = ["--latency", "-H", &header];
-        Generator::wrk(&topology.clients, &url, effort.seconds, CONNECTIONS, &more)
-    };
-    let heaviest = NAMES.first().context("a class")?;
-    let alone = Found::by_wrk(&start(heaviest)?.finish()?)?;
-    let running = NAMES.iter().take(weights.len()).map(start).collect::<Result<Vec<_>>>()?;
+    let names = NAMES.get(..weights.len()).context("a name for each class")?;
+    let alone = Found::by_wrk(&wrk(effort.seconds, topology, names[0])?.finish()?)?;
+    // Their beginnings and ends, when not all are there, do not count.
+    let start = |name: &&str| wrk(effort.seconds + 2, topology, name);
+    let running = names.iter().map(start).collect::<Result<Vec<_>>>()?;
+    sleep(Duration::from_secs(1));
+    let (from, time) = (SystemTime::now(), Duration::from_secs(effort.seconds.into()));
     let all = running.into_iter().map(|one| Found::by_wrk(&one.finish()?)).collect::<Result<Vec<_>>>()?;
-    let rates: Vec<f64> = all.iter().map(|one| one.rate).collect();
-    let ours = subject == "dispatcher";
-    found.shares(case, subject, weights, &rates, ours);
+    let tiers = origin.tiers(from, time)?;
+    let rate = |name: &&str| tiers.get(*name).copied().unwrap_or(0) as f64 / time.as_secs_f64();
+    let rates: Vec<f64> = names.iter().map(rate).collect();
+    found.shares(case, subject, weights, &rates, promised.is_some());
     found.add(case, subject, "requests of all", "1/s", rates.iter().sum());
     found.add(case, subject, "failed", "requests", all.iter().map(|one| one.failed as f64).sum());
     let p99 = |one: Option<&Found>| one.and_then(|one| one.p99).context("wrk said no percentile");
@@ -400,10 +468,16 @@ fn side(
     let metric = "gold: p99, ratio to that alone";
     // Alone it had all: with a smaller share it must wait longer.
     let reachable = weights.iter().sum::<u32>() * 2 <= weights.first().map_or(0, |heaviest| heaviest * 3);
-    if ours && reachable {
+    if promised.is_some() && reachable {
         found.wanted((case, subject, metric, "ratio"), beside / alone, 1.5, true);
     } else {
         found.add(case, subject, metric, "ratio", beside / alone);
+    }
+    if promised.is_some() {
+        let promised = p99(promised.as_ref())?;
+        found.add(case, subject, "gold: p99 alone before a server of its share", "ms", promised);
+        let metric = "gold: p99, ratio to that alone before a server of its share";
+        found.wanted((case, subject, metric, "ratio"), beside / promised, 1.5, true);
     }
     Ok(())
 }
