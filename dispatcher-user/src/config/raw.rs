@@ -391,7 +391,7 @@ pub(crate) struct Terminate {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = duration)]
     pub(super) handshake_timeout: Text,
-    /// Time that a backend may take to begin its answer.
+    /// Time that a backend may take to begin its answer, or to go on with it.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = duration)]
     pub(super) response_timeout: Text,

@@ -23,7 +23,7 @@ pub struct Terminate {
     pub assign_cookie: bool,
     /// Seconds that a handshake may take.
     pub handshake_timeout: u32,
-    /// Seconds that a backend may take to begin its answer.
+    /// Seconds that a backend may take to begin its answer, or to go on with it.
     pub response_timeout: u32,
     /// Seconds that a connection may stay without a request; and that the header of an HTTP/1.1 request may take.
     pub idle_timeout: u32,

@@ -267,13 +267,17 @@ async fn serve(
     }
 }
 
-/// Ready when no request has come for as long as the service allows. Answers that nobody takes for so long are cut.
+/// Ready when no request has come for as long as the service allows. Answers that nobody takes, or that do not go on, for
+/// too long are cut.
 async fn idle(client: &Client) {
     loop {
-        let limit = seconds(client.site().terminate.idle_timeout);
+        let (limit, stalled) = {
+            let terminate = &client.site().terminate;
+            (seconds(terminate.idle_timeout), seconds(terminate.response_timeout))
+        };
         let busy = client.requests.load(Ordering::Acquire) > 0;
         if busy {
-            client.flows.cut(limit);
+            client.flows.cut(limit, stalled);
         }
         let rests = client.began + Duration::from_millis(client.rests.load(Ordering::Relaxed));
         let now = Instant::now();
@@ -281,6 +285,7 @@ async fn idle(client: &Client) {
         if due <= now {
             return;
         }
-        sleep_until(due).await;
+        // By then a request may have come, and its answer have stalled.
+        sleep_until(due.min(now + stalled)).await;
     }
 }

@@ -1,9 +1,9 @@
-//! Answers on their way to clients: one of which nothing is taken for too long lets go of its tunnel.
+//! Answers on their way to clients: one of which nothing is taken, or nothing comes, for too long lets go of its tunnel.
 
 use std::{
     pin::Pin,
     sync::{Arc, Mutex, Weak},
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 
@@ -17,9 +17,20 @@ use crate::tunnels::BoxError;
 pub(super) struct Sending<B>(Arc<Mutex<Flow<B>>>);
 
 struct Flow<B> {
-    rest: Option<B>,
-    /// Since when nobody has asked for the next piece; none while the backend is waited for.
-    untaken: Option<Instant>,
+    rest: Result<B, Cut>,
+    /// Since when nobody has asked for the next piece, or the backend is waited for.
+    since: Instant,
+    /// Who waits for the backend.
+    waits: Option<Waker>,
+}
+
+/// Why the rest of an answer is not sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+enum Cut {
+    #[error("the client took nothing for too long")]
+    Untaken,
+    #[error("the backend sent nothing for too long")]
+    Stalled,
 }
 
 /// The answers of one connection.
@@ -33,7 +44,7 @@ impl<B> Default for Flows<B> {
 
 impl<B> Flows<B> {
     pub(super) fn follow(&self, body: B) -> Sending<B> {
-        let flow = Flow { rest: Some(body), untaken: Some(Instant::now()) };
+        let flow = Flow { rest: Ok(body), since: Instant::now(), waits: None };
         let flow = Arc::new(Mutex::new(flow));
         let mut all = lock(&self.0);
         if all.len() == all.capacity() {
@@ -43,15 +54,20 @@ impl<B> Flows<B> {
         Sending(flow)
     }
 
-    /// Lets go of answers of which nothing was taken for so long.
-    pub(super) fn cut(&self, limit: Duration) {
+    /// Lets go of answers of which nothing was taken, or nothing came, for so long.
+    pub(super) fn cut(&self, untaken: Duration, stalled: Duration) {
         lock(&self.0).retain(|one| {
             let Some(flow) = one.upgrade() else { return false };
             let mut flow = lock(&flow);
-            if flow.untaken.is_some_and(|since| since.elapsed() >= limit) {
-                flow.rest = None;
+            let (limit, cut) = match flow.waits {
+                None => (untaken, Cut::Untaken),
+                Some(_) => (stalled, Cut::Stalled),
+            };
+            if flow.since.elapsed() >= limit {
+                flow.rest = Err(cut);
+                flow.waits.take().into_iter().for_each(Waker::wake);
             }
-            flow.rest.is_some()
+            flow.rest.is_ok()
         });
     }
 }
@@ -65,16 +81,19 @@ impl<B: hyper::body::Body<Data = Bytes, Error = BoxError> + Unpin> hyper::body::
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let mut flow = lock(&self.0);
-        let Some(body) = &mut flow.rest else {
-            return Poll::Ready(Some(Err("the client took nothing for too long".into())));
+        let polled = match &mut flow.rest {
+            Ok(body) => Pin::new(body).poll_frame(context),
+            Err(cut) => return Poll::Ready(Some(Err((*cut).into()))),
         };
-        let polled = Pin::new(body).poll_frame(context);
-        flow.untaken = polled.is_ready().then(Instant::now);
+        if polled.is_ready() || flow.waits.is_none() {
+            flow.since = Instant::now();
+        }
+        flow.waits = polled.is_pending().then(|| context.waker().clone());
         polled
     }
 
     fn is_end_stream(&self) -> bool {
-        lock(&self.0).rest.as_ref().is_some_and(|body| body.is_end_stream())
+        lock(&self.0).rest.as_ref().is_ok_and(|body| body.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {

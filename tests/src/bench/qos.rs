@@ -261,6 +261,11 @@ fn bandwidth(effort: Effort, weights: &[u32], found: &mut Samples) -> Result<()>
     }
     let case = format!("(a) bandwidth, weights {}", named(weights));
     let rates_by_weights = received(effort.seconds);
+    senders.end()?;
+    // Each sends all that there is: none has less than any weight gives.
+    let mut senders = Workers::default();
+    (0..weights.len()).for_each(|number| send(&mut senders, &topology, number, BANDWIDTH));
+    sleep(Duration::from_secs(1));
     let turned = weights.iter().rev().copied().collect::<Vec<u32>>();
     let began = Instant::now();
     for (name, weight) in NAMES.iter().zip(&turned) {
@@ -450,9 +455,9 @@ fn side(
     let names = NAMES.get(..weights.len()).context("a name for each class")?;
     let alone = Found::by_wrk(&wrk(effort.seconds, topology, names[0])?.finish()?)?;
     // Their beginnings and ends, when not all are there, do not count.
-    let start = |name: &&str| wrk(effort.seconds + 2, topology, name);
+    let start = |name: &&str| wrk(effort.seconds + 1, topology, name);
     let running = names.iter().map(start).collect::<Result<Vec<_>>>()?;
-    sleep(Duration::from_secs(1));
+    sleep(Duration::from_millis(500));
     let (from, time) = (SystemTime::now(), Duration::from_secs(effort.seconds.into()));
     let all = running.into_iter().map(|one| Found::by_wrk(&one.finish()?)).collect::<Result<Vec<_>>>()?;
     let tiers = origin.tiers(from, time)?;

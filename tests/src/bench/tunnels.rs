@@ -55,8 +55,9 @@ const H2: [&str; 4] = ["-c2", "-m8", "-H", "accept: */*"];
 const RATE: u32 = 100;
 /// Threads that connect again and again, or hold connections.
 const THREADS: usize = 4;
-/// Tunnels, or idle connections, to each backend: more than requests at a time for one.
-const POOL: usize = 40;
+/// Tunnels, or idle connections, to each backend: twice the requests at a time for one, as the last one's tunnel may not
+/// be free yet when the next one comes.
+const POOL: usize = 64;
 
 /// What is measured: case, metric, unit.
 type What = (&'static str, &'static str, &'static str);

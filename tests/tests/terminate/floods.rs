@@ -142,6 +142,28 @@ fn who_does_not_take_his_answer_keeps_no_tunnel() {
 }
 
 #[test]
+fn an_answer_that_does_not_go_on_is_cut() {
+    for manner in [Manner::HTTP1, Manner::HTTP2] {
+        let lines = [COOKIE, "terminate.response_timeout = \"1s\"", "terminate.idle_timeout = \"30s\""];
+        let scene = Scene::mirrors(manner, &lines);
+        let mut line = scene.connect(Family::V4, 0);
+        write!(line, "GET /half HTTP/1.1\r\nHost: {HOST}\r\n\r\n").expect("sent");
+        line.flush().expect("sent");
+        let (_, text) = closed(&mut line);
+        assert!(text.contains("200 OK") && text.contains("half"), "{text}");
+        assert!(!text.ends_with("0\r\n\r\n"), "{text}");
+        let mut frames = Frames::open(&scene);
+        frames.send(HEADERS, WHOLE, 1, &request("GET", "/half", &[]));
+        assert_eq!(frames.end(1), End::Status(200));
+        until("the stream is reset", || {
+            frames.read().is_some_and(|frame| (frame.stream, frame.kind) == (1, RST_STREAM))
+        });
+        until("nothing is under way", || scene.tunnels().iter().all(|one| one.in_flight == 0));
+        is_served(&scene);
+    }
+}
+
+#[test]
 fn who_does_not_send_his_body_keeps_no_tunnel() {
     let scene = Scene::mirrors(Manner::HTTP1, &[COOKIE, "terminate.response_timeout = \"1s\""]);
     let mut line = scene.connect(Family::V4, 0);

@@ -259,6 +259,12 @@ async fn answer(desk: Arc<Desk>, request: Request<Incoming>) -> Result<Answer, h
         answer.headers_mut().append(HeaderName::from_static(name), HeaderValue::from_static(value));
     };
     match path.as_str() {
+        "/half" => {
+            // The rest never comes.
+            let begun = futures_util::stream::iter([Ok(Frame::data(Bytes::from_static(b"half")))]);
+            let rest = futures_util::stream::pending();
+            *answer.body_mut() = StreamBody::new(futures_util::StreamExt::chain(begun, rest)).boxed_unsync();
+        }
         "/hop" => {
             for (name, value) in
                 [("keep-alive", "timeout=9"), ("proxy-connection", "x"), ("x-named", "x"), ("x-kept", "x")]
