@@ -12,7 +12,7 @@ use std::{
 
 use hyper::service::service_fn;
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
+    rt::{TokioIo, TokioTimer},
     server::conn::auto,
 };
 use socket2::{SockRef, TcpKeepalive};
@@ -32,7 +32,10 @@ use super::{
     sending::Flows,
     session::Recent,
 };
-use crate::{gather::gather, state::Shared};
+use crate::{
+    gather::{Crew, gather},
+    state::Shared,
+};
 
 /// Requests of one HTTP/2 connection at a time.
 const STREAMS: u32 = 128;
@@ -218,7 +221,8 @@ async fn serve(
         flows: Flows::default(),
     });
     let service = service_fn(|request| Box::pin(request::answer(Arc::clone(&client), request)));
-    let mut server = auto::Builder::new(TokioExecutor::new());
+    let crew = Crew::default();
+    let mut server = auto::Builder::new(crew.recruits());
     server.http1().timer(TokioTimer::new()).header_read_timeout(idle_limit).max_buf_size(HEADER as usize);
     server
         .http2()
@@ -258,6 +262,8 @@ async fn serve(
             }
         }
     };
+    // HTTP/2 may be spoken in clear too.
+    let work = crew.work(work);
     let result = if http2 { gather(work).await } else { work.await };
     if let Err(error) = result {
         if let Some(why) = Refusal::of(&*error) {
