@@ -3,13 +3,17 @@
 
 use std::{
     net::{IpAddr, SocketAddr, TcpStream},
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    process::Command,
+    sync::{
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
+    },
     time::{Duration, Instant},
 };
 
 use dispatcher_common::reason::Reason;
 use dispatcher_tests::{
-    daemon::{Daemon, Folder, Pins, Service, config},
+    daemon::{Daemon, Folder, Pins, Process, Service, config, program},
     flood::{DATAGRAM, Flood},
     hello::{ask, client_hello},
     http, sockets,
@@ -263,6 +267,52 @@ fn flows_of_a_class_that_goes_are_the_default_ones_until_it_comes_back() {
     let after = bulk.share("gold").expect("it is used");
     assert!(after.bytes > before.bytes && after.dropped_bytes > before.dropped_bytes, "{before:?} {after:?}");
     bulk.only_policed();
+}
+
+#[test]
+fn a_live_view_outlives_the_daemon() {
+    let mut bulk = Bulk::new(&[]);
+    let _ = bulk.gold();
+    let mut command = Command::new(program("dispatcherctl").expect("dispatcherctl"));
+    command.arg("--socket").arg(bulk.daemon.socket()).args(["top", "--json"]);
+    let (sender, lines) = mpsc::channel();
+    let mut view = Process::start(command, Some(sender)).expect("dispatcherctl");
+    let next = |what: &str, is: &dyn Fn(&api::Top) -> bool| -> api::Top {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let line = lines.recv_timeout(deadline.saturating_duration_since(Instant::now())).expect(what);
+            let top: api::Top = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
+            if is(&top) {
+                return top;
+            }
+        }
+    };
+    let good = |top: &api::Top| {
+        top.error.is_none() && top.classes.iter().filter(|one| one.bytes_per_second > Some(0.0)).count() == 2
+    };
+    let check = |top: &api::Top| {
+        let of = |class: &str| {
+            top.classes.iter().find(|one| one.class == class).and_then(|one| one.bytes_per_second)
+        };
+        let (gold, bronze) = (of("gold").expect("a rate"), of("bronze").expect("a rate"));
+        assert_share(gold / (gold + bronze) * 100.0, 75.0);
+        let backend = &top.backends[0];
+        assert_eq!((backend.service.as_str(), backend.name.as_str(), backend.queued), ("bulk", "b1", 0));
+        assert!((backend.bytes_per_second.expect("a rate") - gold - bronze).abs() < 1.0, "{top:?}");
+        assert_eq!(top.services[0].bytes_per_second, backend.bytes_per_second);
+        assert_eq!((backend.connections_per_second, top.services[0].requests_per_second), (Some(0.0), None));
+        assert!(top.forward_per_second > Some(0.0) && top.drop_per_second > Some(0.0), "{top:?}");
+    };
+    check(&next("a first view", &good));
+    bulk.daemon.kill().expect("ends");
+    let silent = next("that nobody answers", &|top| top.error.is_some());
+    assert!(silent.uptime_seconds.is_none() && silent.backends.is_empty(), "{silent:?}");
+    bulk.daemon.again(&bulk.topology.dispatcher, &bulk.text).expect("dispatcherd again");
+    check(&next("another view", &good));
+    view.signal(libc::SIGINT);
+    let _ = view.wait(Duration::from_secs(10)).expect("it ends");
+    let text = bulk.daemon.told(&["top", "--count", "2"]).expect("two views");
+    assert_eq!((text.matches("SERVICE  MODE").count(), text.matches("gold").count()), (2, 2), "{text}");
 }
 
 #[test]
