@@ -549,7 +549,7 @@ fn sessions_are_put_into_classes() {
         idle_seconds: 1,
         expires_in_seconds: None,
     };
-    let json = serde_json::to_string(&[session.clone()]).expect("json");
+    let json = serde_json::to_string(std::slice::from_ref(&session)).expect("json");
     let (result, out, _, asked) = told(vec![json.clone()]).run("qos assign 00ff gold --service web");
     assert!(result.is_ok() && out.contains("CLASS") && out.contains("gold"), "{out}");
     assert_eq!(asked, ["PUT /v1/qos/sessions/00ff HTTP/1.1"]);

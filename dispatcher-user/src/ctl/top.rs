@@ -224,7 +224,8 @@ pub(super) async fn run(
 ) -> Result<(), Error> {
     let mut last = Reading::take(ask).await?;
     let pause = Duration::from_secs(interval);
-    tokio::time::sleep(pause).await;
+    // Nobody waits longer for the first view.
+    tokio::time::sleep(pause.min(Duration::from_secs(1))).await;
     repeat(Some(pause), count, async |_| {
         // A daemon that ends is waited for: its successor goes on counting.
         let top = match Reading::take(ask).await {
@@ -260,6 +261,8 @@ fn in_place(text: &str) -> String {
 
 /// A table's rows, each with how much happens there.
 type Rows = Vec<(f64, Vec<String>)>;
+/// Makes the table of them.
+type Make = fn(Rows) -> Sheet;
 
 /// The whole view: no wider than this, and, with the line of the cursor, no higher.
 fn page(top: &api::Top, columns: Option<u16>, rows: Option<u16>) -> String {
@@ -267,7 +270,7 @@ fn page(top: &api::Top, columns: Option<u16>, rows: Option<u16>) -> String {
     if let Some(error) = &top.error {
         text += &format!("{error}\n");
     }
-    let mut tables: Vec<(Rows, fn(Rows) -> Sheet)> = vec![
+    let mut tables: Vec<(Rows, Make)> = vec![
         (top.services.iter().map(service_row).collect(), services),
         (top.backends.iter().map(backend_row).collect(), backends),
         (top.classes.iter().map(class_row).collect(), classes),
