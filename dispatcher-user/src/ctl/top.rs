@@ -276,12 +276,15 @@ fn page(top: &api::Top, columns: Option<u16>, rows: Option<u16>) -> String {
         (top.classes.iter().map(class_row).collect(), classes),
     ];
     tables.retain(|(rows, _)| !rows.is_empty());
+    let wanted: Vec<usize> = tables.iter().map(|(rows, _)| rows.len()).collect();
     let mut left = usize::MAX;
     if let Some(rows) = rows {
-        // A blank line, a header, and perhaps how many are left out, of each table; and the cursor's line.
-        left = usize::from(rows).saturating_sub(text.lines().count() + 1 + 3 * tables.len());
+        // The cursor's line; and of each table a blank one, a header, and, where not all fits, how many are left out.
+        left = usize::from(rows).saturating_sub(text.lines().count() + 1 + 2 * tables.len());
+        if left < wanted.iter().sum() {
+            left = left.saturating_sub(tables.len());
+        }
     }
-    let wanted: Vec<usize> = tables.iter().map(|(rows, _)| rows.len()).collect();
     for ((rows, make), most) in tables.into_iter().zip(parts(&wanted, left)) {
         let hidden = rows.len() - most;
         let (table, _) = rendered(make(busiest(rows, most)), columns);

@@ -216,6 +216,8 @@ fn it_fits_the_terminal() {
             "{columns} x {rows}: {text}"
         );
     }
+    assert_eq!(page(&top, None, Some(55)), whole, "just high enough");
+    assert!(page(&top, None, Some(54)).contains(" more)\n"));
     let text = page(&top, Some(80), Some(24));
     assert!(text.contains("backend-30") && !text.contains("backend-1 "), "the busiest: {text}");
     assert!(text.contains(" more)\n") && text.contains("gold") && text.contains("bronze"), "{text}");
