@@ -63,6 +63,105 @@ pub struct Detached {
     pub done: Vec<String>,
 }
 
+/// What `dispatcherctl top --json` prints each time: what was counted since the time before, in a second. Null: that is
+/// not counted, or was counted anew.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct Top {
+    /// The time since then.
+    pub seconds: f64,
+    /// Seconds since the daemon's start; null where none answers.
+    pub uptime_seconds: Option<u64>,
+    /// Why none answers.
+    pub error: Option<String>,
+    /// Packets of the kind `forward`, as the next ones of theirs.
+    pub forward_per_second: Option<f64>,
+    /// `pass`.
+    pub pass_per_second: Option<f64>,
+    /// `consume`.
+    pub consume_per_second: Option<f64>,
+    /// `drop`.
+    pub drop_per_second: Option<f64>,
+    /// Services.
+    pub services: Vec<TopService>,
+    /// Backends.
+    pub backends: Vec<TopBackend>,
+    /// Each class at each backend that it used.
+    pub classes: Vec<TopClass>,
+}
+
+/// A service in [`Top`].
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct TopService {
+    /// Name.
+    pub name: String,
+    /// Mode.
+    pub mode: Mode,
+    /// Connections bound, or, where the daemon serves it, accepted.
+    pub connections_per_second: Option<f64>,
+    /// Of these, by a session known before.
+    pub hits_per_second: Option<f64>,
+    /// Of these, with an identifier that was not known.
+    pub misses_per_second: Option<f64>,
+    /// Requests answered; where the daemon serves it.
+    pub requests_per_second: Option<f64>,
+    /// Of its backends.
+    pub bytes_per_second: Option<f64>,
+    /// Backends that take connections.
+    pub backends_up: usize,
+    /// Number of backends.
+    pub backends: usize,
+}
+
+/// A backend in [`Top`].
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct TopBackend {
+    /// Service.
+    pub service: String,
+    /// Name.
+    pub name: String,
+    /// As in [`Backend::state`].
+    pub state: String,
+    /// Connections bound.
+    pub connections_per_second: Option<f64>,
+    /// Of these, by a session known before.
+    pub hits_per_second: Option<f64>,
+    /// Of these, with an identifier that was not known.
+    pub misses_per_second: Option<f64>,
+    /// Requests through its tunnels.
+    pub requests_per_second: Option<f64>,
+    /// Of these, those that are not answered yet.
+    pub in_flight: Option<u64>,
+    /// Requests and hellos that wait for it.
+    pub queued: u64,
+    /// Through its tunnels; else of frames, where its bandwidth is limited.
+    pub bytes_per_second: Option<f64>,
+}
+
+/// A class at a backend in [`Top`].
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct TopClass {
+    /// Service.
+    pub service: String,
+    /// Name of the backend.
+    pub backend: String,
+    /// The class.
+    pub class: String,
+    /// As in [`QosShare`].
+    pub weight_percent: f64,
+    /// As in [`QosShare`].
+    pub share_percent: Option<f64>,
+    /// Requests and hellos that were let through.
+    pub admitted_per_second: Option<f64>,
+    /// Refused because too many waited.
+    pub shed_per_second: Option<f64>,
+    /// Requests and hellos that wait.
+    pub queued: u64,
+    /// Bytes of frames that the data path let through.
+    pub bytes_per_second: Option<f64>,
+    /// Bytes of frames that it dropped because of the backend's bandwidth.
+    pub dropped_bytes_per_second: Option<f64>,
+}
+
 /// Records of the event ring.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Events {

@@ -110,6 +110,19 @@ enum Command {
         #[command(subcommand)]
         command: Option<qos::Command>,
     },
+    /// What happens now, each second: services, backends and classes, and what each has of it
+    ///
+    /// Rates are of the time since they were last shown; a dash stands where something is not counted, or was
+    /// counted anew. On a terminal it stays in place and is cut to its size: rows in which most happens are kept.
+    /// Ends with Ctrl-C. With --json, a line each time.
+    Top {
+        /// Time between two looks
+        #[arg(long, value_name = "SECS", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+        interval: u64,
+        /// Stop after so many
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        count: Option<u64>,
+    },
     /// Connections: client, VIP, backend and state of each
     Flows {
         /// Stop after so many
@@ -391,12 +404,23 @@ impl Error {
     }
 }
 
-/// Carries out a command line and prints the answer to `out`, and what else is to be known to `hints`; `width`
-/// is that of the terminal that `out` is, if it is one.
-pub fn run(args: &Args, out: &mut dyn Write, hints: &mut dyn Write, width: Option<u16>) -> Result<(), Error> {
+/// The size of a terminal, where it says it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Terminal {
+    /// Characters of a line.
+    pub columns: Option<u16>,
+    /// Lines.
+    pub rows: Option<u16>,
+}
+
+/// Says how large the terminal is that is printed to, if it is one; that may change.
+pub type Look<'l> = &'l dyn Fn() -> Option<Terminal>;
+
+/// Carries out a command line and prints the answer to `out`, and what else is to be known to `hints`.
+pub fn run(args: &Args, out: &mut dyn Write, hints: &mut dyn Write, look: Look<'_>) -> Result<(), Error> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Output)?;
-    match runtime.block_on(answer(args, out, hints, width)) {
+    match runtime.block_on(answer(args, out, hints, look)) {
         // `dispatcherctl flows | head`: whoever reads has read enough.
         Err(Error::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => result,
@@ -407,8 +431,9 @@ async fn answer(
     args: &Args,
     out: &mut dyn Write,
     hints: &mut dyn Write,
-    width: Option<u16>,
+    look: Look<'_>,
 ) -> Result<(), Error> {
+    let width = look().and_then(|terminal| terminal.columns);
     let ask = Client { socket: &args.socket, patience: PATIENCE };
     let json = args.json;
     let form = if json { Form::Json } else { Form::Table(width.filter(|_| !args.wide)) };
@@ -538,15 +563,14 @@ async fn answer(
             cut(answer.len(), *limit, hints)
         }
         Command::Counters { watch, all } => {
-            let mut before: Option<api::Counters> = None;
-            loop {
+            repeat(watch.map(Duration::from_secs), None, async |before: Option<api::Counters>| {
                 let now: api::Counters = ask.get("/v1/counters").await?;
                 show(out, form, &now, |now| counters(now, before.as_ref(), *all))?;
-                let Some(seconds) = watch else { return Ok(()) };
-                tokio::time::sleep(Duration::from_secs((*seconds).max(1))).await;
-                before = Some(now);
-            }
+                Ok(now)
+            })
+            .await
         }
+        Command::Top { interval, count } => top::run((*interval, *count), &ask, out, form, look).await,
         Command::Trace { client, service, limit, one_in } => {
             let one_in = Some(("one_in", one_in.to_string()));
             let client = client.map(|client| ("client", client.to_string()));
@@ -577,6 +601,22 @@ async fn answer(
             Ok(explain::run(options, known, json, out, hints)?)
         }
     }
+}
+
+/// Shows something once, or again and again with a pause between, so many times or without an end. `view` is given what
+/// it returned the time before.
+async fn repeat<T>(
+    pause: Option<Duration>,
+    count: Option<u64>,
+    mut view: impl AsyncFnMut(Option<T>) -> Result<T, Error>,
+) -> Result<(), Error> {
+    let mut shown = view(None).await?;
+    let Some(pause) = pause else { return Ok(()) };
+    for _ in 1..count.unwrap_or(u64::MAX) {
+        tokio::time::sleep(pause).await;
+        shown = view(Some(shown)).await?;
+    }
+    Ok(())
 }
 
 /// Says that there may be more.
@@ -733,10 +773,15 @@ impl Client<'_> {
         self.request(Method::GET, path, Bytes::new()).await
     }
 
-    /// Prints an answer that is a text.
-    async fn print(&self, path: &str, out: &mut dyn Write) -> Result<(), Error> {
+    /// An answer that is a text.
+    async fn text(&self, path: &str) -> Result<String, Error> {
         let text = whole(self.open(Method::GET, path, Bytes::new()).await?).await?;
-        out.write_all(&text)?;
+        String::from_utf8(text.into()).map_err(|error| Error::Protocol(error.to_string()))
+    }
+
+    /// Prints it.
+    async fn print(&self, path: &str, out: &mut dyn Write) -> Result<(), Error> {
+        out.write_all(self.text(path).await?.as_bytes())?;
         Ok(out.flush()?)
     }
 
@@ -931,15 +976,20 @@ fn show<T: Serialize + ?Sized, S: Into<Sheet>>(
             writeln!(out, "{text}")?;
         }
         Form::Table(width) => {
-            let mut sheet = table(answer).into();
-            let left_out = width.map(|width| sheet.fit(width)).unwrap_or_default();
-            writeln!(out, "{}", sheet.table.trim_fmt())?;
+            let (text, left_out) = rendered(table(answer).into(), width);
+            writeln!(out, "{text}")?;
             if !left_out.is_empty() {
                 writeln!(out, "(left out: {}; --wide or --json shows all)", left_out.join(", "))?;
             }
         }
     }
     Ok(out.flush()?)
+}
+
+/// A table's lines, and which columns were left out for its width.
+fn rendered(mut sheet: Sheet, width: Option<u16>) -> (String, Vec<&'static str>) {
+    let left_out = width.map(|width| sheet.fit(width)).unwrap_or_default();
+    (sheet.table.trim_fmt(), left_out)
 }
 
 /// A table without lines; columns of numbers, from `numbers` on, are set to the right. Where it is too wide, columns
@@ -1212,6 +1262,7 @@ fn age(seconds: u64) -> String {
 }
 
 mod qos;
+mod top;
 mod tunnels;
 
 #[cfg(test)]

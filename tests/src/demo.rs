@@ -124,7 +124,7 @@ pub fn run(plan: &Plan, out: &mut (impl Write + std::os::fd::AsFd)) -> Result<bo
     shop::wait_for_tunnels(&daemon, &stop, out)?;
     let crowd = Crowd::new(plan, &topology, &authority)?;
     let shop = Shop::new(&topology, &authority)?;
-    bulk::start(&topology, &stop)?;
+    let _flood = bulk::start(&topology)?;
     let show = std::thread::scope(|scope| {
         let mut workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(|| crowd.work(&stop))).collect();
         workers.push(scope.spawn(|| shop.work(&stop)));

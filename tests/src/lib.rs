@@ -8,6 +8,7 @@ pub mod bench;
 pub mod capture;
 pub mod daemon;
 pub mod demo;
+pub mod flood;
 pub mod harness;
 pub mod hello;
 pub mod http;

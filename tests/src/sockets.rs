@@ -2,11 +2,12 @@
 
 use std::{
     io,
+    mem::MaybeUninit,
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     time::{Duration, Instant},
 };
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, MaybeUninitSlice, MsgHdrMut, Protocol, SockAddr, SockRef, Socket, Type};
 
 use crate::netns::Netns;
 
@@ -70,6 +71,40 @@ pub fn datagrams(netns: &Netns, at: SocketAddr) -> io::Result<UdpSocket> {
     let socket = netns.run(|| UdpSocket::bind(at))?;
     socket.set_read_timeout(Some(PATIENCE))?;
     Ok(socket)
+}
+
+/// A UDP socket like that of [`datagrams`], for [`receive_marked`].
+pub fn marked_datagrams(netns: &Netns, at: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = datagrams(netns, at)?;
+    match at {
+        SocketAddr::V4(_) => SockRef::from(&socket).set_recv_tos_v4(true)?,
+        SocketAddr::V6(_) => SockRef::from(&socket).set_recv_tclass_v6(true)?,
+    }
+    Ok(socket)
+}
+
+/// Receives a datagram: from whom, and with which DSCP.
+pub fn receive_marked(socket: &UdpSocket) -> io::Result<(SocketAddr, u8)> {
+    let (mut content, mut control) = ([MaybeUninit::<u8>::uninit(); 2048], [MaybeUninit::new(0_u8); 64]);
+    let mut from = SockAddr::from(SocketAddr::from(([0_u16; 8], 0)));
+    let mut buffers = [MaybeUninitSlice::new(&mut content)];
+    let mut message =
+        MsgHdrMut::new().with_addr(&mut from).with_buffers(&mut buffers).with_control(&mut control);
+    SockRef::from(socket).recvmsg(&mut message, 0)?;
+    let length = message.control_len();
+    let other = |what| io::Error::new(io::ErrorKind::InvalidData, what);
+    let from = from.as_socket().ok_or_else(|| other("no address"))?;
+    // SAFETY: all of it was initialised above.
+    let control = control.map(|byte| unsafe { byte.assume_init() });
+    // One control message: a head of 16 bytes, then the TOS in one byte, or the traffic class in a word.
+    let tos = match (length, from) {
+        (17.., SocketAddr::V4(_)) => control[16],
+        (20.., SocketAddr::V6(_)) => {
+            i32::from_ne_bytes([control[16], control[17], control[18], control[19]]) as u8
+        }
+        _ => return Err(other("no TOS")),
+    };
+    Ok((from, tos >> 2))
 }
 
 /// Lets no read or write wait longer than [`PATIENCE`].

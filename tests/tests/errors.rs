@@ -203,6 +203,48 @@ fn the_end_leaves_no_program_and_no_socket() {
 }
 
 #[test]
+fn what_is_wrong_with_classes_is_told() {
+    let netns = Netns::new("errors").expect("a namespace");
+    let class = "\n[[class]]\nname = \"gold\"\nweight = 3\n";
+    let daemon = Daemon::start_with(&netns, &(service("") + class)).expect("a daemon");
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(program("dispatcherctl").expect("dispatcherctl"));
+        let output = command.arg("--socket").arg(daemon.socket()).args(arguments).output().expect("starts");
+        assert!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (refused, usage) = (Some(1), Some(2));
+    for (arguments, code, expected) in [
+        (&["qos", "weight", "tin", "3"][..], refused, "no class \"tin\"; there are: default, gold"),
+        (&["qos", "weight", "gold", "0"], usage, "0 is not in 1..=10000"),
+        (&["qos", "weight", "gold", "10001"], usage, "10001 is not in 1..=10000"),
+        (&["qos", "weight", "gold"], usage, "<WEIGHT>"),
+        (&["qos", "assign", "00ff", "gold", "--service", "shop"], refused, "no service shop"),
+        (
+            &["qos", "assign", "00ff", "tin", "--service", "web"],
+            refused,
+            "no class \"tin\"; there are: default, gold",
+        ),
+        (&["qos", "assign", "00ff", "gold", "--service", "web"], refused, "service web has no session 00ff"),
+        (
+            &["qos", "assign", "cookie:a", "gold", "--service", "web"],
+            refused,
+            "service web has no session cookie:a",
+        ),
+        (&["qos", "assign", "0", "gold", "--service", "web"], refused, "hexadecimal"),
+        (&["qos", "assign", "00ff", "gold", "--service", "web", "--kind", "magic"], refused, "magic"),
+    ] {
+        let (found, said) = run(arguments);
+        assert_eq!(found, code, "{arguments:?}: {said}");
+        assert!(said.contains(expected), "{arguments:?}: {said}");
+    }
+    let classes: Vec<dispatcher_user::api::QosClass> = daemon.ask(&["qos", "classes"]).expect("classes");
+    let classes: Vec<_> = classes.iter().map(|one| (one.name.as_str(), one.weight)).collect();
+    assert_eq!(classes, [("default", 1), ("gold", 3)], "nothing was changed");
+    assert_eq!(daemon.told(&["qos"]).expect("a table").lines().count(), 1, "nobody used a class");
+}
+
+#[test]
 fn dispatcherctl_without_a_daemon() {
     let mut command = Command::new(program("dispatcherctl").expect("dispatcherctl"));
     let output = command.args(["--socket", "/nonexistent/control.sock", "status"]).output().expect("starts");

@@ -99,7 +99,7 @@ impl Desk {
         let line = ["dispatcherctl", "explain", file.to_str().expect("a name")];
         let args = ctl::Args::try_parse_from(line.iter().chain(arguments)).expect("a command line");
         let (mut out, mut hints) = (Vec::new(), Vec::new());
-        let result = ctl::run(&args, &mut out, &mut hints, None);
+        let result = ctl::run(&args, &mut out, &mut hints, &|| None);
         self.hints.replace(String::from_utf8(hints).expect("text"));
         (String::from_utf8(out).expect("text"), result)
     }

@@ -3,14 +3,15 @@
 use std::{os::fd::AsFd, process::ExitCode};
 
 use clap::Parser as _;
-use dispatcher_user::ctl;
+use dispatcher_user::ctl::{self, Terminal};
 use rustix::termios::tcgetwinsize;
 
 fn main() -> ExitCode {
     let args = ctl::Args::parse();
     let mut out = std::io::stdout();
-    let width = columns(&out, std::env::var("COLUMNS").ok().as_deref());
-    match ctl::run(&args, &mut out, &mut std::io::stderr(), width) {
+    let given = ["COLUMNS", "LINES"].map(|name| std::env::var(name).ok());
+    let look = || terminal(&std::io::stdout(), [&given[0], &given[1]].map(Option::as_deref));
+    match ctl::run(&args, &mut out, &mut std::io::stderr(), &look) {
         Ok(()) => ctl::Exit::Good.into(),
         Err(error) => {
             eprintln!("dispatcherctl: {error}");
@@ -19,12 +20,15 @@ fn main() -> ExitCode {
     }
 }
 
-/// Columns of the terminal, if this is one: what it says, else what the environment says (`COLUMNS`). Serial
+/// The size of the terminal, if this is one: what it says, else what the environment says (`COLUMNS` and `LINES`). Serial
 /// consoles do not say.
-fn columns(out: &impl AsFd, given: Option<&str>) -> Option<u16> {
-    let own = tcgetwinsize(out).ok()?.ws_col;
-    let given = || given.and_then(|columns| columns.parse().ok()).filter(|columns| *columns > 0);
-    if own > 0 { Some(own) } else { given() }
+fn terminal(out: &impl AsFd, [columns, rows]: [Option<&str>; 2]) -> Option<Terminal> {
+    let own = tcgetwinsize(out).ok()?;
+    let size = |own: u16, given: Option<&str>| {
+        let given = given.and_then(|given| given.parse().ok());
+        Some(own).filter(|size| *size > 0).or(given).filter(|size| *size > 0)
+    };
+    Some(Terminal { columns: size(own.ws_col, columns), rows: size(own.ws_row, rows) })
 }
 
 #[cfg(test)]
@@ -38,7 +42,7 @@ mod tests {
     use super::*;
 
     /// Both ends of a terminal of this size.
-    fn terminal(ws_row: u16, ws_col: u16) -> (OwnedFd, OwnedFd) {
+    fn pair(ws_row: u16, ws_col: u16) -> (OwnedFd, OwnedFd) {
         let size = libc::winsize { ws_row, ws_col, ws_xpixel: 0, ws_ypixel: 0 };
         let (mut one, mut other) = (0, 0);
         // SAFETY: two places for descriptors and a size, which outlive the call; name and settings may be null.
@@ -50,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn the_width_of_a_terminal() {
+    fn the_size_of_a_terminal() {
         for (rows, own, given, expected) in [
             (24, 80, None, Some(80)),
             (24, 80, Some("132"), Some(80)),
@@ -60,10 +64,12 @@ mod tests {
             (0, 0, Some("wide"), None),
             (0, 0, None, None),
         ] {
-            let (_one, out) = terminal(rows, own);
-            assert_eq!(columns(&out, given), expected, "{rows} x {own}, {given:?}");
+            let (_one, out) = pair(rows, own);
+            let rows_given = Some(rows).filter(|rows| *rows > 0).or(Some(50));
+            let expected = Some(Terminal { columns: expected, rows: rows_given });
+            assert_eq!(terminal(&out, [given, Some("50")]), expected, "{rows} x {own}, {given:?}");
         }
         let file = File::open("/dev/null").expect("is there");
-        assert_eq!(columns(&file, Some("80")), None, "no terminal gets whole lines");
+        assert_eq!(terminal(&file, [Some("80"); 2]), None, "no terminal gets whole lines");
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Subcommand;
 
-use super::{Client, Error, Form, Identifier, Sheet, escaped, sessions, show, table};
+use super::{Client, Error, Form, Identifier, Sheet, escaped, repeat, sessions, show, table};
 use crate::api;
 
 #[derive(Debug, Subcommand)]
@@ -79,15 +79,14 @@ async fn shares(
     out: &mut dyn std::io::Write,
     form: Form,
 ) -> Result<(), Error> {
-    loop {
+    repeat(watch.map(Duration::from_secs), None, async |_| {
         let answer: Vec<api::QosShare> = ask.get("/v1/qos").await?;
-        show(out, form, answer.as_slice(), share_table)?;
-        let Some(seconds) = watch else { return Ok(()) };
-        tokio::time::sleep(Duration::from_secs(seconds.max(1))).await;
-    }
+        show(out, form, answer.as_slice(), share_table)
+    })
+    .await
 }
 
-fn classes(classes: &[api::QosClass]) -> Sheet {
+pub(super) fn classes(classes: &[api::QosClass]) -> Sheet {
     let header = ["class", "weight", "priority", "lends", "borrows", "ceil", "dscp"];
     let row = |one: &api::QosClass| {
         vec![
@@ -103,7 +102,7 @@ fn classes(classes: &[api::QosClass]) -> Sheet {
     table(&header, 1, &[], classes.iter().map(row))
 }
 
-fn share_table(shares: &[api::QosShare]) -> Sheet {
+pub(super) fn share_table(shares: &[api::QosShare]) -> Sheet {
     let header = [
         "service", "backend", "class", "weight", "share", "open", "waiting", "admitted", "borrowed", "shed",
         "late", "left", "wait p99", "bytes", "dropped", "conns", "over",

@@ -34,6 +34,16 @@ fn command_lines() {
         "dispatcherctl config schema",
         "dispatcherctl reload --dry-run --json",
         "dispatcherctl openapi",
+        "dispatcherctl qos",
+        "dispatcherctl qos shares --watch",
+        "dispatcherctl qos shares --watch 5 --json",
+        "dispatcherctl qos classes --json",
+        "dispatcherctl qos weight gold 1",
+        "dispatcherctl qos weight gold 10000",
+        "dispatcherctl qos assign cookie:4f1c gold --service shop",
+        "dispatcherctl qos assign 00ff default --service shop --kind tls-session-id",
+        "dispatcherctl top",
+        "dispatcherctl top --interval 5 --count 3 --json",
         "dispatcherctl explain file.pcap",
         "dispatcherctl explain file.pcap --json --packets --live --config dispatcher.toml",
     ] {
@@ -48,6 +58,16 @@ fn command_lines() {
         "dispatcherctl trace --limit 0",
         "dispatcherctl config",
         "dispatcherctl config check",
+        "dispatcherctl qos shares --watch 0",
+        "dispatcherctl qos weight gold",
+        "dispatcherctl qos weight gold 0",
+        "dispatcherctl qos weight gold 10001",
+        "dispatcherctl qos weight gold -1",
+        "dispatcherctl qos weight gold 1.5",
+        "dispatcherctl qos assign 00ff gold",
+        "dispatcherctl qos assign client:nobody gold --service shop",
+        "dispatcherctl top --interval 0",
+        "dispatcherctl top --count 0",
         "dispatcherctl explain",
         "dispatcherctl detach --pin /x --config dispatcher.toml",
         "dispatcherctl explain file.pcap --live",
@@ -89,10 +109,19 @@ fn told(answers: Vec<String>) -> Told {
 impl Told {
     /// What a command line prints, what it hints at, and how it ends; and what it asked for.
     fn run(self, line: &str) -> (Result<(), Error>, String, String, Vec<String>) {
+        self.run_on(None, line)
+    }
+
+    /// The same on a terminal.
+    fn run_on(
+        self,
+        terminal: Option<Terminal>,
+        line: &str,
+    ) -> (Result<(), Error>, String, String, Vec<String>) {
         let args =
             parse(&format!("dispatcherctl --socket {} {line}", self.socket.display())).expect("parses");
         let (mut out, mut hints) = (Vec::new(), Vec::new());
-        let result = run(&args, &mut out, &mut hints, None);
+        let result = run(&args, &mut out, &mut hints, &|| terminal);
         let text = |bytes| String::from_utf8(bytes).expect("a text");
         let asked = self.server.join().expect("all was asked");
         std::fs::remove_file(&self.socket).expect("removes");
@@ -149,7 +178,7 @@ fn a_list_that_is_cut_says_so() {
     }
 }
 
-fn backend(state: &str, open: u64, left: Option<u64>) -> api::Backend {
+pub(super) fn backend(state: &str, open: u64, left: Option<u64>) -> api::Backend {
     api::Backend {
         name: "a".into(),
         service: "web".into(),
@@ -201,7 +230,7 @@ fn a_drain_that_cuts_connections_has_a_code_of_its_own() {
 #[test]
 fn nobody_to_ask_is_a_code_of_its_own() {
     let args = parse("dispatcherctl --socket /no/such/socket status").expect("parses");
-    let error = run(&args, &mut Vec::new(), &mut Vec::new(), None).expect_err("nobody is there");
+    let error = run(&args, &mut Vec::new(), &mut Vec::new(), &|| None).expect_err("nobody is there");
     assert_eq!(error.exit(), Exit::Unreachable);
     assert!(error.to_string().contains("is dispatcherd running"), "{error}");
 }
@@ -210,11 +239,11 @@ fn nobody_to_ask_is_a_code_of_its_own() {
 fn detach_says_where_nothing_is() {
     let args = parse("dispatcherctl detach --pin /no/such/folder").expect("parses");
     let mut out = Vec::new();
-    run(&args, &mut out, &mut Vec::new(), None).expect("nothing to do");
+    run(&args, &mut out, &mut Vec::new(), &|| None).expect("nothing to do");
     assert_eq!(String::from_utf8_lossy(&out).trim(), "nothing is pinned in /no/such/folder");
     let args = parse("dispatcherctl detach --config /no/such/file").expect("parses");
     assert_eq!(
-        run(&args, &mut Vec::new(), &mut Vec::new(), None).expect_err("no file").exit(),
+        run(&args, &mut Vec::new(), &mut Vec::new(), &|| None).expect_err("no file").exit(),
         Exit::Refused
     );
 }
@@ -359,8 +388,10 @@ fn spare_columns_exist() {
         identities(&[]),
         flows(&[]),
         counters(&nothing, None, true),
+        qos::share_table(&[]),
+        qos::classes(&[]),
     ];
-    for mut sheet in sheets {
+    for mut sheet in sheets.into_iter().chain(top::sheets()) {
         assert_eq!(sheet.fit(1), sheet.spare);
     }
 }
@@ -402,7 +433,7 @@ fn a_file_is_checked_without_a_daemon() {
     let check = |json: &str| {
         let line = format!("dispatcherctl --socket /no/such/socket config check {} {json}", file.display());
         let mut out = Vec::new();
-        let result = run(&parse(line.trim()).expect("parses"), &mut out, &mut Vec::new(), None);
+        let result = run(&parse(line.trim()).expect("parses"), &mut out, &mut Vec::new(), &|| None);
         (result, String::from_utf8(out).expect("a text"))
     };
     let good = include_str!("../../../docs/config/minimal.toml");
@@ -429,4 +460,136 @@ fn a_file_is_checked_without_a_daemon() {
     std::fs::remove_dir_all(&folder).expect("removes");
     let (result, said) = check("--json");
     assert!(result.is_err() && said.contains("\"line\": null") && said.contains("No such file"), "{said}");
+}
+
+#[test]
+fn shares_beside_weights() {
+    let shares = [
+        top::tests::share("gold", 12, 3000),
+        api::QosShare { share_percent: None, ..top::tests::share("bronze", 0, 0) },
+    ];
+    let json = serde_json::to_string(&shares).expect("json");
+    for command in ["qos", "qos shares"] {
+        let (result, out, _, asked) = told(vec![json.clone()]).run(command);
+        assert!(result.is_ok() && asked == ["GET /v1/qos HTTP/1.1"], "{asked:?}");
+        let lines: Vec<Vec<&str>> = out.lines().map(|line| line.split_whitespace().collect()).collect();
+        let [head, gold, bronze] = lines.as_slice() else { panic!("three lines: {out}") };
+        assert_eq!(head[..7], ["SERVICE", "BACKEND", "CLASS", "WEIGHT", "SHARE", "OPEN", "WAITING"]);
+        assert_eq!(gold[..8], ["web", "a", "gold", "75.0%", "70.2%", "2", "5", "12"]);
+        assert_eq!(gold[12..], ["12.2", "ms", "3000", "1500", "0", "0"]);
+        assert_eq!(bronze[2..5], ["bronze", "75.0%", "-"]);
+    }
+    let (result, out, ..) = told(vec![json]).run("--json qos shares");
+    assert!(result.is_ok());
+    assert_eq!(serde_json::from_str::<Vec<api::QosShare>>(&out).expect("json"), shares);
+    // 80 columns: what matters most is left.
+    let (result, out, ..) = told(vec![serde_json::to_string(&shares).expect("json")])
+        .run_on(Some(Terminal { columns: Some(80), rows: None }), "qos");
+    assert!(result.is_ok() && out.lines().take(3).all(|line| line.len() <= 80), "{out}");
+    for title in ["WEIGHT", "SHARE", "WAITING", "SHED", "DROPPED"] {
+        assert!(out.contains(title), "{title}: {out}");
+    }
+}
+
+#[test]
+fn shares_again_and_again() {
+    let json = serde_json::to_string(&[top::tests::share("gold", 12, 3000)]).expect("json");
+    let (result, out, _, asked) = told(vec![json.clone(), json]).run("qos shares --watch");
+    assert_eq!(result.expect_err("nobody answers any more").exit(), Exit::Unreachable);
+    assert_eq!(
+        (asked.len(), out.matches("SERVICE").count(), out.matches("gold").count()),
+        (2, 2, 2),
+        "{out}"
+    );
+}
+
+#[test]
+fn classes_and_what_is_said_of_them() {
+    let class = |name: &str, weight, dscp| api::QosClass {
+        name: name.into(),
+        weight,
+        priority: 2,
+        lend: weight > 1,
+        borrow_limit: 100,
+        ceil: 50,
+        dscp,
+    };
+    let all = [class("default", 1, None), class("gold", 3, Some(46))];
+    let json = serde_json::to_string(&all).expect("json");
+    let (result, out, _, asked) = told(vec![json.clone()]).run("qos classes");
+    assert!(result.is_ok() && asked == ["GET /v1/qos/classes HTTP/1.1"], "{asked:?}");
+    assert_eq!(
+        out,
+        "CLASS    WEIGHT  PRIORITY  LENDS  BORROWS  CEIL  DSCP\n\
+         default       1         2     no     100%   50%     -\n\
+         gold          3         2    yes     100%   50%    46\n"
+    );
+    let (result, out, ..) = told(vec![json.clone()]).run("--json qos classes");
+    assert!(
+        result.is_ok() && serde_json::from_str::<Vec<api::QosClass>>(&out).expect("json") == all,
+        "{out}"
+    );
+    let (result, out, _, asked) = told(vec![json]).run("qos weight gold 3");
+    assert!(result.is_ok() && out.contains("gold"), "{out}");
+    assert_eq!(asked, ["PATCH /v1/qos/classes/gold HTTP/1.1"]);
+}
+
+#[test]
+fn sessions_are_put_into_classes() {
+    let session = api::Session {
+        id: "00ff".into(),
+        kind: "tls-session-id".into(),
+        service: "web".into(),
+        backend: "a".into(),
+        tunnel: 0,
+        class: Some("gold".into()),
+        state: "confirmed".into(),
+        hits: 0,
+        age_seconds: 1,
+        idle_seconds: 1,
+        expires_in_seconds: None,
+    };
+    let json = serde_json::to_string(std::slice::from_ref(&session)).expect("json");
+    let (result, out, _, asked) = told(vec![json.clone()]).run("qos assign 00ff gold --service web");
+    assert!(result.is_ok() && out.contains("CLASS") && out.contains("gold"), "{out}");
+    assert_eq!(asked, ["PUT /v1/qos/sessions/00ff HTTP/1.1"]);
+    let (result, out, ..) = told(vec![json]).run("--json qos assign 00ff gold --service web");
+    assert!(
+        result.is_ok() && serde_json::from_str::<Vec<api::Session>>(&out).expect("json") == [session],
+        "{out}"
+    );
+    let args = parse(
+        "dispatcherctl --socket /no/such/socket qos assign cookie:a gold --service web --kind tls-ticket",
+    );
+    let error =
+        run(&args.expect("parses"), &mut Vec::new(), &mut Vec::new(), &|| None).expect_err("two kinds");
+    assert!(error.to_string().contains("is of the kind http-cookie, not tls-ticket"), "{error}");
+}
+
+#[test]
+fn a_live_view() {
+    let views = |count: u64| (1..=count).flat_map(top::tests::answers).collect::<Vec<_>>();
+    // The first reading is shown by its difference to the second; then nobody answers.
+    let (result, out, _, asked) = told(views(2)).run("--json top --count 2");
+    assert!(result.is_ok(), "{result:?}");
+    assert_eq!(asked.len(), 14);
+    let tops: Vec<api::Top> = out.lines().map(|line| serde_json::from_str(line).expect("json")).collect();
+    let [good, silent] = tops.as_slice() else { panic!("two lines: {out}") };
+    assert!(good.error.is_none() && good.forward_per_second.is_some_and(|rate| rate > 0.0), "{good:?}");
+    assert!(
+        silent.error.as_ref().is_some_and(|error| error.contains("is dispatcherd running")),
+        "{silent:?}"
+    );
+    assert!(silent.uptime_seconds.is_none() && silent.services.is_empty(), "{silent:?}");
+    // Nobody from the beginning is an error.
+    let args = parse("dispatcherctl --socket /no/such/socket top").expect("parses");
+    let error = run(&args, &mut Vec::new(), &mut Vec::new(), &|| None).expect_err("nobody is there");
+    assert_eq!(error.exit(), Exit::Unreachable);
+    // Piped: one after another; on a terminal: in the place of the one before.
+    let (result, out, ..) = told(views(3)).run("top --count 2");
+    assert!(result.is_ok() && out.matches("SERVICE  MODE").count() == 2 && !out.contains('\x1b'), "{out}");
+    let terminal = Some(Terminal { columns: Some(80), rows: Some(24) });
+    let (result, out, ..) = told(views(3)).run_on(terminal, "top --count 2");
+    assert!(result.is_ok() && out.matches("\x1b[H").count() == 2 && out.ends_with("\x1b[J"), "{out}");
+    assert!(out.split("\x1b[H").skip(1).all(|view| view.matches('\n').count() < 24), "{out}");
 }

@@ -213,24 +213,26 @@ fn check(settings: &[ClassSetting]) -> Result<(), Error> {
     Ok(())
 }
 
-/// The entries that settings make of those that are there. A class keeps its number, which flows have; the number of
-/// one that is gone is given again when there is no fresh one.
+/// The entries that settings make of those that are there. A class keeps its number, which flows have, and gets it back
+/// when it comes again; the number of one that is gone is given to another when there is no fresh one.
 fn entries_of(settings: &[ClassSetting], old: &[ClassEntry; CLASSES_MAX]) -> [ClassEntry; CLASSES_MAX] {
     let mut entries = *old;
     let default = settings.iter().find(|one| one.id == 0).copied().unwrap_or_default();
     entries[0] = entry_of(&default);
     for entry in entries.iter_mut().skip(1) {
         if entry.used != 0 && !settings.iter().any(|one| one.id == entry.id) {
-            // The weight stays and tells that the number was given once.
-            *entry = ClassEntry { weight: entry.weight, ..ClassEntry::default() };
+            // The id in the place of the weight tells whose the number was.
+            *entry = ClassEntry { weight: entry.id.into(), ..ClassEntry::default() };
         }
     }
     for setting in settings.iter().filter(|one| one.id != 0) {
         let others = 1..CLASSES_MAX;
         let at = others.clone().find(|at| entries[*at].used != 0 && entries[*at].id == setting.id);
+        let own =
+            others.clone().find(|at| entries[*at].used == 0 && entries[*at].weight == u32::from(setting.id));
         let fresh = others.clone().find(|at| entries[*at].weight == 0);
         let free = others.clone().find(|at| entries[*at].used == 0);
-        if let Some(at) = at.or(fresh).or(free) {
+        if let Some(at) = at.or(own).or(fresh).or(free) {
             entries[at] = entry_of(setting);
         }
     }
@@ -454,6 +456,8 @@ mod tests {
         assert_eq!([first[0].used, first[1].used, first[2].used, first[3].used], [1, 1, 1, 0]);
         let second = entries_of(&[class(9, 1), class(8, 3)], &first);
         assert_eq!((second[1].used, second[2].id, second[2].weight, second[3].id), (0, 8, 3, 9));
+        let back = entries_of(&[class(7, 5), class(8, 3), class(9, 1)], &second);
+        assert_eq!([1, 2, 3].map(|at| (back[at].id, back[at].weight)), [(7, 5), (8, 3), (9, 1)]);
         let all: Vec<ClassSetting> = (20..34).chain([8]).map(|id| class(id, 1)).collect();
         let third = entries_of(&all, &second);
         assert!(third.iter().all(|one| one.used == 1));

@@ -1,19 +1,11 @@
 //! The demo's third service: datagrams of two classes to one server, which is given less than both want.
 
-use std::{
-    net::{SocketAddr, UdpSocket},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::{Duration, Instant},
-};
-
 use anyhow::{Context as _, Result};
 use dispatcher_user::api;
 
 use crate::{
     daemon::{Daemon, Service},
+    flood::Flood,
     topology::{Family, Topology},
 };
 
@@ -23,8 +15,6 @@ pub(super) const NAME: &str = "bulk";
 const PORT: u16 = 9000;
 /// Bits a second that the server takes, and that each class wants.
 const BANDWIDTH: u64 = 4_000_000;
-/// Bytes of a datagram.
-const DATAGRAM: usize = 1200;
 /// Classes with their weights; each has a client address.
 const CLASSES: [(&str, u32); 2] = [("gold", 3), ("bronze", 1)];
 
@@ -52,37 +42,13 @@ pub(super) fn service(topology: &Topology) -> Service {
         .weights(&weights)
 }
 
-/// Starts senders and the server, which end when told to stop.
-pub(super) fn start(topology: &Topology, stop: &Arc<AtomicBool>) -> Result<()> {
-    let place = topology.backends.first().context("no backend")?;
-    let at = SocketAddr::new(place.address(Family::V4), PORT);
-    let server = place.netns.run(|| UdpSocket::bind(at)).context("a socket for datagrams")?;
-    server.set_read_timeout(Some(Duration::from_millis(100)))?;
-    let ends = Arc::clone(stop);
-    place.netns.spawn(move || {
-        let mut buffer = [0; 2048];
-        while !ends.load(Ordering::Relaxed) {
-            // Whatever comes: the daemon counts it.
-            let _ = server.recv(&mut buffer);
-        }
-    });
+/// Starts senders and the server.
+pub(super) fn start(topology: &Topology) -> Result<Flood> {
+    let mut flood = Flood::new(topology.backends.first().context("no backend")?, PORT)?;
     for number in 0..CLASSES.len() {
-        let from = SocketAddr::new(topology.client(Family::V4, number), 0);
-        let socket = topology.clients.run(|| UdpSocket::bind(from)).context("a socket for datagrams")?;
-        socket.connect(SocketAddr::new(Family::V4.vip(), PORT)).context("the service")?;
-        let ends = Arc::clone(stop);
-        topology.clients.spawn(move || {
-            let pause = Duration::from_secs_f64(DATAGRAM as f64 * 8.0 / BANDWIDTH as f64);
-            let mut due = Instant::now();
-            while !ends.load(Ordering::Relaxed) {
-                // What is lost is lost.
-                let _ = socket.send(&[0; DATAGRAM]);
-                due += pause;
-                std::thread::sleep(due.saturating_duration_since(Instant::now()));
-            }
-        });
+        flood.send(&topology.clients, topology.client(Family::V4, number), BANDWIDTH)?;
     }
-    Ok(())
+    Ok(flood)
 }
 
 /// What the daemon says of the classes.

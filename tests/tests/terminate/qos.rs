@@ -231,3 +231,53 @@ fn a_backend_without_a_limit_is_not_held_up() {
     until("all are under way", || mirror(&scene, 0).begun() == 3);
     held.into_iter().chain(free).for_each(Blocker::end);
 }
+
+#[test]
+fn what_a_class_that_goes_has_is_the_default_ones() {
+    let scene = scene(&[ONE, PATIENT]);
+    let blocker = Blocker::new(&scene, "gold");
+    until("the server is busy", || mirror(&scene, 0).begun() == 1);
+    let with = format!("{}{CLASSES}", scene.text);
+    let reload = |text: &str| {
+        scene.daemon.rewrite(text).expect("a configuration");
+        scene.daemon.told(&["reload"]).expect("reloaded");
+    };
+    let used = |class: &str| {
+        let shares: Vec<api::QosShare> = scene.daemon.ask(&["qos"]).expect("shares");
+        shares.into_iter().any(|one| one.backend == "b1" && one.class == class)
+    };
+    std::thread::scope(|scope| {
+        let mut asked: Vec<_> =
+            (0..8).map(|turn| ask(scope, &scene, ["gold", "bronze"][turn % 2], "/")).collect();
+        until("all wait", || queued(&scene, "b1") == 8);
+        assert_eq!((shares(&scene, "b1", "gold").queued, shares(&scene, "b1", "gold").in_flight), (4, 1));
+        reload(&with.replace("\n[[class]]\nname = \"gold\"\nweight = 3\n", ""));
+        assert!(!used("gold"));
+        assert_eq!((shares(&scene, "b1", "default").queued, shares(&scene, "b1", "bronze").queued), (4, 4));
+        // One of its session that comes now.
+        asked.push(ask(scope, &scene, "gold", "/"));
+        until("it waits", || shares(&scene, "b1", "default").queued == 5);
+        blocker.end();
+        for one in asked {
+            let (status, _) = one.join().expect("a client");
+            assert!(status.contains("200"), "{status}");
+        }
+    });
+    let default = shares(&scene, "b1", "default");
+    assert_eq!((default.admitted, default.in_flight, default.queued), (5, 0, 0), "{default:?}");
+    assert_eq!(default.shed + default.late + default.cancelled, 0, "{default:?}");
+    assert_eq!(shares(&scene, "b1", "bronze").admitted, 4);
+    // The session is still assigned to it.
+    reload(&with);
+    let before = if used("gold") { shares(&scene, "b1", "gold").admitted } else { 0 };
+    std::thread::scope(|scope| {
+        let (status, _) = ask(scope, &scene, "gold", "/").join().expect("a client");
+        assert!(status.contains("200"), "{status}");
+    });
+    let gold = shares(&scene, "b1", "gold");
+    assert_eq!((gold.admitted, gold.in_flight), (before + 1, 0), "{gold:?}");
+    assert_eq!(shares(&scene, "b1", "default").admitted, 5);
+    let sessions = scene.sessions();
+    let session = sessions.iter().find(|one| one.class.as_deref() == Some("gold"));
+    assert!(session.is_some(), "{sessions:?}");
+}
