@@ -42,13 +42,16 @@ pub struct Event {
     pub session: SessionKey,
 }
 
+/// [`Release::backend`]: none; the client is told so with RST.
+pub const REFUSED: u32 = u32::MAX;
+
 /// The daemon's pick for a held hello.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Release {
     /// Stash slot, from the event.
     pub slot: u32,
-    /// Backend index.
+    /// Backend index, or [`REFUSED`].
     pub backend: u32,
     /// The client's flow, from the event: a slot that belongs to another flow by now is left alone.
     pub flow: FlowKey,

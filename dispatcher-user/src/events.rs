@@ -14,7 +14,7 @@ use aya::maps::{MapData, RingBuf};
 use dispatcher_common::{
     event::{
         EVENT_BOUND, EVENT_HELD, EVENT_LEARNED, EVENT_MISS, EVENT_REFUSED, EVENT_REJECTED, EVENT_TURN, Event,
-        Release,
+        REFUSED, Release,
     },
     flow::FlowKey,
     session::{KIND_TICKET_NAME, STATE_PROVISIONAL, Session},
@@ -122,7 +122,8 @@ fn answer(shared: &Shared, picker: &mut Picker, held: &mut RingBuf<MapData>) -> 
             Ok(Some(Choice { id, index, class })) => {
                 let Event { frontend, slot, flow, .. } = event;
                 let class = || if class == 0 { event.class } else { class };
-                if !shared.qos.hold(id, class, flow.src.into(), Held { frontend, slot, flow }) {
+                let waits = Held { frontend, slot, flow, refused: false };
+                if !shared.qos.hold(id, class, flow.src.into(), waits) {
                     releases.push(Release { slot, backend: index, flow });
                 }
             }
@@ -131,7 +132,14 @@ fn answer(shared: &Shared, picker: &mut Picker, held: &mut RingBuf<MapData>) -> 
             Err(error) => log::warn!("held hello of {:?}: {error}", event.flow),
         }
     }
-    for (backend, Held { frontend, slot, flow }) in shared.qos.release(RELEASES_AT_ONCE - releases.len()) {
+    let mut refused = 0;
+    for (backend, held) in shared.qos.release(RELEASES_AT_ONCE - releases.len()) {
+        let Held { frontend, slot, flow, refused: lost } = held;
+        if lost {
+            refused += 1;
+            releases.push(Release { slot, backend: REFUSED, flow });
+            continue;
+        }
         match pools.get(&frontend).and_then(|pool| pool.known.get(&backend)) {
             Some(index) => releases.push(Release { slot, backend: *index, flow }),
             // As above.
@@ -143,9 +151,9 @@ fn answer(shared: &Shared, picker: &mut Picker, held: &mut RingBuf<MapData>) -> 
     }
     match shared.dataplane.release(&releases) {
         Ok(()) => {
-            shared.counts.released.fetch_add(releases.len() as u64, Ordering::Relaxed);
+            shared.counts.released.fetch_add(releases.len() as u64 - refused, Ordering::Relaxed);
         }
-        Err(error) => log::error!("releasing {} held hellos: {error}", releases.len()),
+        Err(error) => log::error!("answering {} held hellos: {error}", releases.len()),
     }
     read == RELEASES_AT_ONCE || releases.len() == RELEASES_AT_ONCE
 }

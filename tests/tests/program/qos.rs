@@ -8,12 +8,14 @@ use std::{
 };
 
 use dispatcher_common::{
-    event::Release,
+    abi,
+    event::{REFUSED, Release},
     flow::{Flow, FlowKey, ports_word},
     qos::{NAME_MAX, NAMES_MAX, class_id},
     reason::Reason,
     service::{FRONTEND_NAMES, FRONTEND_OVER_HOLD, FRONTEND_OVER_RESET},
-    session::{STATE_CONFIRMED, Session},
+    session::{STATE_CONFIRMED, STATE_PROVISIONAL, Session},
+    stash::STAGE_FREE,
 };
 use dispatcher_tests::{
     harness::{CLIENT_MACS, Far, Machine, Service, Talk, backend_at, client_at},
@@ -745,6 +747,62 @@ fn connections_over_the_rate_can_wait_for_the_daemon() {
     let mut other = Talk::new(Service::Held, family, 3990);
     other.shake(&machine);
     let _ = machine.expect("nobody to ask", &other.data(0, &known(90)), Reason::OverConnections);
+}
+
+#[test]
+fn the_daemon_can_refuse_what_is_held() {
+    let machine = machine();
+    let d = machine.dataplane();
+    let mut ring = d.take_held().expect("the ring");
+    let refused = || d.reason(Reason::ResetOverRate).expect("counted");
+    for (port, family) in [(5200, Family::V4), (5210, Family::V6)] {
+        for tags in [Vec::new(), vec![[0x81, 0, 0, 100]]] {
+            let mut talk = Talk::new(Service::Held, family, port + tags.len() as u16);
+            talk.tags = tags;
+            talk.shake(&machine);
+            let hello = client_hello(&[port as u8; 32], 0);
+            let (first, second) = hello.split_at(50);
+            machine.beat(true).expect("alive");
+            let _ = machine.expect("a part", &talk.data(0, first), Reason::AckedPart);
+            let data = talk.data(50, second);
+            let _ = machine.expect("the rest", &data, Reason::Held);
+            let bytes = ring.next().expect("the daemon is told").to_vec();
+            let slot = u32::from_ne_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]);
+            let flow = key(&talk);
+            let stranger = Release { slot, backend: REFUSED, flow: FlowKey { ports: 1, ..flow } };
+            // As the daemon does when it picks.
+            let id = [port as u8; 32];
+            let made = Session { state: STATE_PROVISIONAL, ..Session::of(Machine::backend_id(0)) };
+            machine.know(Service::Held, &id, made).expect("a session");
+            let before = refused();
+            d.release(&[stranger]).expect("runs");
+            assert!(machine.session(Service::Held, &id).expect("readable").is_some());
+            assert_eq!(refused(), before, "another flow's slot is left alone");
+            d.release(&[stranger, Release { slot, backend: REFUSED, flow }]).expect("runs");
+            assert_eq!(refused(), before + 1);
+            assert_eq!(d.stash().get(slot).expect("readable").stage, STAGE_FREE);
+            assert_eq!(machine.session(Service::Held, &id).expect("readable"), None, "it is not known");
+            assert_eq!(d.flows().get(&flow).expect("readable"), None);
+            d.release(&[stranger, Release { slot, backend: REFUSED, flow }]).expect("runs");
+            assert_eq!(refused(), before + 1, "once");
+
+            // The same once more, where the frame can be seen: what was the second is still the second.
+            let _ = machine.expect("a part", &talk.data(0, first), Reason::AckedPart);
+            let _ = machine.expect("the rest", &data, Reason::Held);
+            assert!(ring.next().is_some());
+            d.release(&[stranger]).expect("runs");
+            let run = d.run(abi::PROGRAM_RELEASE, &[0; 128], None, 1, 0).expect("runs");
+            assert_eq!((run.retval, refused()), (4, before + 2));
+            let packet = Packet::parse(&run.data_out).expect("a good packet");
+            let reset = packet.tcp().expect("TCP");
+            assert_eq!((packet.src, packet.dst), (talk.vip.ip(), talk.client.ip()));
+            assert_eq!((reset.src, reset.dst), (talk.vip.port(), talk.client.port()));
+            assert_eq!((reset.flags, reset.seq, reset.ack), (flags::RST, talk.cookie.wrapping_add(1), 0));
+            assert!(reset.payload.is_empty() && reset.options.is_empty());
+            let [to_us, from_client] = CLIENT_MACS;
+            assert_eq!((packet.macs, &packet.tags), ([from_client, to_us], &talk.tags));
+        }
+    }
 }
 
 #[test]
