@@ -68,6 +68,8 @@ pub const MAP_RELEASES: &str = "RELEASES";
 pub const MAP_CLASSES: &str = "CLASSES";
 /// `NETWORKS`: trie, [`Network`](crate::qos::Network) -> id of a class (u32).
 pub const MAP_NETWORKS: &str = "NETWORKS";
+/// `NAMES`: hash, [`Name`](crate::qos::Name) -> id of a class (u32).
+pub const MAP_NAMES: &str = "NAMES";
 /// `LIMITED`: array by backend index of [`limited_word`](crate::qos::limited_word).
 pub const MAP_LIMITED: &str = "LIMITED";
 /// `RATES`: array of [`Rates`](crate::qos::Rates), see [`limit_index`](crate::qos::limit_index).

@@ -26,6 +26,8 @@ pub const DSCP_NONE: u8 = 0xff;
 pub const LIMITED_MAX: u32 = 1024;
 /// Most client networks that name a class.
 pub const NETWORKS_MAX: u32 = 65_536;
+/// Most server names that name a class.
+pub const NAMES_MAX: u32 = 4096;
 
 /// Bits of a token's fraction.
 pub const FRACTION: u32 = 10;
@@ -95,6 +97,66 @@ pub struct Network {
 
 /// Bits of a whole [`Network`].
 pub const NETWORK_BITS: u32 = 160;
+
+/// Longest server name that can name a class; DNS has none of more than 253 bytes.
+pub const NAME_MAX: usize = 255;
+/// Words of [`Name::words`].
+pub const NAME_WORDS: usize = NAME_MAX.div_ceil(8);
+
+/// Key of `NAMES`: what clients of a service ask for by SNI.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[repr(C)]
+pub struct Name {
+    /// Stable id of the service.
+    pub service: u32,
+    /// Bytes of the name.
+    pub len: u32,
+    /// The name in lower case, eight bytes in each word as they are in memory; zero behind it.
+    pub words: [u64; NAME_WORDS],
+}
+
+impl Name {
+    /// A service's name; `None` if it is longer than [`NAME_MAX`], or empty.
+    #[must_use]
+    pub fn new(service: u32, name: &str) -> Option<Self> {
+        if name.is_empty() || name.len() > NAME_MAX {
+            return None;
+        }
+        let mut key = Self { service, len: name.len() as u32, words: [0; NAME_WORDS] };
+        for (word, part) in key.words.iter_mut().zip(name.as_bytes().chunks(8)) {
+            let mut bytes = [0; 8];
+            bytes[..part.len()].copy_from_slice(part);
+            *word = lower(u64::from_ne_bytes(bytes));
+        }
+        Some(key)
+    }
+}
+
+/// Eight bytes with their capital letters of ASCII in lower case.
+#[inline(always)]
+#[must_use]
+pub const fn lower(word: u64) -> u64 {
+    const ONES: u64 = u64::MAX / 255;
+    const HIGH: u64 = ONES << 7;
+    // The seventh bit of a byte tells whether what is added to its other seven reached 128.
+    let low = word & !HIGH;
+    let from_a = low.wrapping_add(ONES * (128 - b'A' as u64));
+    let beyond_z = low.wrapping_add(ONES * (127 - b'Z' as u64));
+    word | (from_a & !beyond_z & !word & HIGH) >> 2
+}
+
+/// The first `left` of the eight bytes of a word, zero behind them: none below 1, all from 8 on. Without a branch,
+/// which the verifier would follow both ways.
+#[inline(always)]
+#[must_use]
+pub fn first_bytes(word: u64, left: i64) -> u64 {
+    let none = crate::opaque::opaque((left >> 63) as u64);
+    let all = crate::opaque::opaque((7_i64.wrapping_sub(left) >> 63) as u64);
+    // 0 to 7 where it matters; the shift in two steps, because a shift by 64 is none.
+    let half = (8_i64.wrapping_sub(left) as u64).wrapping_mul(4) & 63;
+    let some = u64::MAX >> half >> half;
+    word & u64::from_le((some | all) & !none)
+}
 
 /// What one class may get: a part of [`Rates`]. Tokens in [`SECOND`].
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -448,6 +510,7 @@ fn scaled(number: u128, by: u128) -> u64 {
 
 const _: () = assert!(size_of::<ClassEntry>() == 12);
 const _: () = assert!(size_of::<Network>() == 20);
+const _: () = assert!(size_of::<Name>() == 8 + 8 * NAME_WORDS);
 const _: () = assert!(size_of::<Rates>() == 16 + 32 * CLASSES_MAX);
 const _: () = assert!(size_of::<Buckets>() == 32 + 40 * CLASSES_MAX);
 const _: () = assert!(size_of::<Credits>() == 16 * CREDITS);
@@ -654,6 +717,27 @@ mod tests {
         assert!(all(1 << 60) <= 2 * full);
         assert_eq!(all(1 << 40), 0, "back: nothing");
         assert!(all((1 << 40) + 10 * MS) > 0, "and on from there");
+    }
+
+    #[test]
+    fn names_are_compared_in_lower_case() {
+        for first in 0..=255_u8 {
+            let bytes = [first, b'A', first, b'Z', first, b'z', 0, first];
+            let lowered = lower(u64::from_ne_bytes(bytes)).to_ne_bytes();
+            assert_eq!(lowered, bytes.map(|byte| byte.to_ascii_lowercase()), "{bytes:?}");
+        }
+        for (left, expected) in (-20..20).map(|left| (left, left.clamp(0, 8) as usize)) {
+            let mut kept = [0; 8];
+            kept[..expected].copy_from_slice(&[1, 2, 3, 4, 5, 6, 7, 8][..expected]);
+            let word = first_bytes(u64::from_ne_bytes([1, 2, 3, 4, 5, 6, 7, 8]), left);
+            assert_eq!(word.to_ne_bytes(), kept, "{left}");
+        }
+        assert_eq!(Name::new(1, "Shop.Example"), Name::new(1, "shop.example"));
+        assert_ne!(Name::new(1, "a.example"), Name::new(2, "a.example"));
+        assert_ne!(Name::new(1, "a.example"), Name::new(1, "a.example\0"));
+        let at = |len: usize| Name::new(1, core::str::from_utf8(&[b'a'; 300][..len]).unwrap_or(""));
+        assert_eq!([at(0), at(256)], [None, None]);
+        assert!(at(255).is_some_and(|name| name.words[31].to_ne_bytes() == *b"aaaaaaa\0"));
     }
 
     #[test]

@@ -96,7 +96,7 @@ reasons! {
         ResetNoBackend = 20 "reset_no_backend",
         /// SYN to a listener of the daemon whose queue is full, answered with a cookie of the kernel's.
         SynCookie = 21 "syn_cookie",
-        /// The connection is over its backend's rate: answered with RST.
+        /// The connection is over its backend's rate, or finds no room or no turn among those that wait: answered with RST.
         ResetOverRate = 22 "reset_over_rate",
     }
     Pass {

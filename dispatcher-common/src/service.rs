@@ -58,6 +58,8 @@ pub const FRONTEND_REFUSED_WSCALE: u32 = 1 << 7;
 pub const FRONTEND_OVER_RESET: u32 = 1 << 8;
 /// A connection over its backend's rate is held for the daemon, with [`FRONTEND_MISS_DAEMON`].
 pub const FRONTEND_OVER_HOLD: u32 = 1 << 9;
+/// Some of its connections' classes are said by the name that clients ask for: those of `NAMES`.
+pub const FRONTEND_NAMES: u32 = 1 << 10;
 /// First bit of the class in [`Frontend::flags`], see [`Frontend::class`].
 pub const FRONTEND_CLASS_BIT: u32 = 16;
 /// What the data path sets.

@@ -253,7 +253,7 @@ pub struct ClientHello {
     pub ticket: Span,
     /// The first PSK identity (RFC 8446 section 4.2.11).
     pub psk: Span,
-    /// The first host name of the server_name extension (RFC 6066 section 3).
+    /// The host name of the server_name extension (RFC 6066 section 3), as the client wrote it.
     pub server_name: Span,
     /// Versions of the supported_versions extension (RFC 8446 section 4.2.1), two bytes each.
     pub versions: Span,
@@ -346,9 +346,9 @@ pub fn client_hello<B: Bytes + ?Sized>(bytes: &B, hello: &mut ClientHello) -> bo
         }
         match kind {
             extension::SESSION_TICKET if hello.ticket.at == 0 => hello.ticket = span(bytes, at, len),
-            extension::PRE_SHARED_KEY if hello.psk.at == 0 => hello.psk = nested(bytes, at, len, 2),
+            extension::PRE_SHARED_KEY if hello.psk.at == 0 => hello.psk = first_identity(bytes, at, len),
             extension::SERVER_NAME if hello.server_name.at == 0 => {
-                hello.server_name = nested(bytes, at, len, 3);
+                hello.server_name = host_name(bytes, at, len);
             }
             extension::SUPPORTED_VERSIONS if hello.versions.at == 0 && len > 1 => {
                 hello.versions = span(bytes, at + 1, len - 1);
@@ -360,12 +360,25 @@ pub fn client_hello<B: Bytes + ?Sized>(bytes: &B, hello: &mut ClientHello) -> bo
     true
 }
 
-/// The first item of a list in an extension: the list's length, `head` bytes of which the last two are
-/// the item's length, the item.
+/// The first identity of a pre_shared_key extension: the list's length, the identity's length, the identity.
 #[inline(always)]
-fn nested<B: Bytes + ?Sized>(bytes: &B, at: usize, len: usize, head: usize) -> Span {
-    let Some(item) = word(bytes, at + head) else { return Span::default() };
-    if head + 2 + item > len { Span::default() } else { span(bytes, at + head + 2, item) }
+fn first_identity<B: Bytes + ?Sized>(bytes: &B, at: usize, len: usize) -> Span {
+    let byte = |behind| bytes.byte_or_any(at + behind) as usize;
+    let identity = byte(2) << 8 | byte(3);
+    if 4 + identity > len { Span::default() } else { span(bytes, at + 4, identity) }
+}
+
+/// The host name of a server_name extension: the list's length, and of its first entry the type, 0 for a host name,
+/// the name's length, and the name. There is no other type, and only one name of a type may be there, so servers
+/// refuse what has it further behind.
+#[inline(always)]
+fn host_name<B: Bytes + ?Sized>(bytes: &B, at: usize, len: usize) -> Span {
+    let byte = |behind| bytes.byte_or_any(at + behind) as usize;
+    let (list, kind, name) = (byte(0) << 8 | byte(1), byte(2), byte(3) << 8 | byte(4));
+    // One branch, because the verifier follows each both ways: the top bit is set where the name is longer than its
+    // list. What lies beyond the end was never more than a guess, which `span` refuses.
+    let lies = (2 + list) ^ len | kind | list.wrapping_sub(3 + name) >> (usize::BITS - 1);
+    if lies != 0 { Span::default() } else { span(bytes, at + 5, name) }
 }
 
 /// What a ServerHello says about the session.
@@ -558,13 +571,26 @@ mod tests {
         out
     }
 
+    /// An entry of the list in a server_name extension.
+    fn name_entry(kind: u8, name: &[u8]) -> Vec<u8> {
+        let mut out = vec![kind];
+        out.extend_from_slice(&(name.len() as u16).to_be_bytes());
+        out.extend_from_slice(name);
+        out
+    }
+
+    /// The content of a server_name extension.
+    fn names_of(entries: &[Vec<u8>]) -> Vec<u8> {
+        let list = entries.concat();
+        let mut out = (list.len() as u16).to_be_bytes().to_vec();
+        out.extend(list);
+        out
+    }
+
     /// A hello with GREASE, a host name, versions, a key share of `share` bytes, a ticket and a PSK.
     fn resuming_hello(share: usize, ticket: &[u8], psk: &[u8]) -> Vec<u8> {
         let mut extensions = extension_bytes(0x4a4a, &[]);
-        let name = b"service.test";
-        let mut names = vec![0, (name.len() + 3) as u8, 0, 0, name.len() as u8];
-        names.extend_from_slice(name);
-        extensions.extend(extension_bytes(0, &names));
+        extensions.extend(extension_bytes(0, &names_of(&[name_entry(0, b"service.test")])));
         extensions.extend(extension_bytes(35, ticket));
         extensions.extend(extension_bytes(43, &[4, 3, 4, 3, 3]));
         extensions.extend(extension_bytes(51, &vec![0; share]));
@@ -576,13 +602,18 @@ mod tests {
             list.extend_from_slice(&[9; 32]);
             extensions.extend(extension_bytes(41, &list));
         }
+        hello_with(&extensions)
+    }
+
+    /// A hello with these extensions.
+    fn hello_with(extensions: &[u8]) -> Vec<u8> {
         let mut body = vec![3, 3];
         body.extend_from_slice(&[7; 32]);
         body.push(32);
         body.extend_from_slice(&[5; 32]);
         body.extend_from_slice(&[0, 2, 0x13, 1, 1, 0]);
         body.extend_from_slice(&(extensions.len() as u16).to_be_bytes());
-        body.extend(extensions);
+        body.extend_from_slice(extensions);
         handshake(1, &body)
     }
 
@@ -605,6 +636,55 @@ mod tests {
                 let psk_found = cut.psk.of(&message);
                 assert!(psk_found.is_empty() || psk_found == psk, "{end}");
                 assert!(cut.ticket.len == 0 || cut.ticket.of(&message) == ticket, "{end}");
+                assert!([&b""[..], b"service.test"].contains(&cut.server_name.of(&message)), "{end}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_host_name_is_the_first_entry_of_a_list_that_is_right() {
+        let name = b"a.example".as_slice();
+        let (long, longest) = (vec![b'a'; 256], vec![b'b'; 8000]);
+        let one = names_of(&[name_entry(0, name)]);
+        let lying = |at: usize, by: u8| {
+            let mut bytes = one.clone();
+            bytes[at] = bytes[at].wrapping_add(by);
+            bytes
+        };
+        for (what, content, expected) in [
+            ("one", one.clone(), name),
+            ("in capitals", names_of(&[name_entry(0, b"A.Example")]), b"A.Example"),
+            ("over 255 bytes", names_of(&[name_entry(0, &long)]), &long),
+            ("very long", names_of(&[name_entry(0, &longest)]), &longest),
+            ("an empty name", names_of(&[name_entry(0, b"")]), b""),
+            ("two of them", names_of(&[name_entry(0, name), name_entry(0, b"b.example")]), name),
+            ("another type behind", names_of(&[name_entry(0, name), name_entry(7, b"x")]), name),
+            ("another type", names_of(&[name_entry(7, name)]), b""),
+            ("another type before", names_of(&[name_entry(7, b"x"), name_entry(0, name)]), b""),
+            ("an empty list", names_of(&[]), b""),
+            ("no list", Vec::new(), b""),
+            ("half a length", vec![0], b""),
+            ("a list that claims more", lying(1, 1), b""),
+            ("a list that claims less", lying(1, 255), b""),
+            ("a list that claims much more", lying(0, 1), b""),
+            ("a name that claims more", lying(4, 1), b""),
+            ("a name that claims much more", lying(3, 0x40), b""),
+            ("a name that claims less", lying(4, 255), b"a.exampl"),
+            ("bytes behind the list", [&one[..], &[0]].concat(), b""),
+        ] {
+            let mut extensions = extension_bytes(0, &content);
+            extensions.extend(extension_bytes(35, &[1; 20]));
+            let hello = hello_with(&extensions);
+            let mut found = ClientHello::default();
+            assert!(client_hello(&hello[..], &mut found), "{what}");
+            assert_eq!(found.server_name.of(&hello), expected, "{what}");
+            assert_eq!((found.ticket.len, found.whole), (20, 1), "{what}");
+            // A cut never makes another name of it.
+            for end in 0..hello.len() {
+                if client_hello(&hello[..end], &mut found) {
+                    let cut = found.server_name.of(&hello[..end]);
+                    assert!(cut.is_empty() || cut == expected, "{what} {end}");
+                }
             }
         }
     }
@@ -809,7 +889,12 @@ mod tests {
                 }
                 let mut id = [0; ID_MAX];
                 scan_client_hello(&bytes[..]);
-                read(&bytes);
+                if let Some((message, found)) = read(&bytes) {
+                    for span in [found.session_id, found.ticket, found.psk, found.server_name, found.versions]
+                    {
+                        assert_eq!(span.of(&message).len(), usize::from(span.len), "{found:?}");
+                    }
+                }
                 server_hello(&bytes[..], &mut id);
                 new_session_ticket(&bytes[..], state as usize % 600, false);
             }

@@ -455,8 +455,8 @@ fn confirm(p: &Parsed, flow: &Flow) -> u32 {
 
 /// Tells the daemon of a flow; whether the ring has room does not matter.
 #[inline(never)]
-fn tell(kind: u32, flow: &Flow, key: &FlowKey, session: &SessionKey) -> bool {
-    events::tell(kind, flow.frontend as u32, flow.backend, flow.slot, key, session)
+fn tell(kind: u16, flow: &Flow, key: &FlowKey, session: &SessionKey) -> bool {
+    events::tell(kind, 0, flow.frontend as u32, flow.backend, flow.slot, (key, session))
 }
 
 /// Compares two session IDs without a branch a word.

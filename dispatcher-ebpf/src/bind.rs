@@ -193,13 +193,15 @@ fn choose(slot: &mut Slot, index: u32, frontend: &Frontend, avoid: u32) -> Verdi
     let v4 = slot.key.src.is_v4();
     let secure = slot.marks & MARK_SECURE as u32 != 0;
     slot.session.len = 0;
+    let found = scratch()?;
+    found.class = 0;
+    found.client_hello.server_name.len = 0;
     if slot.marks & MARK_HTTP as u32 == 0 {
         slot.offer.flags = 0;
         if secure {
             identify::read(index);
         }
     }
-    scratch()?.class = 0;
     let mut backend = identify::find(index, avoid, secure);
     classify(slot);
     let mut reason = Reason::BoundHit;
@@ -293,8 +295,8 @@ pub fn ask(index: u32, slot: &Slot) -> bool {
 
 /// Tells the daemon of a slot; false when the ring is full.
 #[inline(never)]
-fn tell(kind: u32, backend: u32, index: u32, slot: &Slot) -> bool {
-    events::tell(kind, slot.frontend, backend, index, &slot.key, &slot.session)
+fn tell(kind: u16, backend: u32, index: u32, slot: &Slot) -> bool {
+    events::tell(kind, qos::id_of(slot), slot.frontend, backend, index, (&slot.key, &slot.session))
 }
 
 /// Prepares the slot's flow entries.

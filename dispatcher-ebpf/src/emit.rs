@@ -15,15 +15,17 @@ use dispatcher_common::{
     addr::V4_MAPPED,
     checksum::fold,
     cookie::NO_WSCALE,
+    flow::ports_swapped,
     opaque::opaque,
     proxy::ROOM,
     reason::Reason,
     stash::{BUF, EMITTED, STAGE_BOUND, STAGE_REPLAYED, Slot},
-    tcp::{ACK, PSH, SYN, TIMESTAMP_WORD, scale_window},
+    tcp::{ACK, PSH, RST, SYN, TIMESTAMP_WORD, scale_window},
 };
 
 use crate::{
-    atomic::Word, globals::scratch, packet::Frame, parse::TCP, qos, rewrite::tags_of, stash, verdict::Verdict,
+    atomic::Word, globals::scratch, packet::Frame, parse::TCP, qos, reply::TTL, rewrite::tags_of, stash,
+    verdict::Verdict,
 };
 
 macro_rules! replay_maps {
@@ -76,6 +78,19 @@ pub fn syn(frame: &Frame, slot: &Slot) -> Result<(), Reason> {
     build(frame, slot, &piece)
 }
 
+/// A RST to the client of a slot that is given up: it is made as if the client were the backend.
+#[inline(always)]
+pub fn reset(frame: &Frame, slot: &mut Slot) -> Result<(), Reason> {
+    slot.key.dst.store(&mut slot.src.words);
+    slot.key.src.store(&mut slot.dst.words);
+    slot.ports = ports_swapped(slot.key.ports);
+    slot.link = slot.client;
+    slot.ttl = TTL;
+    slot.ts = 0;
+    let seq = slot.cookie.wrapping_add(1);
+    build(frame, slot, &Piece { seq, ack: 0, from: 0, len: 0, flags: RST, window: 0 })
+}
+
 /// Sequence number of the SYN to the backend: a PROXY header, if there is one, takes the numbers
 /// before the client's first byte, so that the client's own numbers need no translation.
 #[inline(always)]
@@ -123,7 +138,7 @@ fn sum_to(from: *const u8, len: usize) -> u64 {
     u32::from_le(tail) as u64 + words
 }
 
-/// Turns the frame, whatever it is, into a segment from the slot to its backend.
+/// Turns the frame, whatever it is, into a segment from the slot, to its `dst` by its `link`.
 #[inline(never)]
 fn build(frame: &Frame, slot: &Slot, piece: &Piece) -> Result<(), Reason> {
     let scratch = scratch()?;

@@ -22,7 +22,14 @@ const WAKE: u64 = 0;
 
 /// Writes an event; false when the ring is full.
 #[inline(always)]
-pub fn tell(kind: u32, frontend: u32, backend: u32, slot: u32, flow: &FlowKey, session: &SessionKey) -> bool {
+pub fn tell(
+    kind: u16,
+    class: u16,
+    frontend: u32,
+    backend: u32,
+    slot: u32,
+    (flow, session): (&FlowKey, &SessionKey),
+) -> bool {
     let (ring, flags) =
         if kind == EVENT_HELD || kind == EVENT_TURN { (&HELD, WAKE) } else { (&EVENTS, LEAVE) };
     let Some(mut entry) = ring.reserve::<Event>(0) else { return false };
@@ -30,6 +37,7 @@ pub fn tell(kind: u32, frontend: u32, backend: u32, slot: u32, flow: &FlowKey, s
     // SAFETY: the ring reserved the bytes of one event; every field is written.
     unsafe {
         (*event).kind = kind;
+        (*event).class = class;
         (*event).frontend = frontend;
         (*event).backend = backend;
         (*event).slot = slot;

@@ -10,6 +10,7 @@ use dispatcher_common::{
     globals::{Globals, HEARTBEAT_LIMIT_NS},
     http::Reader,
     opaque::opaque,
+    qos::Name,
     quic::Head,
     reason::Reason,
     session::{Session, SessionKey, TICKET_HEAD},
@@ -64,6 +65,8 @@ pub struct Scratch {
     pub hello: [u8; HELLO],
     /// What it says.
     pub client_hello: ClientHello,
+    /// The name it asks for, as `NAMES` has it.
+    pub name: Name,
     /// Start of a ticket.
     pub ticket: [u8; TICKET_HEAD],
     /// How much of it there is, at most `TICKET_HEAD`.

@@ -4,7 +4,7 @@ use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
     maps::{
-        Array, PerCpuArray,
+        Array, HashMap, PerCpuArray,
         lpm_trie::{Key, LpmTrie},
     },
 };
@@ -16,15 +16,17 @@ use dispatcher_common::{
     opaque::opaque,
     qos::{
         Buckets, CLASSES_MAX, CONNECTION, CREDITS, ClassEntry, ClassStats, Credit, Credits, FRACTION,
-        KIND_CONNECTIONS, KIND_TO_BACKEND, KIND_TO_CLIENT, KINDS, LIMITED_MAX, NETWORK_BITS, NETWORKS_MAX,
-        Network, Rates, credit_index, limit_index, limited_of, stats_index,
+        KIND_CONNECTIONS, KIND_TO_BACKEND, KIND_TO_CLIENT, KINDS, LIMITED_MAX, NAME_MAX, NAME_WORDS,
+        NAMES_MAX, NETWORK_BITS, NETWORKS_MAX, Name, Network, Rates, credit_index, first_bytes, limit_index,
+        limited_of, lower, stats_index,
     },
+    service::FRONTEND_NAMES,
     stash::Slot,
 };
 
 use crate::{
     atomic::Word,
-    globals::{exact_ns, globals, scratch},
+    globals::{HELLO, exact_ns, globals, scratch},
     packet::{Ipv4, Ipv6, View},
     parse::Layout,
     services,
@@ -34,6 +36,8 @@ use crate::{
 static CLASSES: Array<ClassEntry> = Array::with_max_entries(CLASSES_MAX as u32, 0);
 #[map]
 static NETWORKS: LpmTrie<Network, u32> = LpmTrie::with_max_entries(NETWORKS_MAX, BPF_F_NO_PREALLOC);
+#[map]
+static NAMES: HashMap<Name, u32> = HashMap::with_max_entries(NAMES_MAX, 0);
 #[map]
 static LIMITED: Array<u32> = Array::with_max_entries(abi::DEFAULT_BACKENDS, 0);
 #[map]
@@ -276,8 +280,8 @@ extern "C" fn dispatcher_connections(backend: u32, class: u32) -> u32 {
     (kinds >> KIND_CONNECTIONS & 1) << 31 | limited << 8 | credit_index(KIND_CONNECTIONS, class)
 }
 
-/// The class of a connection of a frontend from the packet in scratch memory: its session's (`Scratch::class`), its
-/// client's network's, or the service's.
+/// The class of a connection of a frontend from the packet in scratch memory: its session's (`Scratch::class`), that of
+/// the name in its hello (`Scratch::client_hello`), its client's network's, or the service's.
 #[inline(always)]
 pub fn class(frontend: u32) -> u32 {
     dispatcher_class(frontend)
@@ -293,6 +297,9 @@ extern "C" fn dispatcher_class(frontend: u32) -> u32 {
     }
     let Ok(frontend) = services::frontend(frontend) else { return 0 };
     let mut id = scratch.class;
+    if id == 0 && frontend.flags & FRONTEND_NAMES != 0 {
+        id = dispatcher_name_class(frontend.service);
+    }
     if id == 0 {
         let addr = &scratch.packet.key.src.words;
         let words = [NETWORK_BITS, frontend.service, addr[0], addr[1], addr[2], addr[3]];
@@ -314,6 +321,46 @@ extern "C" fn dispatcher_class(frontend: u32) -> u32 {
         }
     }
     0
+}
+
+/// The id of the class of the name that the hello in scratch memory asks a service for, 0 for none.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn dispatcher_name_class(service: u32) -> u32 {
+    let Ok(scratch) = scratch() else { return 0 };
+    let span = scratch.client_hello.server_name;
+    if span.len == 0 || span.len as usize > NAME_MAX {
+        return 0;
+    }
+    let at = opaque(span.at as u64) as usize & (HELLO / 2 - 1);
+    let name = &mut scratch.name;
+    name.service = service;
+    name.len = span.len as u32;
+    let mut left = span.len as i64;
+    // Of which the compiler does not know that it could unroll it.
+    for i in 0..opaque(NAME_WORDS as u64) as usize & 63 {
+        let word = opaque(i as u64) as usize & (NAME_WORDS - 1);
+        // SAFETY: `hello` is longer than the sum; BPF on the platforms that run XDP needs no alignment.
+        let bytes = unsafe { *scratch.hello.as_ptr().add(at + word * 8).cast::<u64>() };
+        name.words[word] = lower(first_bytes(bytes, left));
+        left -= 8;
+    }
+    let name: &Name = name;
+    // SAFETY: the value is copied.
+    unsafe { NAMES.get(name).copied() }.unwrap_or(0)
+}
+
+/// The id of the class of a slot's connection.
+#[inline(always)]
+pub fn id_of(slot: &Slot) -> u16 {
+    dispatcher_class_id(slot.marks >> CLASS_BIT & 15) as u16
+}
+
+/// [`id_of`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn dispatcher_class_id(class: u32) -> u32 {
+    CLASSES.get(class).map_or(0, |class| class.id as u32)
 }
 
 /// What the class's DSCP makes of a TOS byte or traffic class; the two bits of ECN are kept (RFC 3168).

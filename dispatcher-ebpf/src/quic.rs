@@ -295,7 +295,7 @@ fn given(scratch: &mut Scratch, frontend: &mut Frontend) -> u32 {
     if sessions::confirm(&scratch.session_key, &mut scratch.session, backend.id, frontend) {
         counters::backend(flow.backend, |stats| stats.learned += 1);
         let (index, key) = (flow.frontend as u32, &scratch.session_key);
-        events::tell(EVENT_LEARNED, index, flow.backend, 0, &scratch.packet.key, key);
+        events::tell(EVENT_LEARNED, 0, index, flow.backend, 0, (&scratch.packet.key, key));
     }
     flow.backend
 }

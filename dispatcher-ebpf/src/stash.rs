@@ -46,7 +46,7 @@ const LOCK_LIMIT_NS: u64 = 20_000;
 const LOCK_TRIES: u32 = 500;
 /// A held hello whose client retransmits after so long goes by the table, nanoseconds.
 const HELD_LIMIT_NS: u64 = 100_000_000;
-/// The daemon forgets one that waits for its turn after 2.5 s: then it is asked again.
+/// The daemon refuses one that waits for its turn after 2.5 s: about one that is still there then it is asked again.
 const QUEUED_LIMIT_NS: u64 = 2_600_000_000;
 
 /// What [`take`] says when the slot's content is enough to choose a backend; never counted.

@@ -47,7 +47,7 @@ use syscall::Link;
 pub(crate) use capacity::MAX_BACKENDS;
 pub use capacity::{Capacities, memory_bytes};
 pub use pins::remove as remove_pins;
-pub use qos::{ClassCount, ClassSetting, Limits, NetworkClass};
+pub use qos::{ClassCount, ClassSetting, Limits, NameClass, NetworkClass};
 pub use sessions::{Sessions, Swept};
 pub use table::{Cells, Table};
 pub use test_run::{LIVE_FRAMES, TestRun, test_run};

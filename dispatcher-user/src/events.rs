@@ -3,7 +3,6 @@
 use std::{
     collections::BTreeMap,
     io,
-    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -15,7 +14,7 @@ use aya::maps::{MapData, RingBuf};
 use dispatcher_common::{
     event::{
         EVENT_BOUND, EVENT_HELD, EVENT_LEARNED, EVENT_MISS, EVENT_REFUSED, EVENT_REJECTED, EVENT_TURN, Event,
-        Release,
+        REFUSED, Release,
     },
     flow::FlowKey,
     session::{KIND_TICKET_NAME, STATE_PROVISIONAL, Session},
@@ -28,7 +27,6 @@ use tokio::{
 use crate::{
     api,
     balancer::{Balancer, Candidate},
-    config::class_id,
     dataplane::{Dataplane, Error, RELEASES_AT_ONCE, Sessions, Swept, monotonic_seconds},
     qos::Held,
     reconcile::Pool,
@@ -123,9 +121,9 @@ fn answer(shared: &Shared, picker: &mut Picker, held: &mut RingBuf<MapData>) -> 
         match picker.answer(&shared.dataplane, &pools, &event) {
             Ok(Some(Choice { id, index, class })) => {
                 let Event { frontend, slot, flow, .. } = event;
-                let client = flow.src.into();
-                let class = || if class == 0 { class_of(shared, &pools, frontend, client) } else { class };
-                if !shared.qos.hold(id, class, client, Held { frontend, slot, flow }) {
+                let class = || if class == 0 { event.class } else { class };
+                let waits = Held { frontend, slot, flow, refused: false };
+                if !shared.qos.hold(id, class, flow.src.into(), waits) {
                     releases.push(Release { slot, backend: index, flow });
                 }
             }
@@ -134,7 +132,14 @@ fn answer(shared: &Shared, picker: &mut Picker, held: &mut RingBuf<MapData>) -> 
             Err(error) => log::warn!("held hello of {:?}: {error}", event.flow),
         }
     }
-    for (backend, Held { frontend, slot, flow }) in shared.qos.release(RELEASES_AT_ONCE - releases.len()) {
+    let mut refused = 0;
+    for (backend, held) in shared.qos.release(RELEASES_AT_ONCE - releases.len()) {
+        let Held { frontend, slot, flow, refused: lost } = held;
+        if lost {
+            refused += 1;
+            releases.push(Release { slot, backend: REFUSED, flow });
+            continue;
+        }
         match pools.get(&frontend).and_then(|pool| pool.known.get(&backend)) {
             Some(index) => releases.push(Release { slot, backend: *index, flow }),
             // As above.
@@ -146,19 +151,11 @@ fn answer(shared: &Shared, picker: &mut Picker, held: &mut RingBuf<MapData>) -> 
     }
     match shared.dataplane.release(&releases) {
         Ok(()) => {
-            shared.counts.released.fetch_add(releases.len() as u64, Ordering::Relaxed);
+            shared.counts.released.fetch_add(releases.len() as u64 - refused, Ordering::Relaxed);
         }
-        Err(error) => log::error!("releasing {} held hellos: {error}", releases.len()),
+        Err(error) => log::error!("answering {} held hellos: {error}", releases.len()),
     }
     read == RELEASES_AT_ONCE || releases.len() == RELEASES_AT_ONCE
-}
-
-/// The class of a client without a session that has one.
-fn class_of(shared: &Shared, pools: &BTreeMap<u32, Pool>, frontend: u32, client: IpAddr) -> u16 {
-    let config = shared.config();
-    let name = pools.get(&frontend).map(|pool| &pool.service);
-    let service = config.services.iter().find(|service| Some(&service.name) == name);
-    service.map_or(0, |service| class_id(service.class_of(client)))
 }
 
 pub(crate) fn read_event(bytes: &[u8]) -> Option<Event> {
@@ -211,7 +208,7 @@ struct Choice {
     id: u32,
     /// Its index.
     index: u32,
-    /// The session's class.
+    /// Class of a session that the data path did not know, 0 for none.
     class: u16,
 }
 
@@ -249,8 +246,7 @@ impl Picker {
         let Some(pool) = pools.get(&event.frontend) else { return Ok(None) };
         if event.kind == EVENT_TURN {
             let home = pool.known.iter().find(|(_, index)| **index == event.backend);
-            let class = dataplane.sessions().get(&event.session)?.map_or(0, |session| session.class);
-            return Ok(home.map(|(id, index)| Choice { id: *id, index: *index, class }));
+            return Ok(home.map(|(id, index)| Choice { id: *id, index: *index, class: 0 }));
         }
         // A key's name is one for many clients: only a server's acceptance says whose it is.
         if event.session.len == 0 || event.session.kind == KIND_TICKET_NAME {

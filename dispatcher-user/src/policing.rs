@@ -6,16 +6,17 @@ use dispatcher_common::qos;
 
 use crate::{
     config::{Config, class_id},
-    dataplane::{ClassSetting, Dataplane, Error, Limits, NetworkClass},
+    dataplane::{ClassSetting, Dataplane, Error, Limits, NameClass, NetworkClass},
     reconcile::Actual,
 };
 
-/// Classes, limits by the place of the backend, and classes of client networks.
+/// Classes, limits by the place of the backend, and classes of client networks and server names.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Policing {
     classes: Vec<ClassSetting>,
     limits: BTreeMap<u32, Limits>,
     networks: Vec<NetworkClass>,
+    names: Vec<NameClass>,
 }
 
 impl Policing {
@@ -47,18 +48,21 @@ impl Policing {
                     service: service.id,
                     address: network.address,
                     prefix: network.prefix,
-                    // 0 would be: the service's class. An id that no class has is the default one's.
-                    class: match class_id(&rule.class) {
-                        0 => qos::class_id(&rule.class),
-                        id => id,
-                    },
+                    class: named(&rule.class),
                 })
+            })
+        });
+        let names = ours().flat_map(|service| {
+            service.rules.iter().filter_map(|rule| {
+                let name = rule.server_name.clone()?;
+                Some(NameClass { service: service.id, name, class: named(&rule.class) })
             })
         });
         Self {
             classes: classes.collect(),
             limits: actual.backend_indexes().filter_map(place).collect(),
             networks: networks.collect(),
+            names: names.collect(),
         }
     }
 
@@ -68,6 +72,16 @@ impl Policing {
         for (index, limits) in &self.limits {
             dataplane.set_limits(*index, *limits)?;
         }
-        dataplane.set_networks(&self.networks)
+        dataplane.set_networks(&self.networks)?;
+        dataplane.set_names(&self.names)
+    }
+}
+
+/// The id of a class that a rule names: 0 would be for what comes behind the rule. An id that no class has is the
+/// default one's.
+fn named(class: &str) -> u16 {
+    match class_id(class) {
+        0 => qos::class_id(class),
+        id => id,
     }
 }

@@ -17,9 +17,9 @@ use dispatcher_common::{
     http,
     service::{
         BACKEND_DEAD, BACKEND_DISABLED, BACKEND_DRAIN, BACKEND_UNHEALTHY, BACKEND_UP, Backend as Endpoint,
-        FRONTEND_MISS_DAEMON, FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_OVER_HOLD, FRONTEND_OVER_RESET,
-        FRONTEND_PROXY_V2, FRONTEND_REFUSED, FRONTEND_SOURCE_DISPATCHER, Frontend, MODE_L4, MODE_LOCAL,
-        MODE_PASSTHROUGH, VipKey, endpoint_index,
+        FRONTEND_MISS_DAEMON, FRONTEND_NAMES, FRONTEND_NO_SACK, FRONTEND_NO_TS, FRONTEND_OVER_HOLD,
+        FRONTEND_OVER_RESET, FRONTEND_PROXY_V2, FRONTEND_REFUSED, FRONTEND_SOURCE_DISPATCHER, Frontend,
+        MODE_L4, MODE_LOCAL, MODE_PASSTHROUGH, VipKey, endpoint_index,
     },
     session::{
         KIND_QUIC_SERVER, STATE_CONFIGURED, STATE_PINNED, Session, SessionKey, TICKET_NAMED, TICKET_UNKNOWN,
@@ -589,6 +589,7 @@ fn rendered(service: &Service, (address, proto): Vip, (source_base, source_len):
     set(service.miss == Miss::Daemon, FRONTEND_MISS_DAEMON);
     set(service.queueing.over == Over::Reset && !service.holds_connections(), FRONTEND_OVER_RESET);
     set(service.holds_connections(), FRONTEND_OVER_HOLD);
+    set(service.classifies_names(), FRONTEND_NAMES);
     set(!service.sack, FRONTEND_NO_SACK);
     set(!service.timestamps, FRONTEND_NO_TS);
     set(matches!(service.source, Source::Dispatcher { .. }), FRONTEND_SOURCE_DISPATCHER);

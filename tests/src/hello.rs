@@ -36,9 +36,8 @@ pub fn resuming_hello(session_id: &[u8], ticket: Option<&[u8]>, psk: &[u8], padd
 /// What every server here needs: a host name, groups and signature algorithms.
 #[must_use]
 pub fn usual_extensions() -> Vec<(u16, Vec<u8>)> {
-    let name = [&[0][..], &length16(HOST.as_bytes())].concat();
     vec![
-        (0, length16(&name)),
+        server_name(HOST.as_bytes()),
         // x25519, secp256r1
         (10, length16(&[0, 29, 0, 23])),
         (11, vec![1, 0]),
@@ -47,6 +46,12 @@ pub fn usual_extensions() -> Vec<(u16, Vec<u8>)> {
         // extended master secret
         (23, Vec::new()),
     ]
+}
+
+/// A server_name extension.
+#[must_use]
+pub fn server_name(name: &[u8]) -> (u16, Vec<u8>) {
+    (0, length16(&[&[0][..], &length16(name)].concat()))
 }
 
 /// The content of a pre_shared_key extension with one identity.

@@ -419,17 +419,23 @@ fn connections_beyond_the_rate_wait_for_their_turn() {
 fn no_more_connections_than_there_may_be() {
     let stage = stage(&["limits.max_connections = 2", TURNS]);
     let mut streams = rush(&stage, 6);
-    // Until they were counted; more wait, although their clients repeat themselves.
+    // Until they were counted; who comes then waits, and not for ever.
     std::thread::sleep(Duration::from_millis(1500));
     std::thread::scope(|scope| {
         let mut late = stage.connect(Family::V4, 0).expect("a connection");
         let late = scope.spawn(move || ask(&mut late, &client_hello(&[99; 32], 0)).map(drop));
         until("it waits", || shares(&stage).iter().any(|one| one.queued > 0));
-        std::thread::sleep(Duration::from_secs(4));
-        assert_eq!(stage.daemon.counter(Reason::Released).expect("a counter"), 6);
-        assert!(!late.is_finished());
-        streams.clear();
-        late.join().expect("a client").expect("an answer");
+        let error = late.join().expect("a client").expect_err("nobody went");
+        let kind = error.downcast_ref().map(std::io::Error::kind);
+        assert_eq!(kind, Some(std::io::ErrorKind::ConnectionReset), "{error:#}");
+    });
+    assert_eq!(stage.daemon.counter(Reason::Released).expect("a counter"), 6);
+    assert_eq!(stage.daemon.counter(Reason::ResetOverRate).expect("a counter"), 1);
+    streams.clear();
+    // With the same session, which is not known for having been refused.
+    until("there is room again", || {
+        let mut stream = stage.connect(Family::V6, 0).expect("a connection");
+        ask(&mut stream, &client_hello(&[99; 32], 0)).is_ok()
     });
     assert_eq!(stage.daemon.counter(Reason::Released).expect("a counter"), 7);
     assert_eq!(stage.daemon.counter(Reason::BoundMiss).expect("a counter"), 0);

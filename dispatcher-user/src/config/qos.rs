@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, ops::RangeInclusive};
 
-use dispatcher_common::qos::{self, CLASSES_MAX, LIMITED_MAX, NETWORKS_MAX};
+use dispatcher_common::qos::{self, CLASSES_MAX, LIMITED_MAX, NAMES_MAX, NETWORKS_MAX};
 use hyper::header::HeaderName;
 use rustls::pki_types::ServerName;
 
@@ -22,6 +22,7 @@ pub(super) const RATE: RangeInclusive<i64> = 1..=10_000_000;
 pub(super) const INFLIGHT: RangeInclusive<i64> = 1..=1_000_000;
 pub(super) const OVER: [(&str, Over); 3] =
     [("drop", Over::Drop), ("reset", Over::Reset), ("hold", Over::Hold)];
+const ONLY_REQUESTS: &str = "goes with mode = \"terminate\" only; other services go by `clients`, \"passthrough\" by `server_name` too";
 /// Bits a second.
 const BANDWIDTH: RangeInclusive<u64> = 8_000..=100_000_000_000_000;
 
@@ -297,17 +298,19 @@ impl Text<'_> {
         Ok(())
     }
 
-    /// The data path keeps so many limits and networks.
+    /// The data path keeps so many limits, networks and names.
     pub(super) fn check_limits(&self, raw: &raw::File, config: &Config) -> Result<(), Error> {
-        let (mut limited, mut networks) = (0, 0);
+        let (mut limited, mut networks, mut names) = (0, 0, 0);
         for (raw, service) in raw.service.iter().zip(&config.services).filter(|(_, one)| !one.mode.is_local())
         {
             let polices = |limits: Limits| limits.bandwidth > 0 || limits.connections_per_second > 0;
             limited += service.backends.iter().filter(|one| polices(service.limits_of(one))).count();
             networks += service.rules.iter().map(|rule| rule.clients.len()).sum::<usize>();
+            names += service.rules.iter().filter(|rule| rule.server_name.is_some()).count();
             for (have, most, what, key) in [
                 (limited, LIMITED_MAX, "backends with limits", "service.limits"),
                 (networks, NETWORKS_MAX, "networks", "service.classify"),
+                (names, NAMES_MAX, "server names with classes", "service.classify"),
             ] {
                 if have > most as usize {
                     let problem = format!(
@@ -430,18 +433,27 @@ impl Text<'_> {
 
     fn rule(&self, raw: &raw::Classify, mode: Mode) -> Result<Rule, Error> {
         let key = |name: &str| format!("service.classify.{name}");
-        for (text, name, goes, with) in [
-            (&raw.server_name, "server_name", mode == Mode::Terminate, "mode = \"terminate\""),
-            (&raw.cookie, "cookie", mode == Mode::Terminate, "mode = \"terminate\""),
-            (&raw.header, "header", mode == Mode::Terminate, "mode = \"terminate\""),
-            (&raw.path, "path", mode == Mode::Terminate, "mode = \"terminate\""),
+        let (requests, named) = (mode == Mode::Terminate, mode == Mode::Passthrough);
+        for (text, name, goes, problem) in [
+            (
+                &raw.server_name,
+                "server_name",
+                requests || named,
+                "goes with mode = \"passthrough\" or \"terminate\" only; other services go by `clients`",
+            ),
+            (&raw.cookie, "cookie", requests, ONLY_REQUESTS),
+            (&raw.header, "header", requests, ONLY_REQUESTS),
+            (&raw.path, "path", requests, ONLY_REQUESTS),
         ] {
             if let Some(text) = text
                 && !goes
             {
-                let problem = format!("goes with {with} only; other services go by `clients`");
                 return Err(self.error(text.span(), &key(name), problem));
             }
+        }
+        if let (true, Some(name), Some(_)) = (named, &raw.server_name, &raw.clients) {
+            let problem = "goes together with `clients` with mode = \"terminate\" only; leave one of the two out, or write two rules, of which the one with `server_name` comes first";
+            return Err(self.error(name.span(), &key("server_name"), problem));
         }
         let mut rule = Rule { class: raw.class.get_ref().clone(), ..Rule::default() };
         if let Some(list) = &raw.clients {
@@ -501,6 +513,12 @@ impl Service {
     #[must_use]
     pub fn limits_of(&self, backend: &super::Backend) -> Limits {
         backend.limits.or(self.limits)
+    }
+
+    /// True where the data path looks at the name that a client asks for.
+    #[must_use]
+    pub fn classifies_names(&self) -> bool {
+        !self.mode.is_local() && self.rules.iter().any(|rule| rule.server_name.is_some())
     }
 
     /// True when connections beyond what backends can take wait in the daemon: where that is said, and where there
@@ -638,6 +656,32 @@ mod tests {
                 "",
                 "goes with mode = \"terminate\" only",
             ),
+            (
+                GOLD,
+                "mode = \"l4\"\nclassify = [{ class = \"gold\", server_name = \"a.example\" }]",
+                "",
+                "service.classify.server_name: goes with mode = \"passthrough\" or \"terminate\" only",
+            ),
+            (
+                GOLD,
+                "classify = [{ class = \"gold\", server_name = \"a.example\", clients = \"10.0.0.0/8\" }]",
+                "",
+                "service.classify.server_name: goes together with `clients` with mode = \"terminate\" only",
+            ),
+            (
+                GOLD,
+                "classify = [{ class = \"gold\", server_name = \"a.example\", cookie = \"a=b\" }]",
+                "",
+                "service.classify.cookie: goes with mode = \"terminate\" only",
+            ),
+            (
+                GOLD,
+                "classify = [{ class = \"gold\", header = \"X-A: b\" }]",
+                "",
+                "service.classify.header: goes with mode = \"terminate\" only",
+            ),
+            (GOLD, "classify = [{ class = \"gold\", server_name = \"*.example\" }]", "", "is no host name"),
+            (GOLD, "classify = [{ class = \"gold\", server_name = \"10.0.0.1\" }]", "", "is no host name"),
             ("", "limits = { bandwidth = \"0Mbit/s\" }", "", "is no rate from 8kbit/s to 100Tbit/s"),
             ("", "limits = { bandwidth = \"900Tbit/s\" }", "", "is no rate from"),
             ("", "limits = { bandwidth = \"99999999999999999999Tbit/s\" }", "", "is no rate from"),
@@ -655,6 +699,30 @@ mod tests {
         let many: String = (0..16).map(|n| format!("[[class]]\nname = \"c{n}\"\n")).collect();
         let error = Config::parse(&text(&many, "", ""), &[]).expect_err("too many").to_string();
         assert!(error.contains("more than 16 classes"), "{error}");
+        let named = |number: u32| {
+            let rule = |n| format!("{{ class = \"default\", server_name = \"{n}.example\" }}");
+            let rules: Vec<String> = (0..number).map(rule).collect();
+            text("", &format!("classify = [{}]", rules.join(", ")), "")
+        };
+        Config::parse(&named(NAMES_MAX), &[]).expect("so many names");
+        let error = Config::parse(&named(NAMES_MAX + 1), &[]).expect_err("too many").to_string();
+        assert!(error.starts_with("line 3: service.classify: "), "{error}");
+        assert!(error.contains("more than 4096 server names with classes"), "{error}");
+    }
+
+    #[test]
+    fn passthrough_goes_by_names_too() {
+        let rules = "classify = [{ class = \"gold\", server_name = \"A.example\" }, { class = \"default\", clients = \"10.0.0.0/8\" }]";
+        let config = good(GOLD, rules, "");
+        let service = &config.services[0];
+        assert_eq!(service.rules[0].server_name.as_deref(), Some("a.example"));
+        assert!(
+            service.classifies_names() && !good(GOLD, "class = \"gold\"", "").services[0].classifies_names()
+        );
+        let terminate = format!(
+            "mode = \"terminate\"\nterminate = {{ certificates = [{{ certificate = \"/x.pem\" }}] }}\n{rules}"
+        );
+        assert!(!good(GOLD, &terminate, "").services[0].classifies_names(), "the daemon looks itself");
     }
 
     #[test]

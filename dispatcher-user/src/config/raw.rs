@@ -497,7 +497,8 @@ pub(crate) struct Classify {
     /// Networks of clients: "192.0.2.0/24".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) clients: Option<Spanned<OneOrMany>>,
-    /// The name asked for by SNI, with mode = "terminate".
+    /// The name asked for by SNI, as a whole and in whatever case: with mode = "terminate", and in a rule of its own with
+    /// mode = "passthrough".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) server_name: Text,
     /// A cookie, "NAME=VALUE", with mode = "terminate".

@@ -41,7 +41,7 @@ const ROOM: usize = 4096;
 const BATCH: usize = 256;
 
 /// Kinds of events, as the API calls them.
-const EVENTS: [(u32, &str); 7] = [
+const EVENTS: [(u16, &str); 7] = [
     (EVENT_BOUND, "bound"),
     (EVENT_MISS, "miss"),
     (EVENT_HELD, "held"),

@@ -11,8 +11,8 @@ use dispatcher_common::{
     globals::Globals,
     http,
     qos::{
-        Buckets, CLASSES_MAX, ClassEntry, ClassStats, Credits, KINDS, LIMITED_MAX, NETWORKS_MAX, Network,
-        Rates,
+        Buckets, CLASSES_MAX, ClassEntry, ClassStats, Credits, KINDS, LIMITED_MAX, NAMES_MAX, NETWORKS_MAX,
+        Name, Network, Rates,
     },
     reason::REASONS_MAX,
     service::{Backend, BackendStats, BackendTimes, Frontend, VipKey},
@@ -90,7 +90,7 @@ impl Capacities {
     }
 
     /// The maps whose content is of use beyond one generation of programs, and their sizes.
-    pub(super) fn maps(&self) -> [Definition; 25] {
+    pub(super) fn maps(&self) -> [Definition; 26] {
         use MapType::{Array, Hash, LpmTrie, LruHash, PerCpuArray, RingBuf};
         let limited = self.backends.min(LIMITED_MAX);
         [
@@ -110,6 +110,7 @@ impl Capacities {
             Definition::of::<u32, BackendTimes>(abi::MAP_BACKEND_TIMES, PerCpuArray, self.backends),
             Definition::of::<u32, ClassEntry>(abi::MAP_CLASSES, Array, CLASSES_MAX as u32),
             Definition::of::<lpm_trie::Key<Network>, u32>(abi::MAP_NETWORKS, LpmTrie, NETWORKS_MAX),
+            Definition::of::<Name, u32>(abi::MAP_NAMES, Hash, NAMES_MAX),
             Definition::of::<u32, u32>(abi::MAP_LIMITED, Array, self.backends),
             Definition::of::<u32, Rates>(abi::MAP_RATES, Array, limited * KINDS),
             Definition::of::<u32, Buckets>(abi::MAP_BUCKETS, Array, limited * KINDS),

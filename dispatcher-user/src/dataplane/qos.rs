@@ -1,4 +1,4 @@
-//! Classes, limits of backends and client networks, as the data path has them.
+//! Classes, limits of backends, client networks and server names, as the data path has them.
 //!
 //! The maps are the only record: what is set is compared with what they hold, and only what differs is written. Tokens
 //! that are there stay there, so that a new weight takes nothing away; what CPUs have in hand is taken back, so that it
@@ -24,12 +24,12 @@ use dispatcher_common::{
     globals::{GLOBAL_CLASSES, GLOBAL_DSCP, GLOBAL_LIMITS},
     qos::{
         Buckets, CLASSES_MAX, ClassEntry, ClassStats, Credits, DSCP_NONE, FRACTION, KIND_CONNECTIONS,
-        KIND_TO_BACKEND, KIND_TO_CLIENT, KINDS, LEAST_BYTES, LEAST_CONNECTIONS, Network, Rates, bytes_rate,
-        connections_rate, limit_index, limited_of, limited_word, stats_index,
+        KIND_TO_BACKEND, KIND_TO_CLIENT, KINDS, LEAST_BYTES, LEAST_CONNECTIONS, NAME_MAX, NAMES_MAX, Name,
+        Network, Rates, bytes_rate, connections_rate, limit_index, limited_of, limited_word, stats_index,
     },
 };
 
-use super::{Cells, Counters, Dataplane, Error, clear, lock, map_error, take_map};
+use super::{Cells, Counters, Dataplane, Error, Table, clear, lock, map_error, take_map};
 
 /// What is set of a class.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -77,6 +77,17 @@ pub struct NetworkClass {
     pub class: u16,
 }
 
+/// The class of clients that ask a service for a name.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NameClass {
+    /// Stable id of the service.
+    pub service: u32,
+    /// The name, in whatever case.
+    pub name: String,
+    /// Id of the class.
+    pub class: u16,
+}
+
 /// What was counted of a class at a backend with limits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct ClassCount {
@@ -96,6 +107,7 @@ pub struct ClassCount {
 pub(super) struct Qos {
     classes: Cells<ClassEntry>,
     networks: Mutex<LpmTrie<MapData, Network, u32>>,
+    names: Table<Name, u32>,
     limited: Cells<u32>,
     rates: Cells<Rates>,
     buckets: Cells<Buckets>,
@@ -118,6 +130,7 @@ impl Qos {
         Ok(Self {
             classes: Cells::take(ebpf, abi::MAP_CLASSES)?,
             networks: Mutex::new(take_map(ebpf, abi::MAP_NETWORKS)?),
+            names: Table::take(ebpf, abi::MAP_NAMES)?,
             limited: Cells::take(ebpf, abi::MAP_LIMITED)?,
             rates: Cells::take(ebpf, abi::MAP_RATES)?,
             buckets: Cells::take(ebpf, abi::MAP_BUCKETS)?,
@@ -351,6 +364,30 @@ impl Dataplane {
         }
         for key in there.keys().filter(|key| !wanted.contains_key(key)) {
             trie.remove(&trie_key(key)).map_err(failed("removing"))?;
+        }
+        Ok(())
+    }
+
+    /// Sets the classes of server names, of all services together. Of a name that is given twice the first counts.
+    pub fn set_names(&self, names: &[NameClass]) -> Result<(), Error> {
+        let mut wanted = BTreeMap::new();
+        for one in names {
+            let Some(key) = Name::new(one.service, &one.name) else {
+                return wrong(format!("\"{}\" is no server name: 1 to {NAME_MAX} bytes are", one.name));
+            };
+            wanted.entry(key).or_insert(u32::from(one.class));
+        }
+        if wanted.len() > NAMES_MAX as usize {
+            return wrong(format!("{} server names have classes; {NAMES_MAX} are possible", wanted.len()));
+        }
+        let table = &self.qos.names;
+        let there: BTreeMap<Name, u32> = table.iter().collect();
+        // First, so that there is room for what comes.
+        for key in there.keys().filter(|key| !wanted.contains_key(key)) {
+            table.remove(key)?;
+        }
+        for (key, class) in wanted.into_iter().filter(|(key, class)| there.get(key) != Some(class)) {
+            table.insert(key, class)?;
         }
         Ok(())
     }

@@ -330,7 +330,7 @@ impl Parsed {
 
     /// The frame as segments of at most `mss` bytes each with options, as a network card would cut it.
     pub(super) fn split(&self, frame: &[u8], mss: usize) -> Vec<Vec<u8>> {
-        let size = mss.saturating_sub(self.payload.start - self.l4 - TCP_MIN).max(1);
+        let size = mss.saturating_sub(self.payload.start.saturating_sub(self.l4 + TCP_MIN)).max(1);
         let (head, payload) = (frame.get(..self.payload.start).unwrap_or_default(), self.payload(frame));
         let last = payload.len().div_ceil(size).saturating_sub(1);
         let piece = |(number, part): (usize, &[u8])| {

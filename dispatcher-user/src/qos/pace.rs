@@ -15,8 +15,7 @@ use super::{
     fair::{Queue, Ticket},
 };
 
-/// A hello that has waited for so long is forgotten: its place in the data path will soon be another's. The
-/// client sends it again, and it may then wait again.
+/// A hello that has waited for so long is refused: its place in the data path will soon be another's.
 pub(super) const PATIENCE: Duration = Duration::from_millis(2500);
 /// What was not used of the rate is kept for so long.
 const BURST: Duration = Duration::from_millis(100);
@@ -30,6 +29,8 @@ pub(crate) struct Held {
     pub(crate) slot: u32,
     /// Its flow.
     pub(crate) flow: FlowKey,
+    /// It is not let in: there was no room, or it has waited for too long.
+    pub(crate) refused: bool,
 }
 
 /// What waits for one backend.
@@ -40,6 +41,8 @@ pub(super) struct Pacer {
     flows: HashMap<FlowKey, Ticket>,
     /// When each has waited for too long, the oldest first; some are not there any more.
     ends: VecDeque<(Duration, FlowKey, Ticket)>,
+    /// Those that are not let in, and were not told so yet.
+    refused: Vec<Held>,
     /// When the next one is due by the rate alone.
     due: Duration,
     /// Connections when they were counted, and those released since then.
@@ -57,6 +60,7 @@ impl Pacer {
             book,
             flows: HashMap::new(),
             ends: VecDeque::new(),
+            refused: Vec::new(),
             due: Duration::ZERO,
             load: 0,
             released: 0,
@@ -73,8 +77,9 @@ impl Pacer {
         self.limits
     }
 
+    /// How many wait for an answer.
     pub(super) fn waiting(&self) -> usize {
-        self.queue.len()
+        self.queue.len() + self.refused.len()
     }
 
     /// Takes note of the connections that the backend has.
@@ -84,7 +89,7 @@ impl Pacer {
 
     /// Lets a hello wait. One that waits already stays in its place.
     pub(super) fn hold(&mut self, now: Duration, class: u16, client: IpAddr, held: Held) {
-        self.forget(now);
+        self.end(now);
         if let Some(ticket) = self.flows.get(&held.flow)
             && let Some((_, known)) = self.queue.item(*ticket)
         {
@@ -94,33 +99,41 @@ impl Pacer {
         let class = self.queue.class(class);
         if self.queue.len() >= self.limits.queue as usize {
             let Some((loser, (_, lost))) = self.queue.shed(class, client) else {
-                return self.book.lose(class, Loss::Shed);
+                return self.refuse(class, held, Loss::Shed);
             };
-            self.flows.remove(&lost.flow);
-            self.book.lose(loser, Loss::Shed);
+            self.refuse(loser, lost, Loss::Shed);
         }
         let ticket = self.queue.push(class, client, (now, held));
         self.flows.insert(held.flow, ticket);
         self.ends.push_back((now + PATIENCE, held.flow, ticket));
     }
 
-    /// Forgets what has waited for too long.
-    fn forget(&mut self, now: Duration) {
-        while let Some((_, flow, ticket)) = self.ends.pop_front_if(|(end, ..)| *end <= now) {
-            if let Some((class, _)) = self.queue.cancel(ticket) {
-                self.flows.remove(&flow);
-                self.book.lose(class, Loss::Late);
+    /// Refuses what has waited for too long.
+    fn end(&mut self, now: Duration) {
+        while let Some((_, _, ticket)) = self.ends.pop_front_if(|(end, ..)| *end <= now) {
+            if let Some((class, (_, held))) = self.queue.cancel(ticket) {
+                self.refuse(class, held, Loss::Late);
             }
         }
+    }
+
+    /// Takes note of a hello that is not let in and waits no more.
+    fn refuse(&mut self, class: u16, held: Held, loss: Loss) {
+        self.flows.remove(&held.flow);
+        self.book.lose(class, loss);
+        self.refused.push(Held { refused: true, ..held });
     }
 
     fn has_room(&self) -> bool {
         self.limits.max_connections == 0 || self.load + self.released < u64::from(self.limits.max_connections)
     }
 
-    /// The next that may go now.
+    /// The next that may go now, after those that are refused.
     pub(super) fn release(&mut self, now: Duration) -> Option<Held> {
-        self.forget(now);
+        self.end(now);
+        if let Some(held) = self.refused.pop() {
+            return Some(held);
+        }
         let rate = self.limits.connections_per_second;
         if !self.has_room() || rate != 0 && self.due > now + BURST {
             return None;
@@ -163,7 +176,7 @@ mod tests {
     }
 
     fn held(number: u32) -> Held {
-        Held { frontend: 0, slot: number, flow: FlowKey { ports: number, ..FlowKey::default() } }
+        Held { slot: number, flow: FlowKey { ports: number, ..FlowKey::default() }, ..Held::default() }
     }
 
     const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
@@ -172,9 +185,16 @@ mod tests {
         Duration::from_millis(ms)
     }
 
-    /// Those that are released at a time.
+    /// Those that are released at a time, and those that are refused.
+    fn both(pacer: &mut Pacer, now: Duration) -> [Vec<u32>; 2] {
+        let all: Vec<Held> = std::iter::from_fn(|| pacer.release(now)).collect();
+        [false, true]
+            .map(|refused| all.iter().filter(|held| held.refused == refused).map(|held| held.slot).collect())
+    }
+
     fn all(pacer: &mut Pacer, now: Duration) -> Vec<u32> {
-        std::iter::from_fn(|| pacer.release(now)).map(|held| held.slot).collect()
+        let [released, _] = both(pacer, now);
+        released
     }
 
     #[test]
@@ -238,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_for_too_long_is_forgotten() {
+    fn what_waits_for_too_long_is_refused() {
         let mut pacer = Pacer::new(&[class(0, 1)], limits(0, 1));
         pacer.count(1);
         pacer.hold(at(0), 0, CLIENT, held(1));
@@ -250,7 +270,8 @@ mod tests {
         pacer.count(1);
         assert!(all(&mut pacer, at(2599)).is_empty());
         assert_eq!(pacer.waiting(), 1);
-        assert!(all(&mut pacer, at(2600)).is_empty());
+        assert_eq!(both(&mut pacer, at(2600)), [vec![], vec![2]]);
+        assert_eq!(pacer.release(at(2600)), None, "it is told once");
         let (queued, classes) = pacer.read(at(2600));
         assert_eq!((queued, classes[0].late, classes[0].admitted, classes[0].in_flight), (0, 1, 1, 0));
         assert!(pacer.flows.is_empty() && pacer.ends.is_empty());
@@ -267,6 +288,13 @@ mod tests {
         pacer.hold(at(0), 1, CLIENT, held(4));
         let (queued, read) = pacer.read(at(0));
         assert_eq!((queued, read[0].shed, read[1].shed, read[1].queued), (3, 2, 0, 1));
-        assert_eq!(pacer.flows.len(), 3);
+        assert_eq!((pacer.flows.len(), pacer.waiting()), (3, 5));
+        let [released, mut refused] = both(&mut pacer, at(0));
+        refused.sort_unstable();
+        assert_eq!((released, refused), (vec![], vec![2, 3]), "who came, and the newest of those who wait");
+        // Who comes again waits as anybody.
+        pacer.set(&classes, Limits { queue: 4, ..limits(0, 1) });
+        pacer.hold(at(1), 0, CLIENT, held(3));
+        assert_eq!((both(&mut pacer, at(1)), pacer.waiting()), ([vec![], vec![]], 4));
     }
 }

@@ -8,20 +8,22 @@ use std::{
 };
 
 use dispatcher_common::{
-    event::Release,
+    abi,
+    event::{REFUSED, Release},
     flow::{Flow, FlowKey, ports_word},
-    qos::class_id,
+    qos::{NAME_MAX, NAMES_MAX, class_id},
     reason::Reason,
-    service::{FRONTEND_OVER_HOLD, FRONTEND_OVER_RESET},
-    session::{STATE_CONFIRMED, Session},
+    service::{FRONTEND_NAMES, FRONTEND_OVER_HOLD, FRONTEND_OVER_RESET},
+    session::{STATE_CONFIRMED, STATE_PROVISIONAL, Session},
+    stash::STAGE_FREE,
 };
 use dispatcher_tests::{
     harness::{CLIENT_MACS, Far, Machine, Service, Talk, backend_at, client_at},
-    hello::client_hello,
+    hello::{client_hello, hello_of, in_records, server_name, usual_extensions},
     packet::{Body, Packet, Udp, flags},
     topology::Family,
 };
-use dispatcher_user::dataplane::{ClassSetting, Limits, NetworkClass, test_run};
+use dispatcher_user::dataplane::{ClassSetting, Limits, NameClass, NetworkClass, test_run};
 
 use crate::machine;
 
@@ -294,6 +296,239 @@ fn the_class_is_the_sessions_the_networks_or_the_services() {
     }
 }
 
+/// Sets a class for those who ask for names.
+fn names(machine: &Machine, rows: &[(Service, &str, &str)]) {
+    let names: Vec<NameClass> = rows
+        .iter()
+        .map(|(service, name, class)| NameClass {
+            service: service.id(),
+            name: (*name).to_owned(),
+            class: class_id(class),
+        })
+        .collect();
+    machine.dataplane().set_names(&names).expect("names");
+}
+
+/// A hello with this server_name extension, if any, for TLS 1.2 or 1.3.
+fn hello_for(name: Option<(u16, Vec<u8>)>, tls13: bool) -> Vec<u8> {
+    let mut extensions = usual_extensions();
+    extensions.remove(0);
+    extensions.extend(name);
+    if tls13 {
+        let share = [&[0, 36, 0, 29, 0, 32][..], &[0x51; 32]].concat();
+        extensions.extend([(43, vec![4, 3, 4, 3, 3]), (51, share)]);
+    }
+    hello_of(&[], &[0x13, 1, 0xc0, 0x2b], &extensions)
+}
+
+/// The numbers that classes get here.
+const GOLD: u32 = 1;
+const SILVER: u32 = 2;
+const BRONZE: u32 = 3;
+
+/// A data path with three classes, where some services look at names, and everybody else is of bronze at `Plain`.
+fn machine_with_names() -> Machine {
+    let machine = machine();
+    let d = machine.dataplane();
+    d.set_classes(&[class("gold", 4), class("silver", 2), class("bronze", 1)]).expect("classes");
+    networks(
+        &machine,
+        &[(Service::Plain, "10.1.0.0", 16, "bronze"), (Service::Plain, "2001:db8:1::", 64, "bronze")],
+    );
+    for family in Family::BOTH {
+        for service in [Service::Plain, Service::Pool, Service::Held] {
+            machine.change(service, family, |one| one.flags |= FRONTEND_NAMES).expect("set");
+        }
+    }
+    machine
+}
+
+#[test]
+fn the_name_in_the_hello_says_the_class() {
+    let machine = machine_with_names();
+    let longest = "l".repeat(NAME_MAX);
+    names(
+        &machine,
+        &[
+            (Service::Plain, "gold.example", "gold"),
+            (Service::Plain, "Silver.Example", "silver"),
+            (Service::Plain, &longest, "gold"),
+            (Service::Plain, "eight.ex", "silver"),
+            (Service::Plain, "gone.example", "copper"),
+            (Service::Plain, "gold.example", "silver"),
+            (Service::Pool, "pool.example", "gold"),
+        ],
+    );
+    let mut port = 4200;
+    for (family, tls13) in Family::BOTH.into_iter().flat_map(|one| [(one, false), (one, true)]) {
+        let mut bound = |service, hello: &[u8], reason| {
+            port += 1;
+            let mut talk = Talk::new(service, family, port);
+            talk.bind(&machine, hello, reason);
+            flow(&machine, talk.client, talk.vip, 6).class()
+        };
+        for (what, service, name, expected) in [
+            ("a known name", Service::Plain, "gold.example", GOLD),
+            ("in capitals", Service::Plain, "GOLD.exAmple", GOLD),
+            ("a rule in capitals", Service::Plain, "silver.example", SILVER),
+            ("of eight bytes", Service::Plain, "eight.ex", SILVER),
+            ("the longest", Service::Plain, &longest, GOLD),
+            ("one byte more", Service::Plain, &format!("{longest}l"), BRONZE),
+            ("another name", Service::Plain, "other.example", BRONZE),
+            ("one that is longer", Service::Plain, "gold.example.", BRONZE),
+            ("with a NUL", Service::Plain, "gold.example\0", BRONZE),
+            ("one that is shorter", Service::Plain, "gold.exampl", BRONZE),
+            ("one below it", Service::Plain, "www.gold.example", BRONZE),
+            ("no capital letter", Service::Plain, "gold\x0eexample", BRONZE),
+            ("an empty one", Service::Plain, "", BRONZE),
+            ("a class that is not there", Service::Plain, "gone.example", 0),
+            ("another service's", Service::Plain, "pool.example", BRONZE),
+            ("and there", Service::Pool, "pool.example", GOLD),
+            ("where nobody else says anything", Service::Pool, "gold.example", 0),
+            ("a service without names", Service::Proxy, "gold.example", 0),
+        ] {
+            let hello = hello_for(Some(server_name(name.as_bytes())), tls13);
+            assert_eq!(bound(service, &hello, Reason::BoundFresh), expected, "{what}, {family:?}, {tls13}");
+            // What this CPU read before is nobody else's.
+            assert_eq!(bound(Service::Plain, HTTP, Reason::BoundNonsecure), BRONZE, "after {what}");
+        }
+        let list = |bytes: &[u8]| hello_for(Some((0, bytes.to_vec())), tls13);
+        for (what, hello) in [
+            ("no name", hello_for(None, tls13)),
+            ("another type of name", list(&[&[0, 15, 1, 0, 12][..], b"gold.example"].concat())),
+            ("a list that lies", list(&[&[0, 16, 0, 0, 12][..], b"gold.example"].concat())),
+            ("a name that lies", list(&[&[0, 15, 0, 0, 13][..], b"gold.example"].concat())),
+            ("nothing", list(&[])),
+        ] {
+            assert_eq!(bound(Service::Plain, &hello, Reason::BoundFresh), BRONZE, "{what}");
+        }
+        // A hello that is spread over records and segments.
+        let padding = (21, vec![0; 1600]);
+        let mut extensions = vec![padding];
+        extensions.extend(usual_extensions());
+        extensions[1] = server_name(b"gold.example");
+        let whole = hello_of(&[], &[0x13, 1], &extensions);
+        let name = whole.windows(4).position(|part| part == b"gold").expect("the name");
+        for hello in [whole.clone(), in_records(&whole, &[3, name - 2, name + 3])] {
+            let at = hello.windows(2).position(|part| part == b"go").expect("the name");
+            for cut in [700, at - 1, at + 1] {
+                port += 1;
+                let mut talk = Talk::new(Service::Plain, family, port);
+                talk.shake(&machine);
+                let _ = machine.expect("a part", &talk.data(0, &hello[..cut]), Reason::AckedPart);
+                let rest = talk.data(cut as u32, &hello[cut..]);
+                let reason = machine.run(&rest.frame()).expect("a verdict").reason;
+                assert_eq!(reason, Reason::BoundFresh, "cut at {cut}");
+                assert_eq!(flow(&machine, talk.client, talk.vip, 6).class(), GOLD, "cut at {cut}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_session_says_more_than_a_name_and_a_name_more_than_a_network() {
+    let machine = machine_with_names();
+    // The name that tests ask for.
+    names(&machine, &[(Service::Plain, "service.test", "gold"), (Service::Pool, "service.test", "gold")]);
+    for (at, family) in (0_u16..).zip(Family::BOTH) {
+        machine
+            .change(Service::Pool, family, |frontend| frontend.set_class(class_id("silver")))
+            .expect("set");
+        let bound = |service, port: u16, id: [u8; 32], reason| {
+            let mut talk = Talk::new(service, family, port + at);
+            talk.bind(&machine, &client_hello(&id, 0), reason);
+            flow(&machine, talk.client, talk.vip, 6).class()
+        };
+        for (port, class) in [(4900, "silver"), (4902, "")] {
+            let id = [port as u8 + at as u8; 32];
+            let class = if class.is_empty() { 0 } else { class_id(class) };
+            let session = Session { state: STATE_CONFIRMED, class, ..Session::of(Machine::backend_id(2)) };
+            machine.know(Service::Plain, &id, session).expect("a session");
+            let expected = if class == 0 { GOLD } else { SILVER };
+            assert_eq!(bound(Service::Plain, port, id, Reason::BoundHit), expected);
+        }
+        let id = [0x90 + at as u8; 32];
+        assert_eq!(bound(Service::Plain, 4904, id, Reason::BoundMiss), GOLD, "not the network's");
+        assert_eq!(bound(Service::Pool, 4906, id, Reason::BoundMiss), GOLD, "not the service's");
+    }
+}
+
+#[test]
+fn names_come_and_go_and_have_a_limit() {
+    let machine = machine_with_names();
+    let hello = hello_for(Some(server_name(b"a.example")), true);
+    let class = |family, port| {
+        let mut talk = Talk::new(Service::Plain, family, port);
+        talk.bind(&machine, &hello, Reason::BoundFresh);
+        (flow(&machine, talk.client, talk.vip, 6).class(), talk)
+    };
+    for (port, family) in [(5000, Family::V4), (5010, Family::V6)] {
+        names(&machine, &[(Service::Plain, "a.example", "gold"), (Service::Plain, "b.example", "gold")]);
+        let (before, talk) = class(family, port);
+        assert_eq!(before, GOLD);
+        names(&machine, &[(Service::Plain, "a.example", "silver")]);
+        assert_eq!(class(family, port + 1).0, SILVER, "another class");
+        names(&machine, &[(Service::Plain, "b.example", "gold")]);
+        assert_eq!(class(family, port + 2).0, BRONZE, "the name is gone");
+        assert_eq!(flow(&machine, talk.client, talk.vip, 6).class(), GOLD, "those who are there stay");
+    }
+    names(&machine, &[(Service::Plain, "a.example", "gold")]);
+    machine.dataplane().set_classes(&[]).expect("no classes");
+    assert_eq!(class(Family::V4, 5020).0, 0, "no classes at all");
+    let many = |number: u32| -> Vec<NameClass> {
+        let one = |n| NameClass { service: Service::Plain.id(), name: format!("{n}.example"), class: 1 };
+        (0..number).map(one).collect()
+    };
+    let d = machine.dataplane();
+    d.set_names(&many(NAMES_MAX)).expect("so many");
+    // All of them are others: there is room for them.
+    let others: Vec<NameClass> =
+        many(NAMES_MAX).into_iter().map(|one| NameClass { name: format!("x{}", one.name), ..one }).collect();
+    d.set_names(&others).expect("as many others");
+    let error = d.set_names(&many(NAMES_MAX + 1)).expect_err("too many").to_string();
+    assert!(error.contains("4097 server names") && error.contains("4096 are possible"), "{error}");
+    let long = NameClass { service: 1, name: "a".repeat(NAME_MAX + 1), class: 1 };
+    let error = d.set_names(&[long]).expect_err("too long").to_string();
+    assert!(error.contains("is no server name"), "{error}");
+}
+
+#[test]
+fn the_daemon_is_told_the_class_of_what_is_held() {
+    let machine = machine_with_names();
+    names(&machine, &[(Service::Held, "gold.example", "gold")]);
+    let mut ring = machine.dataplane().take_held().expect("the ring");
+    for (port, family) in [(5100, Family::V4), (5110, Family::V6)] {
+        for (port, name, expected, number) in
+            [(port, "gold.example", class_id("gold"), GOLD), (port + 1, "other.example", 0, 0)]
+        {
+            machine.beat(true).expect("alive");
+            let mut talk = Talk::new(Service::Held, family, port);
+            talk.shake(&machine);
+            let hello = hello_for(Some(server_name(name.as_bytes())), true);
+            let (first, second) = hello.split_at(60);
+            let _ = machine.expect("a part", &talk.data(0, first), Reason::AckedPart);
+            let _ = machine.expect("the rest", &talk.data(60, second), Reason::Held);
+            let bytes = ring.next().expect("the daemon is told").to_vec();
+            let half = |at: usize| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
+            assert_eq!((half(0), half(2)), (dispatcher_common::event::EVENT_HELD, expected), "{name}");
+            let slot = u32::from(half(12)) | u32::from(half(14)) << 16;
+            machine.dataplane().release(&[Release { slot, backend: 1, flow: key(&talk) }]).expect("released");
+            let entry = flow(&machine, talk.client, talk.vip, 6);
+            assert_eq!((entry.backend, entry.class()), (1, number), "{name}");
+        }
+    }
+}
+
+/// The key of a client's packets.
+fn key(talk: &Talk) -> FlowKey {
+    FlowKey {
+        src: talk.client.ip().into(),
+        dst: talk.vip.ip().into(),
+        ports: ports_word(talk.client.port(), talk.vip.port()),
+        proto: 6,
+    }
+}
+
 /// A gold and a default connection at one backend with a limit: data of both.
 fn two_classes(machine: &Machine, family: Family, port: u16) -> (Packet, Packet) {
     let d = machine.dataplane();
@@ -498,25 +733,76 @@ fn connections_over_the_rate_can_wait_for_the_daemon() {
     let (talk, data) = last.expect("one");
     let bytes = ring.next().expect("the daemon is told").to_vec();
     let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-    assert_eq!((word(0), word(8)), (dispatcher_common::event::EVENT_TURN, 0), "kind and backend");
+    let kind = u32::from(dispatcher_common::event::EVENT_TURN);
+    assert_eq!((word(0), word(8)), (kind, 0), "kind and class, and backend");
     // As long as the daemon lives its word is waited for, however often the client repeats itself.
     thread::sleep(Duration::from_millis(150));
     machine.beat(true).expect("alive");
     let _ = machine.expect("repeated", &data, Reason::Stashed);
-    let key = FlowKey {
-        src: talk.client.ip().into(),
-        dst: talk.vip.ip().into(),
-        ports: ports_word(talk.client.port(), talk.vip.port()),
-        proto: 6,
-    };
     // Its rate is not asked for again, so others find less.
-    let release = Release { slot: word(12), backend: 0, flow: key };
+    let release = Release { slot: word(12), backend: 0, flow: key(&talk) };
     machine.dataplane().release(&[release]).expect("released");
     assert_eq!(flow(&machine, talk.client, talk.vip, 6).backend, 0);
     machine.beat(false).expect("dead");
     let mut other = Talk::new(Service::Held, family, 3990);
     other.shake(&machine);
     let _ = machine.expect("nobody to ask", &other.data(0, &known(90)), Reason::OverConnections);
+}
+
+#[test]
+fn the_daemon_can_refuse_what_is_held() {
+    let machine = machine();
+    let d = machine.dataplane();
+    let mut ring = d.take_held().expect("the ring");
+    let refused = || d.reason(Reason::ResetOverRate).expect("counted");
+    for (port, family) in [(5200, Family::V4), (5210, Family::V6)] {
+        for tags in [Vec::new(), vec![[0x81, 0, 0, 100]]] {
+            let mut talk = Talk::new(Service::Held, family, port + tags.len() as u16);
+            talk.tags = tags;
+            talk.shake(&machine);
+            let hello = client_hello(&[port as u8; 32], 0);
+            let (first, second) = hello.split_at(50);
+            machine.beat(true).expect("alive");
+            let _ = machine.expect("a part", &talk.data(0, first), Reason::AckedPart);
+            let data = talk.data(50, second);
+            let _ = machine.expect("the rest", &data, Reason::Held);
+            let bytes = ring.next().expect("the daemon is told").to_vec();
+            let slot = u32::from_ne_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]);
+            let flow = key(&talk);
+            let stranger = Release { slot, backend: REFUSED, flow: FlowKey { ports: 1, ..flow } };
+            // As the daemon does when it picks.
+            let id = [port as u8; 32];
+            let made = Session { state: STATE_PROVISIONAL, ..Session::of(Machine::backend_id(0)) };
+            machine.know(Service::Held, &id, made).expect("a session");
+            let before = refused();
+            d.release(&[stranger]).expect("runs");
+            assert!(machine.session(Service::Held, &id).expect("readable").is_some());
+            assert_eq!(refused(), before, "another flow's slot is left alone");
+            d.release(&[stranger, Release { slot, backend: REFUSED, flow }]).expect("runs");
+            assert_eq!(refused(), before + 1);
+            assert_eq!(d.stash().get(slot).expect("readable").stage, STAGE_FREE);
+            assert_eq!(machine.session(Service::Held, &id).expect("readable"), None, "it is not known");
+            assert_eq!(d.flows().get(&flow).expect("readable"), None);
+            d.release(&[stranger, Release { slot, backend: REFUSED, flow }]).expect("runs");
+            assert_eq!(refused(), before + 1, "once");
+
+            // The same once more, where the frame can be seen: what was the second is still the second.
+            let _ = machine.expect("a part", &talk.data(0, first), Reason::AckedPart);
+            let _ = machine.expect("the rest", &data, Reason::Held);
+            assert!(ring.next().is_some());
+            d.release(&[stranger]).expect("runs");
+            let run = d.run(abi::PROGRAM_RELEASE, &[0; 128], None, 1, 0).expect("runs");
+            assert_eq!((run.retval, refused()), (4, before + 2));
+            let packet = Packet::parse(&run.data_out).expect("a good packet");
+            let reset = packet.tcp().expect("TCP");
+            assert_eq!((packet.src, packet.dst), (talk.vip.ip(), talk.client.ip()));
+            assert_eq!((reset.src, reset.dst), (talk.vip.port(), talk.client.port()));
+            assert_eq!((reset.flags, reset.seq, reset.ack), (flags::RST, talk.cookie.wrapping_add(1), 0));
+            assert!(reset.payload.is_empty() && reset.options.is_empty());
+            let [to_us, from_client] = CLIENT_MACS;
+            assert_eq!((packet.macs, &packet.tags), ([from_client, to_us], &talk.tags));
+        }
+    }
 }
 
 #[test]
