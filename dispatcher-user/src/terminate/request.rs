@@ -107,7 +107,8 @@ pub(super) async fn answer(
     client.counts().request(way.secure, status.as_u16(), took);
     let length = answer.body().size_hint().exact();
     let (sent, complete) = (0, false);
-    let told = asked.map(|asked| Told { site, asked, id, status, began, took, way, length, sent, complete });
+    let told =
+        asked.map(|asked| Record { site, asked, id, status, began, took, way, length, sent, complete });
     Ok(answer.map(|body| {
         let mut body = Watched { body, told, busy };
         body.note(0);
@@ -149,7 +150,7 @@ impl Asked {
 }
 
 /// What the access log says of an answer.
-struct Told {
+struct Record {
     site: Arc<Site>,
     asked: Asked,
     id: String,
@@ -163,7 +164,7 @@ struct Told {
     complete: bool,
 }
 
-impl Told {
+impl Record {
     fn write(&self, client: &Client) {
         let Self { site, asked, id, status, began, took, way, length: _, sent, complete } = self;
         let Some(log) = &site.log else { return };
@@ -238,7 +239,7 @@ impl Progress {
 /// A body whose request is under way until it has been read, or is dropped.
 pub(super) struct Watched {
     body: Body,
-    told: Option<Told>,
+    told: Option<Record>,
     busy: Busy,
 }
 
