@@ -41,7 +41,7 @@ pub(crate) enum Need {
     Test,
 }
 
-/// A program that we call at run time, and the packages that bring it.
+/// A program that we call at run time, or a module of nginx (`.so`), and the packages that bring it.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Tool {
     pub(crate) program: &'static str,
@@ -69,6 +69,12 @@ pub(crate) const TOOLS: &[Tool] = &[
     tool("openssl", Need::Test, ["openssl", "openssl", "openssl"], "certificates, TLS clients and servers"),
     tool("curl", Need::Test, ["curl", "curl", "curl"], "HTTP clients"),
     tool("nginx", Need::Test, ["nginx-light", "nginx", "nginx"], "TLS backends"),
+    tool(
+        "ngx_stream_module.so",
+        Need::Test,
+        ["libnginx-mod-stream", "nginx-mod-stream", "nginx"],
+        "TLS backends with nginx that only unwrap",
+    ),
     tool("gnutls-serv", Need::Test, ["gnutls-bin", "gnutls-utils", "gnutls"], "TLS backends with GnuTLS"),
     tool(
         "lighttpd",

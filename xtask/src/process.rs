@@ -77,6 +77,20 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
     })
 }
 
+/// A module of nginx: its file, or nginx itself where it was built with it.
+pub(crate) fn find_nginx_module(file: &str) -> Option<PathBuf> {
+    let folders = ["/usr/lib/nginx/modules", "/usr/lib64/nginx/modules"].map(PathBuf::from);
+    let there = folders.into_iter().map(|folder| folder.join(file)).find(|path| path.is_file());
+    there.or_else(|| {
+        let nginx = find("nginx")?;
+        // On standard error: "--with-stream", or "--with-stream=dynamic" where the module is a file.
+        let told = Command::new(&nginx).arg("-V").output().ok()?;
+        let name = file.strip_prefix("ngx_")?.strip_suffix("_module.so")?;
+        let with = format!("--with-{name}");
+        String::from_utf8_lossy(&told.stderr).split_whitespace().any(|word| word == with).then_some(nginx)
+    })
+}
+
 /// Whether we are the superuser.
 pub(crate) fn is_root() -> bool {
     // Field 2 of "Uid:\treal\teffective\t.." without a dependency on libc.

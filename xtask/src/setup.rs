@@ -15,7 +15,7 @@ use clap::ValueEnum;
 
 use crate::{
     pins::{self, Need, TOOLS, Tool},
-    process::{cargo, find, is_root, output_of, root, run, shown, target_dir, try_within},
+    process::{cargo, find, find_nginx_module, is_root, output_of, root, run, shown, target_dir, try_within},
     toolchain::{self, Candidate, Compiler, Version},
 };
 
@@ -171,7 +171,9 @@ fn look(need: Need) -> Found {
         packages,
     };
     for tool in TOOLS.iter().filter(|tool| tool.need <= need) {
-        match find(tool.program) {
+        let place =
+            if tool.program.ends_with(".so") { find_nginx_module(tool.program) } else { find(tool.program) };
+        match place {
             Some(path) => found.tools.push((tool, path)),
             None => found.missing.push(tool),
         }
