@@ -60,7 +60,11 @@ fn claim_c2_tickets_of_both_versions_lead_home() {
     }
     assert!(homes.len() > 1, "the balancer spreads users: {homes:?}");
     let sessions = stage.daemon.sessions().expect("sessions");
-    assert_eq!(sessions.iter().filter(|one| one.kind == "tls-ticket-key").count(), 3, "{sessions:#?}");
+    let keys: Vec<_> = sessions.iter().filter(|one| one.kind == "tls-ticket-key").collect();
+    assert_eq!(keys.len(), 3, "{sessions:#?}");
+    let assigned = stage.daemon.told(&["qos", "assign", &keys[0].id, "default", "--service", "web"]);
+    let refused = assigned.expect_err("it is not one client's").to_string();
+    assert!(refused.contains("stands for a server and all its clients"), "{refused}");
     assert_eq!(stage.daemon.counter(Reason::BoundHit).expect("a counter"), 60);
 }
 

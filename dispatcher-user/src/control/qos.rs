@@ -7,9 +7,14 @@ use std::{
 };
 
 use axum::{Json, extract::State};
-use dispatcher_common::service::Histogram;
+use dispatcher_common::{
+    service::Histogram,
+    session::{KIND_QUIC_SERVER, KIND_TICKET_NAME},
+};
 
-use super::{Answer, Body, Failure, Names, Segment, find_service, keys, kind, not_found, reading, shown};
+use super::{
+    Answer, Body, Failure, Names, Segment, conflict, find_service, keys, kind, not_found, reading, shown,
+};
 use crate::{
     api, config,
     dataplane::{ClassCount, monotonic_seconds},
@@ -99,6 +104,11 @@ pub(super) async fn assign(
         let mut found = Vec::new();
         for key in keys(shared, &id, Some(&wanted.service), &kinds)? {
             let Some(old) = sessions.get(&key)?.filter(|session| !session.expired(now)) else { continue };
+            if matches!(key.kind, KIND_TICKET_NAME | KIND_QUIC_SERVER) {
+                return Err(conflict(format!(
+                    "{id} stands for a server and all its clients, not for one session; assign a cookie, a session ID or client:ADDRESS, or classify its clients by [[service.classify]]"
+                )));
+            }
             let session = dispatcher_common::session::Session { class, ..old };
             sessions.insert(key, session)?;
             found.push(shown(&names, &key, &session, now));

@@ -18,7 +18,7 @@ pub(super) enum Command {
     },
     /// Classes with their weights
     Classes,
-    /// Change the weight of a class at once, until the configuration is read again
+    /// Change the weight of a class at once, until the next reload; with a state file restarts keep it
     Weight {
         /// The class
         class: String,
@@ -27,6 +27,8 @@ pub(super) enum Command {
         weight: u32,
     },
     /// Put a session into a class, whatever the rules say; connections that it has keep theirs
+    ///
+    /// The key of a server's tickets stands for all its clients and cannot be assigned.
     ///
     /// Examples: dispatcherctl qos assign cookie:4f1c gold --service shop
     ///           dispatcherctl qos assign cookie:4f1c default --service shop    (the rules decide again)

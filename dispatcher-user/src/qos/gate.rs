@@ -135,9 +135,10 @@ impl Gate {
         inner.most.set(classes);
         inner.book.set(classes);
         let most = limits.max_inflight;
+        let follows = limits.adaptive && most > 0;
         match &mut inner.adaptive {
-            Some(adaptive) if limits.adaptive => adaptive.set(most),
-            adaptive => *adaptive = limits.adaptive.then(|| Adaptive::new(most, self.began.elapsed())),
+            Some(adaptive) if follows => adaptive.set(most),
+            adaptive => *adaptive = follows.then(|| Adaptive::new(most, self.began.elapsed())),
         }
         inner.limits = limits;
         self.let_in(&mut inner);

@@ -258,3 +258,14 @@ async fn a_class_at_its_ceiling_waits_while_others_get_in() {
     gate.set(&[class(0, 1), class(1, 1)], limits(2, 10));
     is_in(&mut third).await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_adaptive_limit_that_comes_later_begins_as_any() {
+    let adaptive = |most| Limits { adaptive: true, ..limits(most, 100) };
+    let gate = Gate::new(&[class(0, 1)], adaptive(0));
+    for _ in 0..50 {
+        drop(gate.enter(0, client(1)).await.expect("there is no limit"));
+    }
+    gate.set(&[class(0, 1)], adaptive(100));
+    assert_eq!(gate.read().0, 20);
+}
