@@ -460,25 +460,8 @@ impl Config {
     /// Checks a text. `interfaces` come on top of those in the text.
     pub fn parse(text: &str, interfaces: &[Interface]) -> Result<Self, Error> {
         let source = Text { text };
-        let raw: raw::File = toml::from_str(text).map_err(|error| source.syntax(&error))?;
-        let services =
-            raw.service.iter().map(|service| source.service(service)).collect::<Result<Vec<_>, _>>()?;
-        let config = Self {
-            control: source.control(raw.control.as_ref())?,
-            control_group: raw.control_group.as_ref().map(|group| group.get_ref().clone()),
-            pin: source.pin(raw.pin.as_ref())?,
-            state: source.state(raw.state.as_ref())?,
-            metrics: source.metrics(&raw)?,
-            interfaces: source.interfaces(&raw, interfaces)?,
-            capacities: source.capacities(raw.capacity.as_ref())?,
-            classes: source.classes(&raw.class)?,
-            services,
-        };
-        source.check_classes(&raw, &config.classes)?;
-        source.check_limits(&raw, &config)?;
-        source.check_names(&raw, &config)?;
-        source.check_addresses(&raw, &config)?;
-        source.check_sizes(&raw, &config)?;
+        let (raw, config) = source.config(interfaces)?;
+        source.check_idle(&raw, &config)?;
         Ok(config)
     }
 }
@@ -621,19 +604,57 @@ fn prime(from: u32) -> u32 {
 
 type Span = Range<usize>;
 
+/// On one line, with nothing for a terminal to obey.
+fn plain(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() {
+            plain.extend(c.escape_debug());
+        } else {
+            plain.push(c);
+        }
+    }
+    plain
+}
+
 /// The text, for errors that point into it.
 struct Text<'t> {
     text: &'t str,
 }
 
 impl Text<'_> {
+    /// What the text says. Keys that do nothing are for [`Self::check_idle`] to find: they may be idle because the
+    /// operator removed a backend.
+    fn config(&self, interfaces: &[Interface]) -> Result<(raw::File, Config), Error> {
+        let raw: raw::File = toml::from_str(self.text).map_err(|error| self.syntax(&error))?;
+        let services =
+            raw.service.iter().map(|service| self.service(service)).collect::<Result<Vec<_>, _>>()?;
+        let config = Config {
+            control: self.control(raw.control.as_ref())?,
+            control_group: raw.control_group.as_ref().map(|group| group.get_ref().clone()),
+            pin: self.pin(raw.pin.as_ref())?,
+            state: self.state(raw.state.as_ref())?,
+            metrics: self.metrics(&raw)?,
+            interfaces: self.interfaces(&raw, interfaces)?,
+            capacities: self.capacities(raw.capacity.as_ref())?,
+            classes: self.classes(&raw.class)?,
+            services,
+        };
+        self.check_classes(&raw, &config.classes)?;
+        self.check_limits(&raw, &config)?;
+        self.check_names(&raw, &config)?;
+        self.check_addresses(&raw, &config)?;
+        self.check_sizes(&raw, &config)?;
+        Ok((raw, config))
+    }
+
     fn line(&self, at: usize) -> usize {
         1 + self.text.bytes().take(at).filter(|byte| *byte == b'\n').count()
     }
 
     fn error(&self, span: Span, key: &str, problem: impl Into<String>) -> Error {
         let line = self.line(span.start);
-        Error::Invalid { path: None, line, key: key.to_owned(), problem: problem.into() }
+        Error::Invalid { path: None, line, key: plain(key), problem: plain(&problem.into()) }
     }
 
     /// Where an element of a list stands, which may have several lines.
@@ -890,7 +911,7 @@ impl Text<'_> {
             )?,
             class: raw.class.as_ref().map_or(DEFAULT_CLASS, |class| class.get_ref().as_str()).to_owned(),
             rules: self.rules(raw, mode)?,
-            limits: self.limits(raw.limits.as_ref(), mode, miss, raw.name.span(), "service.limits")?,
+            limits: self.limits(raw.limits.as_ref(), mode, miss, "service.limits")?,
             queueing: self.queueing(raw, mode, miss)?,
             affinity,
             backends,
@@ -1225,7 +1246,7 @@ impl Text<'_> {
         }
         let state = state.unwrap_or(AdminState::Enabled);
         let limits = raw.limits.clone().map(raw::Limits::from);
-        let limits = self.limits(limits.as_ref(), mode, miss, raw.name.span(), "service.backend.limits")?;
+        let limits = self.limits(limits.as_ref(), mode, miss, "service.backend.limits")?;
         Ok(Backend { name, id, v4, v6, weight, state, quic_server_ids, limits })
     }
 

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, mem};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AdminState, Config, Error, Meeting, STATES, clash,
+    AdminState, Config, Error, Meeting, STATES, Text, clash,
     qos::CLASS_WEIGHT,
     raw::{self, OneOrMany},
     written,
@@ -184,7 +184,7 @@ fn amend(config: &mut Config, service: &str, said: &[(&str, &Amendment)]) -> Res
         }
     }
     let text = toml::to_string(&file).map_err(|error| amended("file", error.to_string()))?;
-    let read = Config::parse(&text, &[]).map_err(|error| match error {
+    let (_, read) = Text { text: &text }.config(&[]).map_err(|error| match error {
         // The text is ours: its lines are nobody's.
         Error::Invalid { key, problem, .. } => amended(key, problem),
         Error::Read { .. } | Error::Amended { .. } => error,

@@ -1,13 +1,18 @@
 //! Classes, which requests and connections belong to them, and what backends can take: `[[class]]`,
 //! `[[service.classify]]` and `[service.limits]`.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, ops::RangeInclusive};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
+    ops::RangeInclusive,
+};
 
 use dispatcher_common::qos::{self, CLASSES_MAX, LIMITED_MAX, NAMES_MAX, NETWORKS_MAX};
-use hyper::header::HeaderName;
+use hyper::header::{HeaderName, HeaderValue};
 use rustls::pki_types::ServerName;
 
-use super::{Config, Error, Miss, Mode, Service, Span, Spanned, Text, clash, raw};
+use super::{Config, Error, Miss, Mode, Protocol, Service, Span, Spanned, Text, clash, raw};
 use crate::terminate::secure;
 
 /// The class of what no rule names. It is always there; a `[[class]]` of this name sets its weight.
@@ -22,6 +27,8 @@ pub(super) const RATE: RangeInclusive<i64> = 1..=10_000_000;
 pub(super) const INFLIGHT: RangeInclusive<i64> = 1..=1_000_000;
 pub(super) const OVER: [(&str, Over); 3] =
     [("drop", Over::Drop), ("reset", Over::Reset), ("hold", Over::Hold)];
+const OF_PACKETS: &str = "goes with mode = \"passthrough\" or \"l4\" only; set that, or remove it";
+const OF_REQUESTS: &str = "goes with mode = \"terminate\" only; set that, or remove it";
 const ONLY_REQUESTS: &str = "goes with mode = \"terminate\" only; other services go by `clients`, \"passthrough\" by `server_name` too";
 /// Bits a second.
 const BANDWIDTH: RangeInclusive<u64> = 8_000..=100_000_000_000_000;
@@ -163,7 +170,7 @@ impl Rule {
 }
 
 /// A network of clients.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Network {
     /// Its first address.
     pub address: IpAddr,
@@ -206,6 +213,15 @@ impl Network {
                 "\"{text}\" has bits set beyond its prefix; write the network's first address"
             ));
         }
+        // Clients of this form are IPv4 clients, which no IPv6 network has.
+        if let (IpAddr::V6(v6), 96..) = (address, prefix)
+            && let Some(v4) = v6.to_ipv4_mapped()
+        {
+            return Err(format!(
+                "\"{text}\" is an IPv4 network in IPv6 form; write \"{v4}/{}\"",
+                prefix - 96
+            ));
+        }
         Ok(Self { address, prefix })
     }
 }
@@ -214,6 +230,11 @@ impl fmt::Display for Network {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.address, self.prefix)
     }
+}
+
+/// Where a key stands that is given.
+fn span<T>(key: &Option<Spanned<T>>) -> Option<Span> {
+    key.as_ref().map(Spanned::span)
 }
 
 const UNITS: [(&str, u64); 5] = [
@@ -329,24 +350,26 @@ impl Text<'_> {
         raw: Option<&raw::Limits>,
         mode: Mode,
         miss: Miss,
-        span: Span,
         table: &str,
     ) -> Result<Limits, Error> {
         let Some(raw) = raw else { return Ok(Limits::default()) };
         let ours = !mode.is_local();
-        for (given, key, goes, with) in [
-            (raw.bandwidth.is_some(), "bandwidth", ours, "mode = \"passthrough\" or \"l4\""),
-            (
-                raw.connections_per_second.is_some(),
-                "connections_per_second",
-                ours,
-                "mode = \"passthrough\" or \"l4\"",
-            ),
-            (raw.max_inflight.is_some(), "max_inflight", mode == Mode::Terminate, "mode = \"terminate\""),
-            (raw.max_connections.is_some(), "max_connections", miss == Miss::Daemon, "miss = \"daemon\""),
+        let connections = match mode {
+            Mode::Passthrough => "goes with miss = \"daemon\" only; set that, or remove it",
+            Mode::L4 => {
+                "goes with mode = \"passthrough\" and miss = \"daemon\" only; set these, or remove it"
+            }
+            Mode::Terminate | Mode::Relay => {
+                "goes with mode = \"passthrough\" only; remove it: `max_connections` of the service bounds clients' connections"
+            }
+        };
+        for (given, key, goes, problem) in [
+            (span(&raw.bandwidth), "bandwidth", ours, OF_PACKETS),
+            (span(&raw.connections_per_second), "connections_per_second", ours, OF_PACKETS),
+            (span(&raw.max_inflight), "max_inflight", mode == Mode::Terminate, OF_REQUESTS),
+            (span(&raw.max_connections), "max_connections", miss == Miss::Daemon, connections),
         ] {
-            if given && !goes {
-                let problem = format!("goes with {with} only; set that, or remove it");
+            if let (Some(span), false) = (given, goes) {
                 return Err(self.error(span, &format!("{table}.{key}"), problem));
             }
         }
@@ -361,7 +384,7 @@ impl Text<'_> {
                     let rate = bandwidth(text.get_ref()).filter(|rate| BANDWIDTH.contains(rate));
                     rate.ok_or_else(|| {
                         let problem = format!(
-                            "\"{}\" is no rate from {} to {}; write \"800Mbit/s\" or \"10Gbit/s\", or remove it where there is no limit",
+                            "\"{}\" is no rate from {} to {}; write a whole number of bit/s, kbit/s, Mbit/s, Gbit/s or Tbit/s, such as \"800Mbit/s\", or remove it where there is no limit",
                             text.get_ref(),
                             bandwidth_text(*BANDWIDTH.start()),
                             bandwidth_text(*BANDWIDTH.end())
@@ -380,42 +403,31 @@ impl Text<'_> {
     pub(super) fn queueing(&self, raw: &raw::Service, mode: Mode, miss: Miss) -> Result<Queueing, Error> {
         let default = Queueing::default();
         let Some(limits) = &raw.limits else { return Ok(default) };
-        let waits = mode == Mode::Terminate || miss == Miss::Daemon;
-        let span = |key: Option<Span>| key.unwrap_or_else(|| raw.name.span());
-        for (given, key, goes, with) in [
-            (limits.over.as_ref().map(Spanned::span), "over", !mode.is_local(), "connections_per_second"),
+        let requests = mode == Mode::Terminate;
+        for (given, key, goes, problem) in [
+            (span(&limits.over), "over", !mode.is_local(), OF_PACKETS),
             (
-                limits.queue.as_ref().map(Spanned::span),
+                span(&limits.queue),
                 "queue",
-                waits,
-                "mode = \"terminate\" or miss = \"daemon\"",
+                requests || miss == Miss::Daemon,
+                "goes with mode = \"terminate\", or \"passthrough\" with miss = \"daemon\", only; set that, or remove it",
             ),
             (
-                limits.queue_timeout.as_ref().map(Spanned::span),
+                span(&limits.queue_timeout),
                 "queue_timeout",
-                mode == Mode::Terminate,
-                "mode = \"terminate\": clients do not wait longer for the answer to a hello",
+                requests,
+                "goes with mode = \"terminate\" only: clients wait no longer than 2.5 s for the answer to a hello; remove it",
             ),
-            (
-                limits.adaptive.map(|_| raw.name.span()),
-                "adaptive",
-                mode == Mode::Terminate,
-                "mode = \"terminate\"",
-            ),
+            (span(&limits.adaptive), "adaptive", requests, OF_REQUESTS),
         ] {
-            if given.is_some() && !goes {
-                let problem = format!("goes with {with} only; set that, or remove it");
-                return Err(self.error(span(given), &format!("service.limits.{key}"), problem));
+            if let (Some(span), false) = (given, goes) {
+                return Err(self.error(span, &format!("service.limits.{key}"), problem));
             }
         }
         let over = self.choice(limits.over.as_ref(), "service.limits.over", &OVER)?.unwrap_or(default.over);
-        if over == Over::Hold && miss != Miss::Daemon {
+        if let (Some(span), Over::Hold, Miss::Table) = (span(&limits.over), over, miss) {
             let problem = "\"hold\" goes with miss = \"daemon\" only: connections wait in the daemon; set that, or \"drop\" or \"reset\"";
-            return Err(self.error(
-                span(limits.over.as_ref().map(Spanned::span)),
-                "service.limits.over",
-                problem,
-            ));
+            return Err(self.error(span, "service.limits.over", problem));
         }
         let queue = match &limits.queue {
             Some(queue) => self.number(queue, "service.limits.queue", INFLIGHT)?,
@@ -423,12 +435,80 @@ impl Text<'_> {
         };
         let key = "service.limits.queue_timeout";
         let queue_timeout = self.duration(limits.queue_timeout.as_ref(), key, default.queue_timeout)?;
-        Ok(Queueing { over, queue, queue_timeout, adaptive: limits.adaptive.unwrap_or(false) })
+        Ok(Queueing {
+            over,
+            queue,
+            queue_timeout,
+            adaptive: limits.adaptive.as_ref().is_some_and(|adaptive| *adaptive.get_ref()),
+        })
     }
 
     /// Which class what comes to a service belongs to.
     pub(super) fn rules(&self, raw: &raw::Service, mode: Mode) -> Result<Vec<Rule>, Error> {
-        raw.classify.iter().map(|rule| self.rule(rule, mode)).collect()
+        if mode == Mode::Relay {
+            let rule = raw.classify.first().map(|rule| (&rule.class, "service.classify"));
+            if let Some((class, key)) = raw.class.as_ref().map(|class| (class, "service.class")).or(rule) {
+                let problem =
+                    "goes with other modes only: connections that are relayed have no classes; remove it";
+                return Err(self.error(class.span(), key, problem));
+            }
+        }
+        let rules = raw.classify.iter().map(|rule| self.rule(rule, mode)).collect::<Result<Vec<_>, _>>()?;
+        let mut before = BTreeSet::<Network>::new();
+        for (raw, rule) in raw.classify.iter().zip(&rules).filter(|(_, rule)| rule.is_by_network()) {
+            let Some(list) = &raw.clients else { continue };
+            let texts = list.get_ref().as_slice();
+            if let Some((text, network)) =
+                texts.iter().zip(&rule.clients).find(|(_, network)| before.contains(network))
+            {
+                let problem = format!("{network} is in two rules of this service; remove it from one");
+                return Err(self.error(self.element(list, text), "service.classify.clients", problem));
+            }
+            before.extend(&rule.clients);
+        }
+        Ok(rules)
+    }
+
+    /// Keys that change nothing, for want of others: those who wrote them expect something of them.
+    pub(super) fn check_idle(&self, raw: &raw::File, config: &Config) -> Result<(), Error> {
+        for (raw, service) in raw.service.iter().zip(&config.services) {
+            let Some(limits) = &raw.limits else { continue };
+            let (connections, requests) = (service.limits_connections(), service.limits_requests());
+            let resets = service.protocol == Protocol::Udp && service.queueing.over == Over::Reset;
+            let adapts = service.queueing.adaptive;
+            let queue = if service.mode == Mode::Terminate {
+                "goes with max_inflight only, of the service or of a backend; set that, or remove it"
+            } else {
+                "goes with connections_per_second and over = \"hold\", or with max_connections, only; set these, or remove it"
+            };
+            for (given, key, goes, problem) in [
+                (
+                    span(&limits.over),
+                    "over",
+                    connections,
+                    "goes with connections_per_second only, of the service or of a backend; set that, or remove it",
+                ),
+                (
+                    span(&limits.over),
+                    "over",
+                    !resets,
+                    "\"reset\" goes with protocol = \"tcp\" only: UDP has no RST; set \"drop\"",
+                ),
+                (span(&limits.queue), "queue", service.queues(), queue),
+                (span(&limits.queue_timeout), "queue_timeout", requests, queue),
+                (
+                    span(&limits.adaptive),
+                    "adaptive",
+                    requests || !adapts,
+                    "goes with max_inflight only; set the most that it may grow to",
+                ),
+            ] {
+                if let (Some(span), false) = (given, goes) {
+                    return Err(self.error(span, &format!("service.limits.{key}"), problem));
+                }
+            }
+        }
+        Ok(())
     }
 
     fn rule(&self, raw: &raw::Classify, mode: Mode) -> Result<Rule, Error> {
@@ -476,16 +556,22 @@ impl Text<'_> {
             rule.server_name = Some(text.get_ref().to_ascii_lowercase());
         }
         if let Some(text) = &raw.cookie {
-            let Some((name, value)) = text.get_ref().split_once('=').filter(|(name, _)| !name.is_empty())
-            else {
-                return refused(text, "cookie", "is no cookie; write \"NAME=VALUE\"");
+            let Some((name, value)) = text.get_ref().split_once('=').filter(|(name, value)| {
+                let ends = |c: char| c == ';' || c.is_whitespace() || c.is_control();
+                HeaderName::try_from(*name).is_ok() && !value.contains(ends)
+            }) else {
+                let problem = "is no cookie; write \"NAME=VALUE\", one cookie without spaces and \";\"";
+                return refused(text, "cookie", problem);
             };
             rule.cookie = Some((name.to_owned(), value.to_owned()));
         }
         if let Some(text) = &raw.header {
             let pair = text.get_ref().split_once(':');
-            let Some((name, value)) = pair.filter(|(name, _)| HeaderName::try_from(*name).is_ok()) else {
-                return refused(text, "header", "is no header; write \"NAME: VALUE\"");
+            let Some((name, value)) = pair.filter(|(name, value)| {
+                HeaderName::try_from(*name).is_ok() && HeaderValue::try_from(*value).is_ok()
+            }) else {
+                let problem = "is no header; write \"NAME: VALUE\", without control characters";
+                return refused(text, "header", problem);
             };
             rule.header = Some((name.to_ascii_lowercase(), value.trim().to_owned()));
         }
@@ -513,6 +599,26 @@ impl Service {
     #[must_use]
     pub fn limits_of(&self, backend: &super::Backend) -> Limits {
         backend.limits.or(self.limits)
+    }
+
+    /// True if the service, or one of its backends, has this.
+    fn limits_any(&self, has: impl Fn(Limits) -> bool) -> bool {
+        has(self.limits) || self.backends.iter().any(|backend| has(backend.limits))
+    }
+
+    /// True where new connections may be too many for a backend.
+    pub(super) fn limits_connections(&self) -> bool {
+        self.limits_any(|limits| limits.connections_per_second > 0 || limits.max_connections > 0)
+    }
+
+    /// True where requests may be too many for a backend.
+    pub(super) fn limits_requests(&self) -> bool {
+        self.limits_any(|limits| limits.max_inflight > 0)
+    }
+
+    /// True where something may wait.
+    pub(super) fn queues(&self) -> bool {
+        self.limits_requests() || self.holds_connections() && self.limits_connections()
     }
 
     /// True where the data path looks at the name that a client asks for.
@@ -543,6 +649,10 @@ impl Service {
 mod tests {
     use super::*;
     use crate::config::written;
+
+    /// A service that ends TLS.
+    const TERMINATE: &str =
+        "mode = \"terminate\"\nterminate = { certificates = [{ certificate = \"/x.pem\" }] }\n";
 
     /// Lines at the top, of the service, and of its backend.
     fn text(top: &str, service: &str, backend: &str) -> String {
@@ -708,6 +818,171 @@ mod tests {
         let error = Config::parse(&named(NAMES_MAX + 1), &[]).expect_err("too many").to_string();
         assert!(error.starts_with("line 3: service.classify: "), "{error}");
         assert!(error.contains("more than 4096 server names with classes"), "{error}");
+    }
+
+    /// The service's lines begin with line 5.
+    #[test]
+    fn errors_give_the_line_of_the_key() {
+        let terminate = |lines: &str| format!("{TERMINATE}{lines}");
+        let table = |keys: &str| format!("miss = \"daemon\"\n[service.limits]\n{keys}");
+        let local = |keys: &str| format!("{TERMINATE}[service.limits]\nqueue = 5\n{keys}");
+        let only_requests = "goes with mode = \"terminate\" only; set that, or remove it";
+        let only_packets = "goes with mode = \"passthrough\" or \"l4\" only; set that, or remove it";
+        let clients = "goes with mode = \"passthrough\" only; remove it: `max_connections` of the service bounds clients' connections";
+        let waits = "clients wait no longer than 2.5 s for the answer to a hello; remove it";
+        let relay = "mode = \"relay\"\n";
+        for (service, backend, line, expected) in [
+            (
+                "classify = [{ class = \"gold\", clients = \"10.0.0.0/8\" },\n{ class = \"default\", clients = [\"10.1.0.0/16\",\n\"10.0.0.0/8\"] }]".to_owned(),
+                "",
+                7,
+                "service.classify.clients: 10.0.0.0/8 is in two rules of this service; remove it from one",
+            ),
+            (
+                "classify = [{ class = \"gold\", clients = \"10.0.0.1\" },\n{ class = \"gold\", clients = \"10.0.0.1/32\" }]".to_owned(),
+                "",
+                6,
+                "service.classify.clients: 10.0.0.1/32 is in two rules of this service",
+            ),
+            (
+                "classify = [{ class = \"gold\", clients = \"::ffff:10.0.0.0/104\" }]".to_owned(),
+                "",
+                5,
+                "is an IPv4 network in IPv6 form; write \"10.0.0.0/8\"",
+            ),
+            (
+                terminate("[service.limits]\nadaptive = true"),
+                "",
+                8,
+                "service.limits.adaptive: goes with max_inflight only; set the most that it may grow to",
+            ),
+            (
+                table("queue = 5\nadaptive = true"),
+                "",
+                8,
+                &format!("service.limits.adaptive: {only_requests}"),
+            ),
+            (table("queue = 5\nmax_inflight = 1"), "", 8, &format!("service.limits.max_inflight: {only_requests}")),
+            (local("bandwidth = \"1Gbit/s\""), "", 9, &format!("service.limits.bandwidth: {only_packets}")),
+            (
+                local("connections_per_second = 1"),
+                "",
+                9,
+                &format!("service.limits.connections_per_second: {only_packets}"),
+            ),
+            (local("max_connections = 1"), "", 9, &format!("service.limits.max_connections: {clients}")),
+            (local("over = \"drop\""), "", 9, &format!("service.limits.over: {only_packets}")),
+            (
+                terminate(""),
+                "limits = {\nmax_connections = 1 }",
+                12,
+                &format!("service.backend.limits.max_connections: {clients}"),
+            ),
+            (
+                terminate(""),
+                "[service.backend.limits]\nbandwidth = \"1Gbit/s\"",
+                12,
+                &format!("service.backend.limits.bandwidth: {only_packets}"),
+            ),
+            (
+                "mode = \"l4\"\n[service.limits]\nmax_connections = 1".to_owned(),
+                "",
+                7,
+                "goes with mode = \"passthrough\" and miss = \"daemon\" only; set these, or remove it",
+            ),
+            (table("max_connections = 1\nqueue_timeout = \"1s\""), "", 8, waits),
+            (
+                "mode = \"l4\"\nprotocol = \"udp\"\n[service.limits]\nconnections_per_second = 1\nover = \"reset\"".to_owned(),
+                "",
+                9,
+                "service.limits.over: \"reset\" goes with protocol = \"tcp\" only: UDP has no RST; set \"drop\"",
+            ),
+            (
+                "[service.limits]\nbandwidth = \"1Gbit/s\"\nover = \"drop\"".to_owned(),
+                "",
+                7,
+                "service.limits.over: goes with connections_per_second only, of the service or of a backend",
+            ),
+            (
+                table("bandwidth = \"1Gbit/s\"\nqueue = 5"),
+                "",
+                8,
+                "service.limits.queue: goes with connections_per_second and over = \"hold\", or with max_connections, only",
+            ),
+            (table("connections_per_second = 5\nqueue = 5"), "", 8, "service.limits.queue: goes with"),
+            (local(""), "", 8, "service.limits.queue: goes with max_inflight only"),
+            (
+                terminate("limits = { queue_timeout = \"1s\" }"),
+                "",
+                7,
+                "service.limits.queue_timeout: goes with max_inflight only, of the service or of a backend",
+            ),
+            (
+                format!("{relay}class = \"gold\""),
+                "",
+                6,
+                "service.class: goes with other modes only: connections that are relayed have no classes",
+            ),
+            (
+                format!("{relay}classify = [{{ class = \"gold\", clients = \"10.0.0.0/8\" }}]"),
+                "",
+                6,
+                "service.classify: goes with other modes only: connections that are relayed have no classes",
+            ),
+            (
+                terminate("classify = [{ class = \"gold\", cookie = \"a=b; c=d\" }]"),
+                "",
+                7,
+                "\"a=b; c=d\" is no cookie; write \"NAME=VALUE\", one cookie without spaces",
+            ),
+            (
+                terminate("classify = [{ class = \"gold\", cookie = \"a = b\" }]"),
+                "",
+                7,
+                "\"a = b\" is no cookie",
+            ),
+            (
+                terminate("classify = [{ class = \"gold\", header = \"X-A: b\\r\\nX-B: c\" }]"),
+                "",
+                7,
+                "\"X-A: b\\r\\nX-B: c\" is no header; write \"NAME: VALUE\", without control characters",
+            ),
+            (
+                "limits = { bandwidth = \"1.5Gbit/s\" }".to_owned(),
+                "",
+                5,
+                "write a whole number of bit/s, kbit/s, Mbit/s, Gbit/s or Tbit/s, such as \"800Mbit/s\"",
+            ),
+            ("class = \"go\\nld\\u001b\"".to_owned(), "", 5, "there is no class \"go\\nld\\u{1b}\"; add"),
+        ] {
+            let text = text(GOLD, &service, backend);
+            let error = Config::parse(&text, &[]).expect_err(&text).to_string();
+            assert!(error.contains(expected) && error.starts_with(&format!("line {line}: ")), "{error}\n{text}");
+            assert!(!error.contains(char::is_control), "{error:?}");
+        }
+        let name = text("[[class]]\nname = \"a\\nb\"\n", "", "");
+        let error = Config::parse(&name, &[]).expect_err(&name).to_string();
+        assert!(error.contains("class.name: \"a\\nb\" is no name"), "{error}");
+    }
+
+    #[test]
+    fn a_limit_of_one_backend_is_enough() {
+        let waiting = format!("{TERMINATE}limits = {{ queue = 5, queue_timeout = \"2s\", adaptive = true }}");
+        let config = good("", &waiting, "limits = { max_inflight = 5 }");
+        assert!(config.services[0].queueing.adaptive);
+        let rate = "limits = { connections_per_second = 5 }";
+        good("", "miss = \"daemon\"\nlimits = { over = \"hold\", queue = 5 }", rate);
+        // A network may be in several rules that ask for more than it.
+        let rule = |path| format!("{{ class = \"gold\", clients = \"10.0.0.0/8\", path = \"{path}\" }}");
+        good(GOLD, &format!("{TERMINATE}classify = [{}, {}]", rule("/a"), rule("/b")), "");
+        // The operator may remove this backend.
+        let other = "[[service.backend]]\nname = \"b\"\naddress = \"10.0.0.2:443\"\n";
+        let config = good(other, &waiting, "limits = { max_inflight = 5 }");
+        let mut said = crate::config::Amendments::default();
+        said.remove("web", "a", &config);
+        let less = config.amended(&said).expect("without it");
+        assert_eq!(less.services[0].backends.len(), 1);
+        Config::parse(&toml::to_string(&written(&less)).expect("written"), &[]).expect("good as a file too");
     }
 
     #[test]

@@ -546,7 +546,7 @@ pub(crate) struct Limits {
     pub(super) queue_timeout: Text,
     /// The number of requests at a time follows the backend's response times, up to max_inflight.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) adaptive: Option<bool>,
+    pub(super) adaptive: Option<Spanned<bool>>,
 }
 
 /// What one backend can take, where it is not what the service says.

@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 
 use super::{
     ATTACH, Affinity, Backend, Class, Clear, Config, DEFAULT_CLASS, Health, HttpCheck, Interface, KEY_NAMES,
-    KeyPair, Limits, MISSES, MODES, Miss, Mode, PROTOCOLS, PROXY, Queueing, Rule, SOURCES, STATES, Secure,
-    Service, Source, Terminate, Tickets, Tunnels,
+    KeyPair, Limits, MISSES, MODES, Mode, PROTOCOLS, PROXY, Queueing, Rule, SOURCES, STATES, Secure, Service,
+    Source, Terminate, Tickets, Tunnels,
     health::CHECKS,
     qos::{OVER, bandwidth_text},
     raw::{self, OneOrMany, Spanned},
@@ -75,7 +75,6 @@ fn own_limits(limits: &Limits) -> Option<raw::OwnLimits> {
 
 /// With what waits, where something can.
 fn limits(service: &Service) -> Option<raw::Limits> {
-    let (ends, holds) = (service.mode == Mode::Terminate, service.miss == Miss::Daemon);
     let own = own_limits(&service.limits).unwrap_or_default();
     let Queueing { over, queue, queue_timeout, adaptive } = service.queueing;
     let said = service.limits != Limits::default() || service.queueing != Queueing::default();
@@ -84,10 +83,10 @@ fn limits(service: &Service) -> Option<raw::Limits> {
         connections_per_second: own.connections_per_second,
         max_inflight: own.max_inflight,
         max_connections: own.max_connections,
-        over: (!service.mode.is_local()).then(|| chosen(&OVER, &over)).flatten(),
-        queue: (ends || holds).then(|| number(queue)).flatten(),
-        queue_timeout: ends.then(|| duration(queue_timeout)).flatten(),
-        adaptive: ends.then_some(adaptive),
+        over: service.limits_connections().then(|| chosen(&OVER, &over)).flatten(),
+        queue: service.queues().then(|| number(queue)).flatten(),
+        queue_timeout: service.limits_requests().then(|| duration(queue_timeout)).flatten(),
+        adaptive: service.limits_requests().then(|| adaptive.into()),
     })
 }
 
