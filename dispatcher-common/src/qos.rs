@@ -232,9 +232,13 @@ pub struct Credit {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Credits {
-    /// By [`credit_index`]; the last ones are unused.
+    /// By [`credit_index`]. The last ones, as of a kind [`TAKEN_BACK`], are the daemon's: what it took back of each
+    /// class's bytes, in `tokens` to the backend, in `portion` to clients.
     pub of: [Credit; CREDITS],
 }
+
+/// See [`Credits::of`]; no kind of limit.
+pub const TAKEN_BACK: u32 = KINDS;
 
 /// Entries of [`Credits`]: a power of two.
 pub const CREDITS: usize = 64;
@@ -250,6 +254,44 @@ impl Default for Credits {
 #[must_use]
 pub const fn credit_index(kind: u32, class: u32) -> u32 {
     kind << 4 | class & 15
+}
+
+impl Credits {
+    /// What a CPU has in hand of the tokens of a kind, by the classes whose buckets they came from: flows of a class
+    /// without a share take from the default one's.
+    #[must_use]
+    pub fn in_hand(&self, kind: u32, rates: &Rates) -> [i64; CLASSES_MAX] {
+        let mut sums = [0_i64; CLASSES_MAX];
+        for class in 0..CLASSES_MAX {
+            let of = if rates.classes[class].own == 0 { 0 } else { class };
+            sums[of] = sums[of].wrapping_add(self.of[credit_index(kind, class as u32) as usize].tokens);
+        }
+        sums
+    }
+
+    /// What was taken back, by classes, to the backend and to clients.
+    #[must_use]
+    pub fn taken_back(&self) -> [[i64; CLASSES_MAX]; 2] {
+        let of = |class: usize| self.of[credit_index(TAKEN_BACK, class as u32) as usize];
+        [core::array::from_fn(|class| of(class).tokens), core::array::from_fn(|class| of(class).portion)]
+    }
+
+    /// What the daemon writes in its place when it takes all back but what was taken back before.
+    #[must_use]
+    pub fn emptied(&self, rates: [&Rates; 2]) -> Self {
+        let mut empty = Self::default();
+        let [there, hand] = [
+            self.taken_back(),
+            [self.in_hand(KIND_TO_BACKEND, rates[0]), self.in_hand(KIND_TO_CLIENT, rates[1])],
+        ];
+        for class in 0..CLASSES_MAX {
+            empty.of[credit_index(TAKEN_BACK, class as u32) as usize] = Credit {
+                tokens: there[0][class].wrapping_add(hand[0][class]),
+                portion: there[1][class].wrapping_add(hand[1][class]),
+            };
+        }
+        empty
+    }
 }
 
 /// Where a limit stands in `RATES` and `BUCKETS`, by the number of the backend among those with limits.

@@ -11,7 +11,7 @@ use dispatcher_common::{
     flow::{FLAG_QUIC, FLAG_SYN_SENT, FLAG_TO_BACKEND, FLAGS_SLOW, Flow},
     globals::{GLOBAL_QOS, Globals},
     reason::Reason,
-    service::{FRONTEND_OVER_RESET, MODE_L4, MODE_LOCAL},
+    service::{FRONTEND_MISS_DAEMON, FRONTEND_OVER_RESET, MODE_L4, MODE_LOCAL},
     tcp::{ACK, FIN, RST, SYN},
 };
 
@@ -193,8 +193,12 @@ pub fn new_connection(frame: &Frame, p: &Parsed, globals: &Globals) -> Verdict {
     // SAFETY: `ptr` checked the bounds.
     let tcp = unsafe { &*tcp };
     let flags = tcp.flags & (SYN | FIN | RST | ACK);
+    let holds = frontend.flags & FRONTEND_MISS_DAEMON != 0;
     if flags & RST != 0 {
-        return Verdict(if flags & SYN != 0 { Reason::BadFlags } else { Reason::ResetIgnored });
+        if flags & SYN != 0 {
+            return Verdict(Reason::BadFlags);
+        }
+        return if holds { stage(STAGE_FIRST_DATA) } else { Verdict(Reason::ResetIgnored) };
     }
     if flags & SYN != 0 {
         return if flags == SYN {
@@ -218,6 +222,8 @@ pub fn new_connection(frame: &Frame, p: &Parsed, globals: &Globals) -> Verdict {
         if syn::check(globals, &p.key, isn, cookie, &mut options) != syn::INVALID {
             return Verdict(Reason::CookieAck);
         }
+    } else if holds {
+        return stage(STAGE_FIRST_DATA);
     }
     reply::reset(frame, p)?;
     Verdict(Reason::ResetClient)
@@ -260,6 +266,8 @@ pub fn first_data(frame: &Frame) -> Verdict {
     };
     let verdict = if frontend.mode == MODE_L4 {
         l4::bind(frame, p, index, frontend)
+    } else if stash::leaves(frame, p) {
+        return stash::left(frame, p);
     } else {
         stash::first_data(frame, p, index)
     };

@@ -14,13 +14,13 @@ use dispatcher_common::{
         BUF, EMITTED, OFFSET_MAX, PAYLOAD_MAX, SEGMENT_MAX, SLOT_LIFE_NS, STAGE_BOUND, STAGE_FILLING,
         STAGE_FREE, STAGE_HELD, STAGE_REPLAYED, Slot,
     },
-    tcp::ACK,
+    tcp::{ACK, FIN, RST},
     tls::{self, Bytes, Scan},
 };
 
 use crate::{
     atomic::Word,
-    bind,
+    bind, control,
     emit::sum_bytes,
     flows,
     globals::{daemon_lives, exact_ns, globals, now_ns, scratch},
@@ -201,6 +201,46 @@ pub fn first_data(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
     }
     // Too much waits for the daemon.
     locked(index, |slot| bind::bind(frame, slot, index, bind::ANY))
+}
+
+/// True for a segment of a client that goes: RST, or a FIN without data.
+#[inline(always)]
+pub fn leaves(frame: &Frame, p: &Parsed) -> bool {
+    let Some(tcp) = frame.view().ptr::<Tcp>(p.l4()) else { return false };
+    // SAFETY: `ptr` checked the bounds.
+    let flags = unsafe { (*tcp).flags };
+    flags & RST != 0 || flags & FIN != 0 && !control::has_payload(frame, p)
+}
+
+/// Frees the slot in which the hello of a client that goes is held, so that it is not let in later. As for an
+/// established connection (RFC 5961), the segment must stand right behind what came before it.
+#[inline(always)]
+pub fn left(frame: &Frame, p: &Parsed) -> Verdict {
+    let tcp = frame.view().ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
+    // SAFETY: `ptr` checked the bounds.
+    let (seq, flags) = unsafe { (u32::from_be((*tcp).seq), (*tcp).flags) };
+    let (hash, mask) = (mix(&p.key), globals()?.stash_mask);
+    let goes = |slot: &Slot| {
+        let end = slot.isn.wrapping_add(1).wrapping_add(slot.len);
+        slot.key == p.key && slot.stage == STAGE_HELD && seq == end
+    };
+    let mut index = hash as u32 & mask;
+    if !goes(slot(index)?) {
+        index = (hash >> 32) as u32 & mask;
+    }
+    if goes(slot(index)?) {
+        let _ = locked(index, |slot| {
+            if goes(slot) {
+                slot.stage = STAGE_FREE;
+            }
+            Verdict(Reason::ResetIgnored)
+        });
+    }
+    if flags & RST != 0 {
+        return Verdict(Reason::ResetIgnored);
+    }
+    reply::reset(frame, p)?;
+    Verdict(Reason::ResetClient)
 }
 
 /// Keeps the segment in the connection's slot, or in a new one, and binds it if there is enough of it.

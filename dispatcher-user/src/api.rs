@@ -359,7 +359,8 @@ pub struct QosShare {
     /// Its weight by the sum of all weights, percent.
     pub weight_percent: f64,
     /// Its part of what the backend was given in the last seconds, percent: of the requests, or, where there are none,
-    /// of the bytes. Null where there was nothing.
+    /// of the bytes if the backend has a bandwidth, else of the connections. Null where there was nothing, and at the
+    /// first look after a start.
     pub share_percent: Option<f64>,
     /// Requests under way.
     pub in_flight: u64,

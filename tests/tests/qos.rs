@@ -209,6 +209,7 @@ fn goes_on_without_a_daemon(end: fn(&mut Daemon) -> anyhow::Result<()>) {
     for (before, after) in before.iter().zip(&after) {
         assert!(after.bytes > before.bytes, "counters go on: {before:?} {after:?}");
         assert!(after.connections >= before.connections, "counters go on: {before:?} {after:?}");
+        assert_eq!(after.share_percent, None, "of no time, at the first look");
     }
     let dropped = |shares: &[api::QosShare]| shares.iter().map(|one| one.dropped_bytes).sum::<u64>();
     let lost = (sent - received) * DATAGRAM as u64;
@@ -413,6 +414,18 @@ fn connections_beyond_the_rate_wait_for_their_turn() {
     assert_eq!((counter(Reason::BoundMiss), counter(Reason::BoundFresh)), (0, 0), "none by the table");
     assert_eq!(counter(Reason::Released), 60);
     drop(streams);
+}
+
+#[test]
+fn where_only_connections_are_limited_shares_are_of_these() {
+    let service = web().with("limits.connections_per_second = 1000");
+    let stage = Stage::new(Plan::default(), "native", &service, Manners::default());
+    let mut streams = rush(&stage, 6);
+    assert!(shares(&stage).iter().all(|one| one.connections > 0 && one.share_percent.is_none()));
+    until("they are counted", || {
+        streams.extend(rush(&stage, 3));
+        shares(&stage).iter().any(|one| one.share_percent == Some(100.0))
+    });
 }
 
 #[test]

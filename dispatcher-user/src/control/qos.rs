@@ -124,31 +124,39 @@ pub(super) async fn assign(
     .await
 }
 
-/// Bytes of classes at the last looks, from which their shares of the time between follow.
+/// What was counted at the last looks, from which shares of the time between follow.
 #[derive(Default)]
 pub(crate) struct Looks(Mutex<[Look; 2]>);
 
-/// Bytes by the ids of backend and class.
+/// Bytes and connections by the ids of backend and class.
+type Passed = BTreeMap<(u32, u16), [u64; 2]>;
+
 #[derive(Default)]
 struct Look {
     at: Option<Instant>,
-    bytes: BTreeMap<(u32, u16), u64>,
+    passed: Passed,
 }
 
 /// Looks are at least so far apart.
 const APART: Duration = Duration::from_secs(1);
 
 impl Looks {
-    /// What was counted since the look before.
-    fn since(&self, now: BTreeMap<(u32, u16), u64>) -> BTreeMap<(u32, u16), u64> {
+    /// What was counted since the look before. Nothing if there was none: who was before us may have counted for days.
+    fn since(&self, now: Passed) -> Passed {
         let mut looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let [before, last] = &mut *looks;
         if last.at.is_none_or(|at| at.elapsed() >= APART) {
             *before = std::mem::take(last);
-            *last = Look { at: Some(Instant::now()), bytes: now.clone() };
+            *last = Look { at: Some(Instant::now()), passed: now.clone() };
         }
-        let then = |key| before.bytes.get(key).copied().unwrap_or(0);
-        now.iter().map(|(key, bytes)| (*key, bytes.saturating_sub(then(key)))).collect()
+        if before.at.is_none() {
+            return Passed::new();
+        }
+        let since = |(key, now): ((u32, u16), [u64; 2])| {
+            let then = before.passed.get(&key).copied().unwrap_or_default();
+            (key, [0, 1].map(|at| now[at].saturating_sub(then[at])))
+        };
+        now.into_iter().map(since).collect()
     }
 }
 
@@ -174,12 +182,15 @@ pub(super) fn read_shares(shared: &Shared) -> Result<Vec<(api::QosShare, Histogr
         }
     }
     let bytes = |count: &ClassCount| count.bytes.iter().sum::<u64>();
-    let recent = shared.looks.since(counts.iter().map(|(key, count)| (*key, bytes(count))).collect());
+    let passed = counts.iter().map(|(key, count)| (*key, [bytes(count), count.stats.connections]));
+    let recent = shared.looks.since(passed.collect());
     let weights: u64 = config.classes.iter().map(|class| u64::from(class.weight)).sum();
     let mut found = Vec::new();
     for service in &config.services {
         for backend in &service.backends {
-            let of = |id| recent.get(&(backend.id, id)).copied().unwrap_or(0);
+            // Where bytes are not limited, they are not counted.
+            let measure = usize::from(service.limits_of(backend).bandwidth == 0);
+            let of = |id| recent.get(&(backend.id, id)).map_or(0, |passed| passed[measure]);
             let all: u64 = config.classes.iter().map(|class| of(class.id)).sum();
             for class in &config.classes {
                 let none = ClassCount::default();
@@ -259,11 +270,15 @@ mod tests {
     #[test]
     fn shares_are_of_the_time_between_looks() {
         let looks = Looks::default();
-        let at = |bytes| BTreeMap::from([((1, 2), bytes)]);
-        assert_eq!(looks.since(at(10)), at(10));
-        // Too soon: still since the first.
-        assert_eq!(looks.since(at(15)), at(15));
-        looks.0.lock().expect("whole")[1].at = Instant::now().checked_sub(APART);
-        assert_eq!(looks.since(at(30)), at(20));
+        let at = |bytes, connections| BTreeMap::from([((1, 2), [bytes, connections])]);
+        let later = || looks.0.lock().expect("whole")[1].at = Instant::now().checked_sub(APART);
+        // Counted by the daemon before us, whenever that was.
+        assert_eq!(looks.since(at(10, 7)), Passed::new());
+        assert_eq!(looks.since(at(10, 7)), Passed::new(), "too soon");
+        later();
+        assert_eq!(looks.since(at(15, 7)), at(5, 0));
+        assert_eq!(looks.since(at(18, 8)), at(8, 1), "too soon: still since the first");
+        later();
+        assert_eq!(looks.since(at(30, 9)), at(15, 2));
     }
 }

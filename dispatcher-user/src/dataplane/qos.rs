@@ -2,7 +2,7 @@
 //!
 //! The maps are the only record: what is set is compared with what they hold, and only what differs is written. Tokens
 //! that are there stay there, so that a new weight takes nothing away; what CPUs have in hand is taken back, so that it
-//! counts at once.
+//! counts at once, and is noted, so that it does not count as passed.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,7 +14,7 @@ use std::{
 use aya::{
     Ebpf,
     maps::{
-        MapData, PerCpuArray,
+        MapData, MapError, PerCpuArray, PerCpuValues,
         lpm_trie::{Key, LpmTrie},
     },
 };
@@ -94,10 +94,11 @@ pub struct ClassCount {
     /// Id of the class, 0 for the default one. Flows of a class that is there no more count as the default one's,
     /// but what was dropped or bound of them stays with the number that they have.
     pub id: u16,
-    /// Bytes to the backend and to clients: taken out of the buckets, so up to 2 ms of the class's rate a CPU more
-    /// than what has passed.
+    /// Bytes to the backend and to clients that passed: taken out of the buckets, and not in a CPU's hand any more.
+    /// What a CPU does in the moment in which limits change can be missing, or be 2 ms of the class's rate too much.
+    /// Never less than before.
     pub bytes: [u64; 2],
-    /// Of these, given to it by others.
+    /// Of these, given to it by others: at most all of them, also where CPUs have more of that in hand.
     pub borrowed: [u64; 2],
     /// The rest, exact.
     pub stats: ClassStats,
@@ -115,7 +116,18 @@ pub(super) struct Qos {
     stats: Counters<ClassStats>,
     /// Backends with limits, and their numbers: what `LIMITED` says. Held by whoever writes any of the maps.
     numbers: Mutex<BTreeMap<u32, u32>>,
+    /// What was found to have passed last, tokens with fraction by number: to the backend and to clients.
+    passed: Mutex<BTreeMap<u32, Passed>>,
 }
+
+/// By direction and class.
+type Passed = [[u64; CLASSES_MAX]; 2];
+
+/// Looks at buckets for a moment in which no CPU works on them.
+const TRIES: u32 = 100;
+
+/// From here on a difference is one to less: by no more than CPUs have in hand. Counters may turn over.
+const LESS: u64 = u64::MAX - (1 << 60);
 
 impl fmt::Debug for Qos {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -137,6 +149,7 @@ impl Qos {
             credit: Mutex::new(counters(ebpf, abi::MAP_CREDIT)?),
             stats: Mutex::new(take_map(ebpf, abi::MAP_CLASS_STATS)?),
             numbers: Mutex::default(),
+            passed: Mutex::default(),
         })
     }
 
@@ -163,19 +176,68 @@ impl Qos {
         Ok(entries)
     }
 
-    /// Writes a rate if it is another one; true if it was.
-    fn set_rate(&self, number: u32, kind: u32, rates: &Rates) -> Result<bool, Error> {
-        let index = limit_index(number, kind);
-        if self.rates.get(index)? == *rates {
-            return Ok(false);
+    /// Writes the rates of all kinds, if any are others, and takes back what CPUs have in hand of the tokens of those
+    /// before.
+    fn set_rates(&self, number: u32, rates: &[Rates; KINDS as usize]) -> Result<(), Error> {
+        let old = self.rates_of(number)?;
+        if old == *rates {
+            return Ok(());
         }
-        self.rates.set(index, *rates)?;
-        Ok(true)
+        for ((kind, old), rates) in (0..).zip(&old).zip(rates) {
+            if old != rates {
+                self.rates.set(limit_index(number, kind), *rates)?;
+            }
+        }
+        let mut credit = lock(&self.credit);
+        let hands = credit.get(&number, 0).map_err(map_error(abi::MAP_CREDIT, "reading"))?;
+        let [to_backend, to_client, _] = &old;
+        let empty: Vec<Credits> = hands.iter().map(|hand| hand.emptied([to_backend, to_client])).collect();
+        let values = PerCpuValues::try_from(empty).map_err(MapError::from);
+        let written = values.and_then(|values| credit.set(number, values, 0));
+        written.map_err(map_error(abi::MAP_CREDIT, "clearing"))
     }
 
-    /// Takes back what CPUs have in hand of a backend's tokens.
-    fn recover(&self, number: u32) -> Result<(), Error> {
-        clear(&self.credit, number).map_err(map_error(abi::MAP_CREDIT, "clearing"))
+    fn rates_of(&self, number: u32) -> Result<[Rates; KINDS as usize], Error> {
+        let mut rates = [Rates::default(); KINDS as usize];
+        for (kind, rates) in (0..).zip(&mut rates) {
+            *rates = self.rates.get(limit_index(number, kind))?;
+        }
+        Ok(rates)
+    }
+
+    /// What passed of each class, with the buckets from which that is known.
+    fn passed(&self, number: u32) -> Result<(Passed, [Buckets; 2]), Error> {
+        let rates = self.rates_of(number)?;
+        let kinds = [KIND_TO_BACKEND, KIND_TO_CLIENT];
+        let (mut buckets, mut settled) = ([Buckets::default(); 2], [false; 2]);
+        for (kind, at) in kinds.into_iter().zip(0..) {
+            for _ in 0..TRIES {
+                buckets[at] = self.buckets.get(limit_index(number, kind))?;
+                // Who took what is seen above has it in hand before the lock is free. What is taken from now on is
+                // in the hands read below only, so it makes the sum smaller.
+                settled[at] = self.buckets.get(limit_index(number, kind))?.lock == 0;
+                if settled[at] {
+                    break;
+                }
+            }
+        }
+        let hands = lock(&self.credit).get(&number, 0).map_err(map_error(abi::MAP_CREDIT, "reading"))?;
+        let mut all = lock(&self.passed);
+        let passed = all.entry(number).or_default();
+        for at in (0..2).filter(|at| settled[*at]) {
+            for class in 0..CLASSES_MAX {
+                let kept = |hand: &Credits| {
+                    hand.in_hand(kinds[at], &rates[at])[class].wrapping_add(hand.taken_back()[at][class])
+                };
+                let kept = hands.iter().map(kept).fold(0, i64::wrapping_add);
+                let found = buckets[at].classes[class].taken.wrapping_sub(kept as u64);
+                let before = &mut passed[at][class];
+                if found.wrapping_sub(*before) <= LESS {
+                    *before = found;
+                }
+            }
+        }
+        Ok((*passed, buckets))
     }
 }
 
@@ -269,15 +331,9 @@ impl Dataplane {
             }
         }
         for number in numbers.values() {
-            let mut changed = false;
-            for kind in 0..KINDS {
-                let there = qos.rates.get(limit_index(*number, kind))?;
-                let rates = Rates::divided(there.whole, there.least, &entries);
-                changed |= qos.set_rate(*number, kind, &rates)?;
-            }
-            if changed {
-                qos.recover(*number)?;
-            }
+            let rates =
+                qos.rates_of(*number)?.map(|there| Rates::divided(there.whole, there.least, &entries));
+            qos.set_rates(*number, &rates)?;
         }
         let several = entries.iter().skip(1).any(|one| one.used != 0);
         let marks = entries.iter().any(|one| one.used != 0 && one.dscp != DSCP_NONE);
@@ -322,16 +378,12 @@ impl Dataplane {
                         clear(&qos.stats, stats_index(number, class))
                             .map_err(map_error(abi::MAP_CLASS_STATS, "clearing"))?;
                     }
+                    clear(&qos.credit, number).map_err(map_error(abi::MAP_CREDIT, "clearing"))?;
+                    lock(&qos.passed).remove(&number);
                     number
                 }
             };
-            let mut changed = given.is_none();
-            for (kind, rate, least) in rates {
-                changed |= qos.set_rate(number, kind, &Rates::divided(rate, least, &entries))?;
-            }
-            if changed {
-                qos.recover(number)?;
-            }
+            qos.set_rates(number, &rates.map(|(_, rate, least)| Rates::divided(rate, least, &entries)))?;
             let word = limited_word(number, kinds);
             if qos.limited.get(backend)? != word {
                 qos.limited.set(backend, word)?;
@@ -397,16 +449,14 @@ impl Dataplane {
         let qos = &self.qos;
         let numbers = lock(&qos.numbers);
         let Some(number) = numbers.get(&backend) else { return Ok(Vec::new()) };
-        let directions =
-            [KIND_TO_BACKEND, KIND_TO_CLIENT].map(|kind| qos.buckets.get(limit_index(*number, kind)));
-        let [to_backend, to_client] = directions;
-        let (to_backend, to_client) = (to_backend?, to_client?);
+        let (passed, buckets) = qos.passed(*number)?;
         let mut counts = Vec::new();
         for (at, entry) in qos.entries()?.iter().enumerate() {
             if entry.used == 0 {
                 continue;
             }
-            let buckets = [to_backend.classes[at], to_client.classes[at]];
+            let bytes = passed.map(|classes| classes[at] >> FRACTION);
+            let borrowed = |way: usize| (buckets[way].classes[at].borrowed >> FRACTION).min(bytes[way]);
             let values = lock(&qos.stats)
                 .get(&stats_index(*number, at as u32), 0)
                 .map_err(map_error(abi::MAP_CLASS_STATS, "reading"))?;
@@ -418,12 +468,7 @@ impl Dataplane {
                 dropped_to_client: sum.dropped_to_client + one.dropped_to_client,
                 dropped_to_client_bytes: sum.dropped_to_client_bytes + one.dropped_to_client_bytes,
             });
-            counts.push(ClassCount {
-                id: entry.id,
-                bytes: buckets.map(|bucket| bucket.taken >> FRACTION),
-                borrowed: buckets.map(|bucket| bucket.borrowed >> FRACTION),
-                stats,
-            });
+            counts.push(ClassCount { id: entry.id, bytes, borrowed: [borrowed(0), borrowed(1)], stats });
         }
         Ok(counts)
     }

@@ -15,7 +15,7 @@ use dispatcher_common::{
     reason::Reason,
     service::{FRONTEND_NAMES, FRONTEND_OVER_HOLD, FRONTEND_OVER_RESET},
     session::{STATE_CONFIRMED, STATE_PROVISIONAL, Session},
-    stash::STAGE_FREE,
+    stash::{STAGE_FREE, STAGE_HELD},
 };
 use dispatcher_tests::{
     harness::{CLIENT_MACS, Far, Machine, Service, Talk, backend_at, client_at},
@@ -144,6 +144,47 @@ fn the_rate_passes_and_what_is_over_is_dropped() {
         let [rate] = *passing(&machine, &[&down], SOME) else { panic!("one rate") };
         assert_near("to the client", rate, RATE);
     }
+}
+
+#[test]
+fn what_cpus_have_in_hand_has_not_passed() {
+    // 2 ms of which are 25 GB.
+    let fast = |bandwidth| Limits { bandwidth, connections_per_second: 0 };
+    let machine = limited(fast(100_000_000_000_000));
+    let d = machine.dataplane();
+    let (talk, far) = talk(&machine, Service::Plain, Family::V4, 3030);
+    let packets = [talk.data(100, &[7; 1200]), far.segment(flags::ACK, 5000, 1, &[8; 1200])];
+    let counted = || d.class_stats(0).expect("counted")[0];
+    let before = counted().bytes;
+    let mut sent = [0; 2];
+    let mut send = || {
+        for _ in 0..50 {
+            for (sum, (packet, reason)) in
+                sent.iter_mut().zip(packets.iter().zip([Reason::ToBackend, Reason::ToClient]))
+            {
+                let _ = machine.expect("far below the rate", packet, reason);
+                *sum += packet.frame().len() as u64;
+            }
+        }
+        sent
+    };
+    let passed = || [0, 1].map(|way| counted().bytes[way] - before[way]);
+    assert_eq!(send(), passed());
+    // What is in hand is taken back, and what it belongs to goes and comes.
+    d.set_limits(0, fast(50_000_000_000_000)).expect("limits");
+    assert_eq!(send(), passed());
+    for classes in [vec![class("gold", 3)], Vec::new()] {
+        d.set_classes(&classes).expect("classes");
+        assert_eq!(send(), passed());
+    }
+    let last = counted();
+    assert!((0..2).all(|way| last.borrowed[way] <= last.bytes[way]), "{last:?}");
+    // Without the kind of limit nothing more is counted, and nothing is lost.
+    d.set_limits(0, Limits { bandwidth: 0, connections_per_second: 1000 }).expect("limits");
+    assert_eq!(counted().bytes, last.bytes);
+    d.set_limits(0, Limits::default()).expect("none");
+    d.set_limits(0, fast(100_000_000_000_000)).expect("limits");
+    assert_eq!(counted().bytes, [0; 2], "a new number");
 }
 
 #[test]
@@ -801,6 +842,40 @@ fn the_daemon_can_refuse_what_is_held() {
             assert!(reset.payload.is_empty() && reset.options.is_empty());
             let [to_us, from_client] = CLIENT_MACS;
             assert_eq!((packet.macs, &packet.tags), ([from_client, to_us], &talk.tags));
+        }
+    }
+}
+
+#[test]
+fn who_leaves_while_his_hello_is_held_is_not_let_in() {
+    let machine = machine();
+    let d = machine.dataplane();
+    let mut ring = d.take_held().expect("the ring");
+    let stale = || d.reason(Reason::StaleRelease).expect("counted");
+    let ways = [(flags::RST, Reason::ResetIgnored), (flags::FIN | flags::ACK, Reason::ResetClient)];
+    for (port, family) in [(5300, Family::V4), (5310, Family::V6)] {
+        for (port, (flags, reason)) in (port..).zip(ways) {
+            machine.beat(true).expect("alive");
+            let mut talk = Talk::new(Service::Held, family, port);
+            talk.shake(&machine);
+            let hello = client_hello(&[port as u8; 32], 0);
+            let _ = machine.expect("a hello", &talk.data(0, &hello), Reason::Held);
+            let bytes = ring.next().expect("the daemon is told").to_vec();
+            let slot = u32::from_ne_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]);
+            let stage = || d.stash().get(slot).expect("readable").stage;
+            let end = hello.len() as u32;
+            for wrong in [0, end - 1, end + 1] {
+                let _ = machine.expect("anybody's", &talk.segment(flags, wrong, 0, &[]), reason);
+                assert_eq!(stage(), STAGE_HELD, "{wrong}");
+            }
+            let _ = machine.expect("the client's", &talk.segment(flags, end, 0, &[]), reason);
+            assert_eq!(stage(), STAGE_FREE);
+            let before = stale();
+            let connections = d.backend_stats(1).expect("counted").connections;
+            d.release(&[Release { slot, backend: 1, flow: key(&talk) }]).expect("runs");
+            assert_eq!(stale(), before + 1);
+            assert_eq!(d.flows().get(&key(&talk)).expect("readable"), None);
+            assert_eq!(d.backend_stats(1).expect("counted").connections, connections);
         }
     }
 }
