@@ -225,13 +225,12 @@ impl Qos {
         let mut all = lock(&self.passed);
         let passed = all.entry(number).or_default();
         for at in (0..2).filter(|at| settled[*at]) {
-            for class in 0..CLASSES_MAX {
+            for (class, before) in passed[at].iter_mut().enumerate() {
                 let kept = |hand: &Credits| {
                     hand.in_hand(kinds[at], &rates[at])[class].wrapping_add(hand.taken_back()[at][class])
                 };
                 let kept = hands.iter().map(kept).fold(0, i64::wrapping_add);
                 let found = buckets[at].classes[class].taken.wrapping_sub(kept as u64);
-                let before = &mut passed[at][class];
                 if found.wrapping_sub(*before) <= LESS {
                     *before = found;
                 }
