@@ -265,6 +265,7 @@ fn bandwidth(effort: Effort, weights: &[u32], found: &mut Samples) -> Result<()>
     // Each sends all that there is: none has less than any weight gives.
     let mut senders = Workers::default();
     (0..weights.len()).for_each(|number| send(&mut senders, &topology, number, BANDWIDTH));
+    // The burst of the bucket is over, and all senders are there.
     sleep(Duration::from_secs(1));
     let turned = weights.iter().rev().copied().collect::<Vec<u32>>();
     let began = Instant::now();
