@@ -76,8 +76,11 @@ pub const MAP_LIMITED: &str = "LIMITED";
 pub const MAP_RATES: &str = "RATES";
 /// `BUCKETS`: array of [`Buckets`](crate::qos::Buckets), at the same indexes.
 pub const MAP_BUCKETS: &str = "BUCKETS";
-/// `CREDIT`: per-CPU array of [`Credits`](crate::qos::Credits) by the number of the backend among those with limits.
-pub const MAP_CREDIT: &str = "CREDIT";
+/// `TOKENS`: per-CPU array of [`Credits`](crate::qos::Credits) by backend index.
+pub const MAP_TOKENS: &str = "TOKENS";
+/// `TAKEN_BACK`: array of [`TakenBack`](crate::qos::TakenBack) by the number of the backend among those with limits. The
+/// daemon's own.
+pub const MAP_TAKEN_BACK: &str = "TAKEN_BACK";
 /// `CLASS_STATS`: per-CPU array of [`ClassStats`](crate::qos::ClassStats), see [`stats_index`](crate::qos::stats_index).
 pub const MAP_CLASS_STATS: &str = "CLASS_STATS";
 /// `STAGES`: program array; the daemon puts [`STAGE_PROGRAMS`] at their indexes.

@@ -21,6 +21,7 @@ pod!(
     crate::qos::ClassEntry,
     crate::qos::ClassStats,
     crate::qos::Credits,
+    crate::qos::TakenBack,
     crate::qos::Name,
     crate::qos::Network,
     crate::qos::Rates,

@@ -5,7 +5,8 @@
 //! from there to classes that wanted more than their own in the last few milliseconds, by their shares. So the sum of
 //! all that is given out never exceeds the whole rate by more than what the buckets hold.
 //!
-//! A CPU takes tokens from there in portions, under a lock, and spends them without one: see [`Credits`].
+//! A CPU takes tokens from there in portions, under a lock, and spends them without one: see [`Credits`]. Where there
+//! is no limit the portions are [`FREE`], so that one lookup is enough to know that a frame may pass.
 //!
 //! Tokens are bytes, or [`CONNECTION`]s, with [`FRACTION`] bits of fraction. Nothing here overflows for rates up to
 //! [`RATE_MAX`] and any time, and clocks that jump do no more than fill the buckets.
@@ -218,35 +219,33 @@ pub struct Buckets {
     pub classes: [ClassBuckets; CLASSES_MAX],
 }
 
-/// A part of the tokens of one class that one CPU has.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-#[repr(C)]
-pub struct Credit {
-    /// With fraction; below 0 what it spent while another CPU had the lock.
-    pub tokens: i64,
-    /// The last portion that it asked for: so far `tokens` may go below 0.
-    pub portion: i64,
-}
-
-/// What one CPU has of the tokens of a backend with limits: value of `CREDIT`.
+/// What one CPU has of a backend's tokens: value of `TOKENS`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Credits {
-    /// By [`credit_index`]. The last ones, as of a kind [`TAKEN_BACK`], are the daemon's: what it took back of each
-    /// class's bytes, in `tokens` to the backend, in `portion` to clients.
-    pub of: [Credit; CREDITS],
+    /// By [`credit_index`], with fraction; below 0 what it spent while another CPU had the lock, down to a
+    /// [portion](ClassRates::portion).
+    pub of: [i64; CREDITS],
 }
 
-/// See [`Credits::of`]; no kind of limit.
-pub const TAKEN_BACK: u32 = KINDS;
+/// Entries of [`Credits`].
+pub const CREDITS: usize = KINDS as usize * CLASSES_MAX;
 
-/// Entries of [`Credits`]: a power of two.
-pub const CREDITS: usize = 64;
+/// What a CPU is given at once where there is no limit, tokens with fraction: 1 MiB.
+pub const FREE: i64 = 1 << (20 + FRACTION);
 
 impl Default for Credits {
     fn default() -> Self {
-        Self { of: [Credit::default(); CREDITS] }
+        Self { of: [0; CREDITS] }
     }
+}
+
+/// What the daemon took out of CPUs' hands, tokens with fraction: value of `TAKEN_BACK`.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct TakenBack {
+    /// To the backend and to clients, by class.
+    pub of: [[i64; CLASSES_MAX]; 2],
 }
 
 /// Where the credit of a kind and a class stands in [`Credits`].
@@ -258,39 +257,26 @@ pub const fn credit_index(kind: u32, class: u32) -> u32 {
 
 impl Credits {
     /// What a CPU has in hand of the tokens of a kind, by the classes whose buckets they came from: flows of a class
-    /// without a share take from the default one's.
+    /// without a share take from the default one's. Nothing, where there is no limit.
     #[must_use]
     pub fn in_hand(&self, kind: u32, rates: &Rates) -> [i64; CLASSES_MAX] {
         let mut sums = [0_i64; CLASSES_MAX];
-        for class in 0..CLASSES_MAX {
+        for class in (0..CLASSES_MAX).filter(|_| rates.whole != 0) {
             let of = if rates.classes[class].own == 0 { 0 } else { class };
-            sums[of] = sums[of].wrapping_add(self.of[credit_index(kind, class as u32) as usize].tokens);
+            sums[of] = sums[of].wrapping_add(self.of[credit_index(kind, class as u32) as usize]);
         }
         sums
     }
+}
 
-    /// What was taken back, by classes, to the backend and to clients.
-    #[must_use]
-    pub fn taken_back(&self) -> [[i64; CLASSES_MAX]; 2] {
-        let of = |class: usize| self.of[credit_index(TAKEN_BACK, class as u32) as usize];
-        [core::array::from_fn(|class| of(class).tokens), core::array::from_fn(|class| of(class).portion)]
-    }
-
-    /// What the daemon writes in its place when it takes all back but what was taken back before.
-    #[must_use]
-    pub fn emptied(&self, rates: [&Rates; 2]) -> Self {
-        let mut empty = Self::default();
-        let [there, hand] = [
-            self.taken_back(),
-            [self.in_hand(KIND_TO_BACKEND, rates[0]), self.in_hand(KIND_TO_CLIENT, rates[1])],
-        ];
-        for class in 0..CLASSES_MAX {
-            empty.of[credit_index(TAKEN_BACK, class as u32) as usize] = Credit {
-                tokens: there[0][class].wrapping_add(hand[0][class]),
-                portion: there[1][class].wrapping_add(hand[1][class]),
-            };
+impl TakenBack {
+    /// Notes what a CPU had in hand.
+    pub fn note(&mut self, hand: &Credits, rates: [&Rates; 2]) {
+        for (kind, rates) in [KIND_TO_BACKEND, KIND_TO_CLIENT].into_iter().zip(rates) {
+            for (sum, one) in self.of[kind as usize].iter_mut().zip(hand.in_hand(kind, rates)) {
+                *sum = sum.wrapping_add(one);
+            }
         }
-        empty
     }
 }
 
@@ -338,15 +324,6 @@ pub struct ClassStats {
     pub dropped_to_client: u64,
     /// Their bytes.
     pub dropped_to_client_bytes: u64,
-}
-
-/// What [`Buckets::take`] gives.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Taken {
-    /// Tokens with fraction.
-    pub tokens: i64,
-    /// The portion that it asked for beyond its need.
-    pub portion: i64,
 }
 
 /// What a bucket holds at most.
@@ -462,15 +439,10 @@ impl Buckets {
 
     /// Takes the tokens that a class needs, and a portion more for what comes next; or what there is of it.
     #[inline(always)]
-    pub fn take(&mut self, rates: &Rates, class: u32, need: i64) -> Taken {
-        let mut class = crate::opaque::opaque(class as u64) as usize & (CLASSES_MAX - 1);
-        if rates.classes[class].own == 0 {
-            class = 0;
-        }
+    pub fn take(&mut self, rates: &Rates, class: u32, need: i64) -> i64 {
+        let class = rates.sharing(class);
         let (rate, bucket) = (&rates.classes[class], &mut self.classes[class]);
-        // What comes in 2 ms.
-        let portion = (rate.own << 1) as i64;
-        let wanted = need.wrapping_add(portion);
+        let wanted = need.wrapping_add(rate.portion());
         if bucket.own < wanted {
             self.hungry |= 1 << class;
         }
@@ -481,7 +453,7 @@ impl Buckets {
         bucket.own = bucket.own.wrapping_sub(tokens);
         bucket.ceil = bucket.ceil.wrapping_sub(tokens);
         bucket.taken = bucket.taken.wrapping_add(tokens as u64);
-        Taken { tokens, portion }
+        tokens
     }
 }
 
@@ -489,10 +461,7 @@ impl Buckets {
     /// Takes what is not there from what a class gets later, up to what its bucket holds.
     #[inline(always)]
     pub fn owe(&mut self, rates: &Rates, class: u32, tokens: i64) {
-        let mut class = crate::opaque::opaque(class as u64) as usize & (CLASSES_MAX - 1);
-        if rates.classes[class].own == 0 {
-            class = 0;
-        }
+        let class = rates.sharing(class);
         let (rate, bucket) = (&rates.classes[class], &mut self.classes[class]);
         let least = 0_i64.wrapping_sub(depth(rate.own, rates.least));
         let left = bucket.own.wrapping_sub(tokens);
@@ -501,7 +470,24 @@ impl Buckets {
     }
 }
 
+impl ClassRates {
+    /// What a CPU takes at once beyond its need, tokens with fraction: what comes in 2 ms.
+    #[inline(always)]
+    #[must_use]
+    pub const fn portion(&self) -> i64 {
+        (self.own << 1) as i64
+    }
+}
+
 impl Rates {
+    /// The class whose share a class takes from: its own, or the default one's if it has none.
+    #[inline(always)]
+    #[must_use]
+    pub fn sharing(&self, class: u32) -> usize {
+        let class = crate::opaque::opaque(class as u64) as usize & (CLASSES_MAX - 1);
+        if self.classes[class].own == 0 { 0 } else { class }
+    }
+
     /// Divides a rate of tokens in [`SECOND`] among the classes that are in use.
     #[must_use]
     pub fn divided(whole: u64, least: i64, classes: &[ClassEntry; CLASSES_MAX]) -> Self {
@@ -555,7 +541,8 @@ const _: () = assert!(size_of::<Network>() == 20);
 const _: () = assert!(size_of::<Name>() == 8 + 8 * NAME_WORDS);
 const _: () = assert!(size_of::<Rates>() == 16 + 32 * CLASSES_MAX);
 const _: () = assert!(size_of::<Buckets>() == 32 + 40 * CLASSES_MAX);
-const _: () = assert!(size_of::<Credits>() == 16 * CREDITS);
+const _: () = assert!(size_of::<Credits>() == 8 * CREDITS);
+const _: () = assert!(size_of::<TakenBack>() == 16 * CLASSES_MAX);
 const _: () = assert!(size_of::<ClassStats>() == 48);
 
 #[cfg(test)]
@@ -583,7 +570,7 @@ mod tests {
     /// Bytes that each class sends in `time` ns, if class n offers a frame of 1000 bytes each `every[n]` ns (0: none).
     /// What the buckets held at the start is not counted.
     fn sent<const N: usize>(rates: &Rates, every: [u64; N], time: u64) -> [f64; N] {
-        let (mut buckets, mut credits, mut sums) = (Buckets::default(), [Credit::default(); N], [0.0; N]);
+        let (mut buckets, mut credits, mut sums) = (Buckets::default(), [0_i64; N], [0.0; N]);
         let begin = 1_000 * MS;
         let warm = begin + 500 * MS;
         let mut now = begin;
@@ -594,12 +581,12 @@ mod tests {
                     continue;
                 }
                 let (credit, cost) = (&mut credits[class], 1000_i64 << FRACTION);
-                if credit.tokens < cost {
+                if *credit < cost {
                     fill(&mut buckets, rates, now);
-                    credit.tokens += buckets.take(rates, class as u32, cost - credit.tokens).tokens;
+                    *credit += buckets.take(rates, class as u32, cost - *credit);
                 }
-                if credit.tokens >= cost {
-                    credit.tokens -= cost;
+                if *credit >= cost {
+                    *credit -= cost;
                     if now > warm {
                         sums[class] += 1000.0;
                     }
@@ -666,6 +653,25 @@ mod tests {
     }
 
     #[test]
+    fn what_is_taken_back_is_that_of_limits_only() {
+        let (limited, free) = (rates(&[(1, 1, 100, 100), (1, 1, 100, 100)]), Rates::default());
+        let mut hand = Credits::default();
+        for (kind, class, tokens) in [
+            (KIND_TO_BACKEND, 0, 5),
+            (KIND_TO_BACKEND, 1, 7),
+            (KIND_TO_BACKEND, 9, -2),
+            (KIND_TO_CLIENT, 1, FREE),
+        ] {
+            hand.of[credit_index(kind, class) as usize] = tokens;
+        }
+        hand.of[credit_index(KIND_CONNECTIONS, 1) as usize] = 11;
+        let mut taken = TakenBack::default();
+        (0..2).for_each(|_| taken.note(&hand, [&limited, &free]));
+        assert_eq!(taken.of[0][..3], [2 * (5 - 2), 2 * 7, 0], "who has no share took from the default one's");
+        assert_eq!(taken.of[1], [0; CLASSES_MAX], "nobody's tokens");
+    }
+
+    #[test]
     fn slow_rates_are_exact_however_often_is_asked() {
         let slow = Rates::divided(bytes_rate(800_000), LEAST_BYTES, &classes(&[(1, 1, 100, 100)]));
         let [sum] = sent(&slow, [1_000], 2000 * MS);
@@ -675,7 +681,7 @@ mod tests {
         for step in 0..10_000 {
             let cost = LEAST_CONNECTIONS;
             fill(&mut buckets, &few, 1000 * MS + step * MS);
-            credit += buckets.take(&few, 0, cost - credit).tokens;
+            credit += buckets.take(&few, 0, cost - credit);
             if credit >= cost {
                 credit -= cost;
                 connections += 1;
@@ -686,7 +692,7 @@ mod tests {
         let (mut buckets, mut seldom) = (Buckets::default(), 0);
         for step in 0..20 {
             fill(&mut buckets, &one, 10_000 * MS + step * 700 * MS);
-            seldom += buckets.take(&one, 0, LEAST_CONNECTIONS).tokens;
+            seldom += buckets.take(&one, 0, LEAST_CONNECTIONS);
         }
         assert!(
             (14..=16).contains(&(seldom / LEAST_CONNECTIONS)),
@@ -700,7 +706,7 @@ mod tests {
         let mut buckets = Buckets::default();
         let take = |buckets: &mut Buckets, at: u64| {
             fill(buckets, &few, 1000 * MS + at);
-            buckets.take(&few, 0, LEAST_CONNECTIONS).tokens
+            buckets.take(&few, 0, LEAST_CONNECTIONS)
         };
         assert!(take(&mut buckets, 0) >= LEAST_CONNECTIONS);
         // Six and a half were there, so four and a half are missing then.
@@ -730,7 +736,8 @@ mod tests {
                         let before = buckets;
                         fill(&mut buckets, &rates, now);
                         let taken = buckets.take(&rates, class, 1500 << FRACTION);
-                        assert!((0..=(1500 << FRACTION) + taken.portion).contains(&taken.tokens));
+                        let portion = rates.classes[rates.sharing(class)].portion();
+                        assert!((0..=(1500 << FRACTION) + portion).contains(&taken));
                         assert!(buckets.shared >= 0 && buckets.shared <= most, "{before:?} to {buckets:?}");
                         assert!(buckets.classes.iter().all(|one| one.own >= 0 && one.own <= most));
                     }
@@ -748,7 +755,7 @@ mod tests {
             let mut sum = 0;
             fill(&mut buckets, &rates, now);
             loop {
-                let taken = buckets.take(&rates, 0, 1 << 20).tokens;
+                let taken = buckets.take(&rates, 0, 1 << 20);
                 if taken == 0 {
                     return sum;
                 }

@@ -15,10 +15,10 @@ use dispatcher_common::{
     globals::{GLOBAL_CLASSES, GLOBAL_DSCP, GLOBAL_LIMITS},
     opaque::opaque,
     qos::{
-        Buckets, CLASSES_MAX, CONNECTION, CREDITS, ClassEntry, ClassStats, Credit, Credits, FRACTION,
+        Buckets, CLASSES_MAX, CONNECTION, CREDITS, ClassEntry, ClassStats, Credits, FRACTION, FREE,
         KIND_CONNECTIONS, KIND_TO_BACKEND, KIND_TO_CLIENT, KINDS, LIMITED_MAX, NAME_MAX, NAME_WORDS,
-        NAMES_MAX, NETWORK_BITS, NETWORKS_MAX, Name, Network, Rates, credit_index, first_bytes, limit_index,
-        limited_of, lower, stats_index,
+        NAMES_MAX, NETWORK_BITS, NETWORKS_MAX, Name, Network, Rates, TakenBack, credit_index, first_bytes,
+        limit_index, limited_of, lower, stats_index,
     },
     service::FRONTEND_NAMES,
     stash::Slot,
@@ -45,7 +45,10 @@ static RATES: Array<Rates> = Array::with_max_entries(LIMITED_MAX * KINDS, 0);
 #[map]
 static BUCKETS: Array<Buckets> = Array::with_max_entries(LIMITED_MAX * KINDS, 0);
 #[map]
-static CREDIT: PerCpuArray<Credits> = PerCpuArray::with_max_entries(LIMITED_MAX, 0);
+static TOKENS: PerCpuArray<Credits> = PerCpuArray::with_max_entries(abi::DEFAULT_BACKENDS, 0);
+/// The daemon's, which keeps it here because it must outlive it.
+#[map]
+static TAKEN_BACK: Array<TakenBack> = Array::with_max_entries(LIMITED_MAX, 0);
 #[map]
 static CLASS_STATS: PerCpuArray<ClassStats> =
     PerCpuArray::with_max_entries(LIMITED_MAX * CLASSES_MAX as u32, 0);
@@ -60,9 +63,9 @@ pub fn passes(flags: u32, view: View, layout: impl Layout, flow: &Flow) -> bool 
     if flags & GLOBAL_LIMITS == 0 {
         return true;
     }
-    let len = view.len() as u32;
-    let short = spend(flow.backend, flow.flags as u32, flow.class(), len);
-    short == NOT_SHORT || take(short >> 8, short & 0xff, (len as u64) << FRACTION, 0)
+    let cost = (view.len() as u64) << FRACTION;
+    let at = place(flow.flags as u32, flow.class());
+    spend(flow.backend, at, cost) || more(flow.backend, at, cost)
 }
 
 /// The same off the fast path, where one call costs the verifier less.
@@ -71,64 +74,83 @@ pub fn passes_slowly(flags: u32, view: View, layout: impl Layout, flow: &Flow) -
     if flags & GLOBAL_DSCP != 0 {
         mark(view, layout, flow.class());
     }
-    let len = view.len() as u32;
-    let short = dispatcher_spend(flow.backend, flow.flags as u32, flow.class(), len);
-    short == NOT_SHORT || take(short >> 8, short & 0xff, (len as u64) << FRACTION, 0)
+    let cost = (view.len() as u64) << FRACTION;
+    let at = place(flow.flags as u32, flow.class());
+    flags & GLOBAL_LIMITS == 0
+        || dispatcher_spend(flow.backend, at, cost) != 0
+        || more(flow.backend, at, cost)
 }
 
-/// What [`dispatcher_spend`] says when nothing is missing.
-const NOT_SHORT: u32 = u32::MAX;
+/// Where the tokens of a flow stand.
+#[inline(always)]
+fn place(flags: u32, class: u32) -> u32 {
+    let kind = if flags & FLAG_TO_BACKEND as u32 != 0 { KIND_TO_BACKEND } else { KIND_TO_CLIENT };
+    credit_index(kind, class)
+}
 
-/// [`spend`], if there are limits: [`NOT_SHORT`], or what is to be asked for more, number and place of the credit.
+/// [`spend`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn dispatcher_spend(backend: u32, flags: u32, class: u32, len: u32) -> u32 {
-    match globals() {
-        Ok(globals) if globals.flags & GLOBAL_LIMITS != 0 => spend(backend, flags, class, len),
-        _ => NOT_SHORT,
-    }
+extern "C" fn dispatcher_spend(backend: u32, at: u32, cost: u64) -> u32 {
+    spend(backend, at, cost) as u32
 }
 
-/// Takes a frame's length from this CPU's credit, by the flags of its flow. [`NOT_SHORT`], or whose credit is too
-/// small: number of the backend and place.
+/// Takes a frame's cost from what this CPU has of the tokens; false if that is not so much.
 #[inline(always)]
-fn spend(backend: u32, flags: u32, class: u32, len: u32) -> u32 {
-    let kind = if flags & FLAG_TO_BACKEND as u32 != 0 { KIND_TO_BACKEND } else { KIND_TO_CLIENT };
-    let Some((limited, at)) = limit_of(backend, kind, class) else { return NOT_SHORT };
-    let Some(credit) = credit(limited, at) else { return NOT_SHORT };
-    let left = credit.tokens.wrapping_sub((len as i64) << FRACTION);
+fn spend(backend: u32, at: u32, cost: u64) -> bool {
+    let Some(tokens) = tokens(backend, at) else { return false };
+    let left = tokens.wrapping_sub(cost as i64);
     if left < 0 {
-        return limited << 8 | at;
+        return false;
     }
-    credit.tokens = left;
-    NOT_SHORT
+    *tokens = left;
+    true
 }
 
-/// The number of a backend among those with limits, and the place of a class's credit, if it has this kind.
+/// What this CPU has of a backend's tokens, by [`credit_index`].
 #[inline(always)]
-fn limit_of(backend: u32, kind: u32, class: u32) -> Option<(u32, u32)> {
-    let (limited, kinds) = limited_of(LIMITED.get(backend).copied()?);
-    if kinds >> kind & 1 == 0 {
+fn tokens(backend: u32, at: u32) -> Option<&'static mut i64> {
+    let credits = TOKENS.get_ptr_mut(backend)?.cast::<i64>();
+    let at = opaque(at as u64) as usize;
+    if at >= CREDITS {
         return None;
     }
-    Some((limited, credit_index(kind, class)))
-}
-
-/// This CPU's credit.
-#[inline(always)]
-fn credit(limited: u32, at: u32) -> Option<&'static mut Credit> {
-    let credits = CREDIT.get_ptr_mut(limited)?.cast::<Credit>();
-    let at = opaque(at as u64) as usize & (CREDITS - 1);
     // SAFETY: the entry belongs to this CPU, programs do not preempt one another on it, and `at` is below its length.
     Some(unsafe { &mut *credits.add(at) })
 }
 
-/// Takes `cost` from this CPU's credit, which gets more from the buckets. False when there is not so much; with `owe`
-/// that is never said, and what is missing is taken from what comes later.
+/// Gets more tokens for a frame and takes its cost. False when there are none.
 #[inline(always)]
-fn take(limited: u32, at: u32, cost: u64, owe: u32) -> bool {
+fn more(backend: u32, at: u32, cost: u64) -> bool {
+    let limited = dispatcher_limit(backend, at, cost);
+    limited == NO_LIMIT || take(backend, limited, at, cost, 0)
+}
+
+/// What [`dispatcher_limit`] says when there is none.
+const NO_LIMIT: u32 = u32::MAX;
+
+/// The number of a backend among those with limits, if it has one of the kind of tokens that is asked for. If not, there
+/// are enough for this and for what comes next.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn dispatcher_limit(backend: u32, at: u32, cost: u64) -> u32 {
+    let Some(word) = LIMITED.get(backend) else { return NO_LIMIT };
+    let (limited, kinds) = limited_of(*word);
+    if kinds >> (at >> 4 & 3) & 1 != 0 {
+        return limited;
+    }
+    if let Some(tokens) = tokens(backend, at) {
+        *tokens = FREE.wrapping_sub(cost as i64);
+    }
+    NO_LIMIT
+}
+
+/// Takes `cost` from this CPU's tokens, of which it gets more from the buckets. False when there is not so much; with
+/// `owe` that is never said, and what is missing is taken from what comes later.
+#[inline(always)]
+fn take(backend: u32, limited: u32, at: u32, cost: u64, owe: u32) -> bool {
     let locked = dispatcher_fill(limit_index(limited, at >> 4 & 3));
-    if dispatcher_take(limited, at, cost, owe | locked << 1) != 0 {
+    if dispatcher_take(backend, limited, at, cost, owe | locked << 1) != 0 {
         return true;
     }
     dispatcher_over(limited, at, cost);
@@ -212,29 +234,28 @@ const LOCKED: u32 = 2;
 /// [`take`], once [`dispatcher_fill`] has done what it could.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn dispatcher_take(limited: u32, at: u32, cost: u64, how: u32) -> u32 {
+extern "C" fn dispatcher_take(backend: u32, limited: u32, at: u32, cost: u64, how: u32) -> u32 {
     let (kind, class) = (at >> 4 & 3, at & 15);
     let index = limit_index(limited, kind);
-    let Some(credit) = credit(limited, at) else { return 1 };
+    let Some(tokens) = tokens(backend, at) else { return 1 };
     let (Some(rates), Some(buckets)) = (RATES.get(index), buckets(index)) else { return 1 };
     let cost = cost as i64;
     let mut enough = how & OWE != 0;
     if how & LOCKED != 0 {
-        let taken = buckets.take(rates, class, cost.wrapping_sub(credit.tokens));
-        credit.tokens = credit.tokens.wrapping_add(taken.tokens);
-        credit.portion = taken.portion;
-        if how & OWE != 0 && credit.tokens < cost {
-            buckets.owe(rates, class, cost.wrapping_sub(credit.tokens));
-            credit.tokens = cost;
+        *tokens = tokens.wrapping_add(buckets.take(rates, class, cost.wrapping_sub(*tokens)));
+        if how & OWE != 0 && *tokens < cost {
+            buckets.owe(rates, class, cost.wrapping_sub(*tokens));
+            *tokens = cost;
         }
         Word::new(&mut buckets.lock).unlock();
-        enough |= credit.tokens >= cost;
+        enough |= *tokens >= cost;
     } else {
         // Another CPU is there: this one is paid for later.
-        enough |= credit.tokens >= 0_i64.wrapping_sub(credit.portion);
+        let portion = rates.classes[rates.sharing(class)].portion();
+        enough |= *tokens >= 0_i64.wrapping_sub(portion);
     }
     if enough {
-        credit.tokens = credit.tokens.wrapping_sub(cost);
+        *tokens = tokens.wrapping_sub(cost);
         return 1;
     }
     0
@@ -250,34 +271,30 @@ fn stats(limited: u32, class: u32) -> Option<&'static mut ClassStats> {
 /// True when a backend may be given a connection of a class now; with `owe` it is given it in any case.
 #[inline(always)]
 pub fn connects(backend: u32, class: u32, owe: bool) -> bool {
-    let limit = dispatcher_connections(backend, class);
-    if limit == NOT_SHORT {
+    let limits = dispatcher_limits(backend);
+    if limits == 0 {
         return true;
     }
+    let (limited, kinds) = limited_of(limits);
+    let at = credit_index(KIND_CONNECTIONS, class);
     let owe = if owe { OWE } else { 0 };
-    if limit & 1 << 31 != 0 && !take(limit >> 8 & 0xffff, limit & 0xff, CONNECTION << FRACTION, owe) {
+    if kinds >> KIND_CONNECTIONS & 1 != 0 && !take(backend, limited, at, CONNECTION << FRACTION, owe) {
         return false;
     }
-    if let Some(stats) = stats(limit >> 8 & 0xffff, class) {
+    if let Some(stats) = stats(limited, class) {
         stats.connections += 1;
     }
     true
 }
 
-/// A backend's number and the place of a class's credit for connections, with bit 31 if they are limited;
-/// [`NOT_SHORT`] if it has no limits at all.
+/// What `LIMITED` says of a backend; 0 if there are no limits.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn dispatcher_connections(backend: u32, class: u32) -> u32 {
-    let Ok(globals) = globals() else { return NOT_SHORT };
-    if globals.flags & GLOBAL_LIMITS == 0 {
-        return NOT_SHORT;
+extern "C" fn dispatcher_limits(backend: u32) -> u32 {
+    match globals() {
+        Ok(globals) if globals.flags & GLOBAL_LIMITS != 0 => LIMITED.get(backend).copied().unwrap_or(0),
+        _ => 0,
     }
-    let Some((limited, kinds)) = LIMITED.get(backend).map(|word| limited_of(*word)) else { return NOT_SHORT };
-    if kinds == 0 {
-        return NOT_SHORT;
-    }
-    (kinds >> KIND_CONNECTIONS & 1) << 31 | limited << 8 | credit_index(KIND_CONNECTIONS, class)
 }
 
 /// The class of a connection of a frontend from the packet in scratch memory: its session's (`Scratch::class`), that of

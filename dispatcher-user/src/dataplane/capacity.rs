@@ -12,7 +12,7 @@ use dispatcher_common::{
     http,
     qos::{
         Buckets, CLASSES_MAX, ClassEntry, ClassStats, Credits, KINDS, LIMITED_MAX, NAMES_MAX, NETWORKS_MAX,
-        Name, Network, Rates,
+        Name, Network, Rates, TakenBack,
     },
     reason::REASONS_MAX,
     service::{Backend, BackendStats, BackendTimes, Frontend, VipKey},
@@ -90,7 +90,7 @@ impl Capacities {
     }
 
     /// The maps whose content is of use beyond one generation of programs, and their sizes.
-    pub(super) fn maps(&self) -> [Definition; 26] {
+    pub(super) fn maps(&self) -> [Definition; 27] {
         use MapType::{Array, Hash, LpmTrie, LruHash, PerCpuArray, RingBuf};
         let limited = self.backends.min(LIMITED_MAX);
         [
@@ -114,7 +114,8 @@ impl Capacities {
             Definition::of::<u32, u32>(abi::MAP_LIMITED, Array, self.backends),
             Definition::of::<u32, Rates>(abi::MAP_RATES, Array, limited * KINDS),
             Definition::of::<u32, Buckets>(abi::MAP_BUCKETS, Array, limited * KINDS),
-            Definition::of::<u32, Credits>(abi::MAP_CREDIT, PerCpuArray, limited),
+            Definition::of::<u32, Credits>(abi::MAP_TOKENS, PerCpuArray, self.backends),
+            Definition::of::<u32, TakenBack>(abi::MAP_TAKEN_BACK, Array, limited),
             Definition::of::<u32, ClassStats>(
                 abi::MAP_CLASS_STATS,
                 PerCpuArray,

@@ -14,7 +14,7 @@ use std::{
 use aya::{
     Ebpf,
     maps::{
-        MapData, MapError, PerCpuArray, PerCpuValues,
+        MapData, PerCpuArray, PerCpuValues,
         lpm_trie::{Key, LpmTrie},
     },
 };
@@ -25,7 +25,8 @@ use dispatcher_common::{
     qos::{
         Buckets, CLASSES_MAX, ClassEntry, ClassStats, Credits, DSCP_NONE, FRACTION, KIND_CONNECTIONS,
         KIND_TO_BACKEND, KIND_TO_CLIENT, KINDS, LEAST_BYTES, LEAST_CONNECTIONS, NAME_MAX, NAMES_MAX, Name,
-        Network, Rates, bytes_rate, connections_rate, limit_index, limited_of, limited_word, stats_index,
+        Network, Rates, TakenBack, bytes_rate, connections_rate, limit_index, limited_of, limited_word,
+        stats_index,
     },
 };
 
@@ -112,7 +113,8 @@ pub(super) struct Qos {
     limited: Cells<u32>,
     rates: Cells<Rates>,
     buckets: Cells<Buckets>,
-    credit: Counters<Credits>,
+    tokens: Counters<Credits>,
+    taken_back: Cells<TakenBack>,
     stats: Counters<ClassStats>,
     /// Backends with limits, and their numbers: what `LIMITED` says. Held by whoever writes any of the maps.
     numbers: Mutex<BTreeMap<u32, u32>>,
@@ -146,7 +148,8 @@ impl Qos {
             limited: Cells::take(ebpf, abi::MAP_LIMITED)?,
             rates: Cells::take(ebpf, abi::MAP_RATES)?,
             buckets: Cells::take(ebpf, abi::MAP_BUCKETS)?,
-            credit: Mutex::new(counters(ebpf, abi::MAP_CREDIT)?),
+            tokens: Mutex::new(counters(ebpf, abi::MAP_TOKENS)?),
+            taken_back: Cells::take(ebpf, abi::MAP_TAKEN_BACK)?,
             stats: Mutex::new(take_map(ebpf, abi::MAP_CLASS_STATS)?),
             numbers: Mutex::default(),
             passed: Mutex::default(),
@@ -178,7 +181,7 @@ impl Qos {
 
     /// Writes the rates of all kinds, if any are others, and takes back what CPUs have in hand of the tokens of those
     /// before.
-    fn set_rates(&self, number: u32, rates: &[Rates; KINDS as usize]) -> Result<(), Error> {
+    fn set_rates(&self, backend: u32, number: u32, rates: &[Rates; KINDS as usize]) -> Result<(), Error> {
         let old = self.rates_of(number)?;
         if old == *rates {
             return Ok(());
@@ -188,13 +191,21 @@ impl Qos {
                 self.rates.set(limit_index(number, kind), *rates)?;
             }
         }
-        let mut credit = lock(&self.credit);
-        let hands = credit.get(&number, 0).map_err(map_error(abi::MAP_CREDIT, "reading"))?;
         let [to_backend, to_client, _] = &old;
-        let empty: Vec<Credits> = hands.iter().map(|hand| hand.emptied([to_backend, to_client])).collect();
-        let values = PerCpuValues::try_from(empty).map_err(MapError::from);
-        let written = values.and_then(|values| credit.set(number, values, 0));
-        written.map_err(map_error(abi::MAP_CREDIT, "clearing"))
+        let mut taken = self.taken_back.get(number)?;
+        self.hands(backend)?.iter().for_each(|hand| taken.note(hand, [to_backend, to_client]));
+        self.taken_back.set(number, taken)?;
+        self.empty_hands(backend)
+    }
+
+    /// What each CPU has of a backend's tokens.
+    fn hands(&self, backend: u32) -> Result<PerCpuValues<Credits>, Error> {
+        lock(&self.tokens).get(&backend, 0).map_err(map_error(abi::MAP_TOKENS, "reading"))
+    }
+
+    /// Takes it from them.
+    fn empty_hands(&self, backend: u32) -> Result<(), Error> {
+        clear(&self.tokens, backend).map_err(map_error(abi::MAP_TOKENS, "clearing"))
     }
 
     fn rates_of(&self, number: u32) -> Result<[Rates; KINDS as usize], Error> {
@@ -206,7 +217,7 @@ impl Qos {
     }
 
     /// What passed of each class, with the buckets from which that is known.
-    fn passed(&self, number: u32) -> Result<(Passed, [Buckets; 2]), Error> {
+    fn passed(&self, backend: u32, number: u32) -> Result<(Passed, [Buckets; 2]), Error> {
         let rates = self.rates_of(number)?;
         let kinds = [KIND_TO_BACKEND, KIND_TO_CLIENT];
         let (mut buckets, mut settled) = ([Buckets::default(); 2], [false; 2]);
@@ -221,15 +232,13 @@ impl Qos {
                 }
             }
         }
-        let hands = lock(&self.credit).get(&number, 0).map_err(map_error(abi::MAP_CREDIT, "reading"))?;
+        let (hands, taken_back) = (self.hands(backend)?, self.taken_back.get(number)?);
         let mut all = lock(&self.passed);
         let passed = all.entry(number).or_default();
         for at in (0..2).filter(|at| settled[*at]) {
             for (class, before) in passed[at].iter_mut().enumerate() {
-                let kept = |hand: &Credits| {
-                    hand.in_hand(kinds[at], &rates[at])[class].wrapping_add(hand.taken_back()[at][class])
-                };
-                let kept = hands.iter().map(kept).fold(0, i64::wrapping_add);
+                let kept = hands.iter().map(|hand| hand.in_hand(kinds[at], &rates[at])[class]);
+                let kept = kept.fold(taken_back.of[at][class], i64::wrapping_add);
                 let found = buckets[at].classes[class].taken.wrapping_sub(kept as u64);
                 if found.wrapping_sub(*before) <= LESS {
                     *before = found;
@@ -329,10 +338,10 @@ impl Dataplane {
                 qos.classes.set(at, *entry)?;
             }
         }
-        for number in numbers.values() {
+        for (backend, number) in numbers.iter() {
             let rates =
                 qos.rates_of(*number)?.map(|there| Rates::divided(there.whole, there.least, &entries));
-            qos.set_rates(*number, &rates)?;
+            qos.set_rates(*backend, *number, &rates)?;
         }
         let several = entries.iter().skip(1).any(|one| one.used != 0);
         let marks = entries.iter().any(|one| one.used != 0 && one.dscp != DSCP_NONE);
@@ -377,15 +386,18 @@ impl Dataplane {
                         clear(&qos.stats, stats_index(number, class))
                             .map_err(map_error(abi::MAP_CLASS_STATS, "clearing"))?;
                     }
-                    clear(&qos.credit, number).map_err(map_error(abi::MAP_CREDIT, "clearing"))?;
+                    qos.taken_back.set(number, TakenBack::default())?;
                     lock(&qos.passed).remove(&number);
                     number
                 }
             };
-            qos.set_rates(number, &rates.map(|(_, rate, least)| Rates::divided(rate, least, &entries)))?;
+            let rates = rates.map(|(_, rate, least)| Rates::divided(rate, least, &entries));
+            qos.set_rates(backend, number, &rates)?;
             let word = limited_word(number, kinds);
             if qos.limited.get(backend)? != word {
                 qos.limited.set(backend, word)?;
+                // What CPUs were given while there was no limit. A frame that is under way now may have the last of it.
+                qos.empty_hands(backend)?;
             }
             numbers.insert(backend, number);
         }
@@ -448,7 +460,7 @@ impl Dataplane {
         let qos = &self.qos;
         let numbers = lock(&qos.numbers);
         let Some(number) = numbers.get(&backend) else { return Ok(Vec::new()) };
-        let (passed, buckets) = qos.passed(*number)?;
+        let (passed, buckets) = qos.passed(backend, *number)?;
         let mut counts = Vec::new();
         for (at, entry) in qos.entries()?.iter().enumerate() {
             if entry.used == 0 {

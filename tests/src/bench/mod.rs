@@ -4,6 +4,7 @@ pub mod affinity;
 pub mod connections;
 pub mod control;
 pub mod fastpath;
+pub mod floor;
 pub mod load;
 pub mod origin;
 pub mod qos;

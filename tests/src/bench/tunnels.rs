@@ -8,15 +8,18 @@
 //! haproxy-h2      the same --- backends, HTTP/2
 //! ```
 //!
+//! `--floor` measures also [`floor`](super::floor), `floor-h1` and `floor-h2`: what is missing to it is our own code's.
 //! `--against FILE` measures another dispatcherd instead of the others: `against-h1`, `against-h2`.
 //!
 //! Each variant has namespaces and servers of its own; what stands between starts anew in each round.
 
 use std::{
     collections::BTreeMap,
+    env,
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpStream},
     path::{Path, PathBuf},
+    process::Command,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -98,8 +101,9 @@ struct Effort {
     idle: usize,
 }
 
-/// Measures; `against` is another dispatcherd that takes the place of all but ours.
-pub fn run(quick: bool, against: Option<&Path>) -> Result<Report> {
+/// Measures; `against` is another dispatcherd that takes the place of all but ours, with `floor` also the least that the
+/// libraries can do.
+pub fn run(quick: bool, against: Option<&Path>, floor: bool) -> Result<Report> {
     let effort = if quick {
         Effort { rounds: 1, seconds: 1, connecting: 0.3, idle: 200 }
     } else {
@@ -107,8 +111,10 @@ pub fn run(quick: bool, against: Option<&Path>) -> Result<Report> {
     };
     raise_files()?;
     let authority = Authority::new()?;
-    let variants =
-        kinds(against).into_iter().map(|kind| Variant::new(kind, &authority)).collect::<Result<Vec<_>>>()?;
+    let variants = kinds(against, floor)
+        .into_iter()
+        .map(|kind| Variant::new(kind, &authority))
+        .collect::<Result<Vec<_>>>()?;
     let mut samples = vec![Samples::new(); variants.len()];
     for round in 0..effort.rounds {
         for step in 0..variants.len() {
@@ -137,6 +143,9 @@ enum Kind<'a> {
     Haproxy {
         http2: bool,
     },
+    Floor {
+        http2: bool,
+    },
     /// Another dispatcherd.
     Against {
         http2: bool,
@@ -145,12 +154,18 @@ enum Kind<'a> {
 }
 
 /// What is measured.
-fn kinds(against: Option<&Path>) -> Vec<Kind<'_>> {
+fn kinds(against: Option<&Path>, floor: bool) -> Vec<Kind<'_>> {
     let versions = [false, true];
     let own = versions.map(|http2| Kind::Dispatcher { http2 });
     let others = versions.map(|http2| other(http2, against));
     let direct = against.is_none().then_some(Kind::Direct);
-    direct.into_iter().chain(own).chain(others).collect()
+    let floors = versions.into_iter().filter(|_| floor).map(|http2| Kind::Floor { http2 });
+    direct.into_iter().chain(own).chain(others).chain(floors).collect()
+}
+
+/// Connections to each backend: many requests share one of HTTP/2.
+const fn established(http2: bool) -> usize {
+    if http2 { 4 } else { POOL }
 }
 
 /// Whom we are compared with.
@@ -166,6 +181,8 @@ impl Kind<'_> {
             Self::Dispatcher { http2: true } => "dispatcher-h2",
             Self::Haproxy { http2: false } => "haproxy-h1",
             Self::Haproxy { http2: true } => "haproxy-h2",
+            Self::Floor { http2: false } => "floor-h1",
+            Self::Floor { http2: true } => "floor-h2",
             Self::Against { http2: false, .. } => "against-h1",
             Self::Against { http2: true, .. } => "against-h2",
         }
@@ -175,7 +192,10 @@ impl Kind<'_> {
         match self {
             // Clients of both versions come to it.
             Self::Direct => true,
-            Self::Dispatcher { http2 } | Self::Haproxy { http2 } | Self::Against { http2, .. } => http2,
+            Self::Dispatcher { http2 }
+            | Self::Haproxy { http2 }
+            | Self::Floor { http2 }
+            | Self::Against { http2, .. } => http2,
         }
     }
 }
@@ -196,7 +216,8 @@ struct Variant<'a> {
 enum Between {
     Nothing,
     Dispatcher(Box<Daemon>),
-    Haproxy(Process),
+    /// HAProxy, or the floor.
+    Other(Process),
 }
 
 impl Between {
@@ -204,7 +225,7 @@ impl Between {
         match self {
             Self::Nothing => None,
             Self::Dispatcher(daemon) => Some(daemon.process().id()),
-            Self::Haproxy(process) => Some(process.id()),
+            Self::Other(process) => Some(process.id()),
         }
     }
 
@@ -216,7 +237,7 @@ impl Between {
     fn tunnels(&self) -> Result<Vec<api::TunnelBackend>> {
         match self {
             Self::Dispatcher(daemon) => daemon.ask(&["tunnels", "backends"]),
-            Self::Nothing | Self::Haproxy(_) => Ok(Vec::new()),
+            Self::Nothing | Self::Other(_) => Ok(Vec::new()),
         }
     }
 
@@ -256,7 +277,7 @@ impl<'a> Variant<'a> {
         let first = self.topology.backends.first().map_or(VIP[0], |place| place.address(Family::V4));
         let (from, to) = match self.kind {
             Kind::Direct => (NEAR.into(), first),
-            Kind::Dispatcher { .. } | Kind::Haproxy { .. } | Kind::Against { .. } => {
+            Kind::Dispatcher { .. } | Kind::Haproxy { .. } | Kind::Floor { .. } | Kind::Against { .. } => {
                 (self.topology.client(Family::V4, number), VIP[0])
             }
         };
@@ -274,17 +295,31 @@ impl<'a> Variant<'a> {
                 let file = self.folder.write("haproxy.cfg", &self.haproxy(http2))?;
                 let mut command = dispatcher.command("haproxy");
                 command.arg("-db").arg("-f").arg(file);
-                let mut process = Process::start(command, None).context("is haproxy installed?")?;
-                process.listens(dispatcher, SocketAddr::new(VIP[0], HTTPS)).context("haproxy")?;
-                Ok(Between::Haproxy(process))
+                self.other(command).context("is haproxy installed?")
+            }
+            Kind::Floor { http2 } => {
+                let own = env::current_exe().context("finding this program")?;
+                let mut command = dispatcher.command(own);
+                command.arg("floor").arg("--certificate").arg(&self.web[0]).arg("--key").arg(&self.web[1]);
+                command.arg("--roots").arg(&self.roots).args(["--name", HOST, "--established"]);
+                command.arg(established(http2).to_string()).args(http2.then_some("--http2"));
+                command.arg(SocketAddr::new(VIP[0], HTTPS).to_string());
+                let places = self.topology.backends.iter().map(|place| place.address(Family::V4));
+                command.args(places.map(|address| SocketAddr::new(address, HTTPS).to_string()));
+                self.other(command)
             }
         }
     }
 
+    /// Starts what listens at the VIP.
+    fn other(&self, command: Command) -> Result<Between> {
+        let mut process = Process::start(command, None)?;
+        process.listens(&self.topology.dispatcher, SocketAddr::new(VIP[0], HTTPS))?;
+        Ok(Between::Other(process))
+    }
+
     fn dispatcher(&self, program: &Path, http2: bool) -> Result<Between> {
-        let [certificate, key] = &self.web;
-        // Many requests share a connection of HTTP/2.
-        let established = if http2 { 4 } else { POOL };
+        let ([certificate, key], established) = (&self.web, established(http2));
         let service = Service::new("web", HTTPS)
             .with("mode = \"terminate\"")
             .with("balance = \"weighted-round-robin\"")
@@ -565,6 +600,11 @@ fn report(variants: &[Variant<'_>], samples: &[Samples], against: Option<&Path>)
             let ratios: Vec<f64> = ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect();
             let name = format!("{metric}, ratio to {}", other.name());
             rows.push(Row::new(case, own.name(), &name, "ratio", &ratios));
+            if let Some(floor) = of(Kind::Floor { http2 }, what) {
+                let ratios: Vec<f64> =
+                    floor.iter().zip(theirs).map(|(floor, theirs)| floor / theirs).collect();
+                rows.push(Row::new(case, Kind::Floor { http2 }.name(), &name, "ratio", &ratios));
+            }
             let goal = format!("{}: {case}: {name}", own.name());
             let value = median(&ratios);
             goals.push(if higher {

@@ -3,7 +3,11 @@
 use std::{io::stdout, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use dispatcher_tests::bench::{affinity, connections, control, fastpath, qos, tunnels};
+use dispatcher_tests::bench::{affinity, connections, control, fastpath, floor, qos, tunnels};
+
+/// The daemon's, for the floor that it is compared with.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Measure the dispatcher
 #[derive(Parser)]
@@ -36,6 +40,9 @@ enum Bench {
         /// Measure this BPF object instead of the one that was built in
         #[arg(long, value_name = "FILE")]
         object: Option<PathBuf>,
+        /// Only cases with this in their name, and the goals that need no others
+        #[arg(long, value_name = "TEXT")]
+        only: Option<String>,
     },
     /// Shares beside weights while a server is saturated, beside HAProxy
     Qos(Common),
@@ -46,7 +53,13 @@ enum Bench {
         /// Beside this dispatcherd instead: what a change brings
         #[arg(long, value_name = "FILE")]
         against: Option<PathBuf>,
+        /// Also the least that a proxy made of the same libraries can do
+        #[arg(long, conflicts_with = "against")]
+        floor: bool,
     },
+    /// That proxy
+    #[command(hide = true)]
+    Floor(floor::Args),
 }
 
 #[derive(clap::Args)]
@@ -79,10 +92,13 @@ fn main() -> ExitCode {
         Bench::Qos(common) => {
             qos::run(common.quick).and_then(|report| report.publish(&mut stdout(), common.json.as_deref()))
         }
-        Bench::Tunnels { common, against } => tunnels::run(common.quick, against.as_deref())
+        Bench::Tunnels { common, against, floor } => tunnels::run(common.quick, against.as_deref(), floor)
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
-        Bench::Fastpath { common, object } => fastpath::run(common.quick, object.as_deref())
-            .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
+        Bench::Floor(args) => floor::run(&args),
+        Bench::Fastpath { common, object, only } => {
+            fastpath::run(common.quick, object.as_deref(), only.as_deref())
+                .and_then(|report| report.publish(&mut stdout(), common.json.as_deref()))
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
