@@ -12,7 +12,7 @@ use std::{
 
 use hyper::service::service_fn;
 use hyper_util::{
-    rt::{TokioIo, TokioTimer},
+    rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
 };
 use socket2::{SockRef, TcpKeepalive};
@@ -32,10 +32,7 @@ use super::{
     sending::Flows,
     session::Recent,
 };
-use crate::{
-    gather::{Crew, gather},
-    state::Shared,
-};
+use crate::{gather::gather, state::Shared};
 
 /// Requests of one HTTP/2 connection at a time.
 const STREAMS: u32 = 128;
@@ -221,8 +218,7 @@ async fn serve(
         flows: Flows::default(),
     });
     let service = service_fn(|request| Box::pin(request::answer(Arc::clone(&client), request)));
-    let crew = Crew::default();
-    let mut server = auto::Builder::new(crew.recruits());
+    let mut server = auto::Builder::new(TokioExecutor::new());
     server.http1().timer(TokioTimer::new()).header_read_timeout(idle_limit).max_buf_size(HEADER as usize);
     server
         .http2()
@@ -262,8 +258,6 @@ async fn serve(
             }
         }
     };
-    // HTTP/2 may be spoken in clear too.
-    let work = crew.work(work);
     let result = if http2 { gather(work).await } else { work.await };
     if let Err(error) = result {
         if let Some(why) = Refusal::of(&*error) {

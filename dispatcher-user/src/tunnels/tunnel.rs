@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use futures_util::task::AtomicWaker;
 use hyper::client::conn::{http1, http2};
+use hyper::rt::Executor;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
@@ -27,7 +28,7 @@ use tokio_util::either::Either;
 use super::lease::Sender;
 use super::pool::Pool;
 use super::{Body, Carries, Context, State, Tls, lock};
-use crate::gather::{Crew, Recruits, gather};
+use crate::gather::gather;
 
 /// A peer that says nothing for this long is asked whether it lives: by TCP, and sooner by HTTP/2.
 const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -123,8 +124,7 @@ pub(super) async fn open(pool: Arc<Pool>) -> Result<(), String> {
     }
     let wire = TokioIo::new(wire);
     if tunnel.alpn.as_deref() == Some("h2") {
-        let mut crew = Crew::default();
-        let handshake = http2::Builder::new(crew.recruits())
+        let handshake = http2::Builder::new(Gathering::default())
             .timer(TokioTimer::new())
             .adaptive_window(true)
             // Nothing is sent before the peer said how many requests it takes: `told` waits for that.
@@ -135,12 +135,12 @@ pub(super) async fn open(pool: Arc<Pool>) -> Result<(), String> {
             .handshake(wire);
         let told = async {
             let (sender, mut connection) = handshake.await.map_err(|e| tunnel.reason(Err(e)))?;
-            let mut told = |cx: &mut TaskContext<'_>| match turn(&tunnel, &mut connection, cx) {
+            poll_fn(|cx| match turn(&tunnel, &mut connection, cx) {
                 Poll::Ready(reason) => Poll::Ready(Err(reason)),
                 Poll::Pending if tunnel.streams.load(Relaxed) > 0 => Poll::Ready(Ok(())),
                 Poll::Pending => Poll::Pending,
-            };
-            poll_fn(|cx| crew.poll(cx, &mut told)).await?;
+            })
+            .await?;
             Ok::<_, String>((sender, connection))
         };
         let (sender, connection) = within(deadline, told).await.map_err(|e| {
@@ -148,7 +148,7 @@ pub(super) async fn open(pool: Arc<Pool>) -> Result<(), String> {
             format!("HTTP/2 with {address}: {e}")
         })?;
         pool.add(Arc::clone(&tunnel), Sender::Http2(sender));
-        tokio::spawn(gather(drive2(tunnel, connection, crew)));
+        tokio::spawn(drive2(tunnel, connection));
     } else {
         let (sender, connection) = within(deadline, http1::Builder::new().handshake(wire))
             .await
@@ -325,24 +325,34 @@ async fn drive1(tunnel: Arc<Tunnel>, connection: impl Future<Output = hyper::Res
     lock(&tunnel.cooling).take();
 }
 
-type Connection2 = http2::Connection<TokioIo<Wire>, Body, Recruits>;
+type Connection2 = http2::Connection<TokioIo<Wire>, Body, Gathering>;
 
-/// Drives the requests of HTTP/2 and follows the peer's limit of streams. The one of its crew that reads and writes has
-/// its turn after requests were taken.
-async fn drive2(tunnel: Arc<Tunnel>, mut connection: Connection2, mut crew: Crew) {
-    let mut turn = |cx: &mut TaskContext<'_>| {
+/// Runs what hyper needs for HTTP/2. The first task is the one that reads and writes.
+#[derive(Clone, Default)]
+struct Gathering(Arc<AtomicBool>);
+
+impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Gathering {
+    fn execute(&self, future: F) {
+        if self.0.swap(true, Relaxed) {
+            tokio::spawn(future);
+        } else {
+            tokio::spawn(gather(future));
+        }
+    }
+}
+
+/// Drives the requests of HTTP/2 and follows the peer's limit of streams.
+async fn drive2(tunnel: Arc<Tunnel>, mut connection: Connection2) {
+    let reason = poll_fn(|cx| {
         let before = tunnel.streams.load(Relaxed);
         let turn = turn(&tunnel, &mut connection, cx);
         if tunnel.streams.load(Relaxed) > before {
             tunnel.pool.serve();
         }
         turn
-    };
-    let reason = poll_fn(|cx| crew.poll(cx, &mut turn)).await;
+    })
+    .await;
     tunnel.pool.ended(&tunnel, &reason);
-    // The one that reads and writes lives as long as this.
-    drop(connection);
-    crew.finish().await;
 }
 
 /// One turn of driving HTTP/2; ready with the reason when the tunnel takes no more requests. The wire wakes the
