@@ -260,6 +260,30 @@ fn rates_that_no_link_has_are_no_limit_and_tiny_ones_hold() {
     assert_eq!((0..100).filter(passed).count(), 0);
 }
 
+#[test]
+fn a_limit_that_comes_takes_what_was_free() {
+    let machine = limited(Limits::default());
+    // Where another backend has a limit, this one's frames are looked at.
+    machine.dataplane().set_limits(1, bandwidth()).expect("limits");
+    let (talk, far) = talk(&machine, Service::Plain, Family::V4, 3160);
+    let packets = [
+        (talk.data(100, &[7; 1200]), Reason::ToBackend),
+        (far.segment(flags::ACK, 5000, 1, &[8; 1200]), Reason::ToClient),
+    ];
+    // More than a CPU is given at once.
+    for (packet, reason) in &packets {
+        for _ in 0..1000 {
+            let _ = machine.expect("no limit", packet, *reason);
+        }
+    }
+    machine.dataplane().set_limits(0, Limits { bandwidth: 1, connections_per_second: 0 }).expect("limits");
+    for (packet, reason) in &packets {
+        let passed = |_: &u32| machine.run(&packet.frame()).expect("a verdict").reason == *reason;
+        assert!((0..400).filter(passed).count() <= 3 * 65_536 / 1200, "the first fill is all that there is");
+        assert_eq!((0..100).filter(passed).count(), 0);
+    }
+}
+
 /// Sets a class for the clients of both families at a service.
 fn networks(machine: &Machine, rows: &[(Service, &str, u8, &str)]) {
     let networks: Vec<NetworkClass> = rows
