@@ -407,7 +407,7 @@ pub struct QosWeight {
 pub struct QosAssignment {
     /// Service.
     pub service: String,
-    /// The class; left out, or `default`: the rules decide again.
+    /// The class; left out: the rules decide again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub class: Option<String>,
     /// Kind of the identifier, as in [`Session::kind`]; all kinds when left out.

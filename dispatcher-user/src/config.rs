@@ -43,7 +43,7 @@ pub use self::{
     amended::Amendments,
     changes::{Changes, changes},
     health::{Health, HttpCheck},
-    qos::{Class, DEFAULT_CLASS, Limits, Network, Over, Queueing, Rule, class_id},
+    qos::{Class, DEFAULT_CLASS, Limits, Network, Over, Queueing, Rule, class_id, named_class},
     schema::schema,
     terminate::{Clear, DEFAULT_COOKIE, KeyPair, Secure, Terminate, Tunnels},
 };

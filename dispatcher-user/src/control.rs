@@ -58,7 +58,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     api::{self, Problem},
-    config::{self, AdminState, Config, Protocol},
+    config::{self, AdminState, Config, Protocol, named_class},
     counted,
     dataplane::{self, memory_bytes, monotonic_ns, monotonic_seconds},
     reconcile::{self, Vip},
@@ -1065,7 +1065,7 @@ impl Names {
 
     /// The class of an id, 0 for none. One that the configuration has no more is shown by its number.
     fn class(&self, id: u16) -> Option<String> {
-        let found = self.config.classes.iter().find(|class| class.id == id);
+        let found = self.config.classes.iter().find(|class| named_class(&class.name) == id);
         (id != 0).then(|| found.map_or_else(|| format!("{id:04x}"), |class| class.name.clone()))
     }
 

@@ -2,10 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use dispatcher_common::qos;
-
 use crate::{
-    config::{Config, class_id},
+    config::{Config, named_class},
     dataplane::{ClassSetting, Dataplane, Error, Limits, NameClass, NetworkClass},
     reconcile::Actual,
 };
@@ -48,14 +46,14 @@ impl Policing {
                     service: service.id,
                     address: network.address,
                     prefix: network.prefix,
-                    class: named(&rule.class),
+                    class: named_class(&rule.class),
                 })
             })
         });
         let names = ours().flat_map(|service| {
             service.rules.iter().filter_map(|rule| {
                 let name = rule.server_name.clone()?;
-                Some(NameClass { service: service.id, name, class: named(&rule.class) })
+                Some(NameClass { service: service.id, name, class: named_class(&rule.class) })
             })
         });
         Self {
@@ -74,14 +72,5 @@ impl Policing {
         }
         dataplane.set_networks(&self.networks)?;
         dataplane.set_names(&self.names)
-    }
-}
-
-/// The id of a class that a rule names: 0 would be for what comes behind the rule. An id that no class has is the
-/// default one's.
-fn named(class: &str) -> u16 {
-    match class_id(class) {
-        0 => qos::class_id(class),
-        id => id,
     }
 }

@@ -85,6 +85,13 @@ pub fn class_id(name: &str) -> u16 {
     qos::class_id(name)
 }
 
+/// The same of a class that somebody names: also the default one's is none that would leave it to what comes next. No
+/// other class has that id, and what has an id that no class has counts as the default one's.
+#[must_use]
+pub fn named_class(name: &str) -> u16 {
+    qos::class_id(name)
+}
+
 /// What a backend can take. 0: no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {

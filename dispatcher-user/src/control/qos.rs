@@ -90,10 +90,9 @@ pub(super) async fn assign(
     reading(shared, move |shared| {
         let config = shared.config();
         find_service(&config, &wanted.service)?;
-        // The default one is where the rules put what they do not name: they decide again.
         let class = match wanted.class.as_deref() {
-            None | Some(config::DEFAULT_CLASS) => 0,
-            Some(name) => class(&config, name)?.id,
+            None => 0,
+            Some(name) => config::named_class(&class(&config, name)?.name),
         };
         let kinds = match &wanted.kind {
             Some(name) => vec![kind(name)?],

@@ -31,13 +31,17 @@ pub(super) enum Command {
     /// The key of a server's tickets stands for all its clients and cannot be assigned.
     ///
     /// Examples: dispatcherctl qos assign cookie:4f1c gold --service shop
-    ///           dispatcherctl qos assign cookie:4f1c default --service shop    (the rules decide again)
+    ///           dispatcherctl qos assign cookie:4f1c --by-rules --service shop
     #[command(verbatim_doc_comment)]
     Assign {
         /// Identifier: hexadecimal, or cookie:VALUE, or client:ADDRESS
         id: Identifier,
-        /// The class; "default" lets the rules decide again
-        class: String,
+        /// The class
+        #[arg(required_unless_present = "by_rules")]
+        class: Option<String>,
+        /// The rules decide again
+        #[arg(long, conflicts_with = "class")]
+        by_rules: bool,
         /// Service
         #[arg(long)]
         service: String,
@@ -64,8 +68,8 @@ pub(super) async fn run(
             let weight = api::QosWeight { weight: *weight };
             show(out, form, ask.patch::<Vec<api::QosClass>>(&path, &weight).await?.as_slice(), classes)
         }
-        Some(Command::Assign { id, class, service, kind }) => {
-            let class = Some(class.clone());
+        Some(Command::Assign { id, class, by_rules: _, service, kind }) => {
+            let class = class.clone();
             let kind = id.kind(kind.as_deref())?;
             let wanted = api::QosAssignment { service: service.clone(), class, kind };
             let path = format!("/v1/qos/sessions/{}", escaped(&id.hex));

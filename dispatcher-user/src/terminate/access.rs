@@ -115,12 +115,17 @@ pub(super) struct Line<'l> {
     pub(super) head_ms: f64,
     pub(super) ms: f64,
     pub(super) backend: Option<&'l str>,
+    /// Its class, and how long it waited for its turn, milliseconds: where the backend takes so many requests at a time.
+    pub(super) class: Option<&'l str>,
+    pub(super) queued_ms: Option<f64>,
     /// The tunnel's number; none for a request in clear.
     pub(super) tunnel: Option<u32>,
     /// Tunnels that it was offered to.
     pub(super) tries: usize,
     /// The body was sent to its end.
     pub(super) complete: bool,
+    /// What an answer of our own says of the reason.
+    pub(super) error: Option<&'l str>,
     pub(super) request_id: &'l str,
 }
 
@@ -148,6 +153,9 @@ mod tests {
             head_ms: 0.5,
             ms: 1.0,
             backend: None,
+            class: None,
+            queued_ms: None,
+            error: None,
             tunnel: None,
             tries: 1,
             complete: true,

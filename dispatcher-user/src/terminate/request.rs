@@ -40,6 +40,7 @@ use super::{
     session::{self, Binding},
 };
 use crate::{
+    config::DEFAULT_CLASS,
     qos::{Permit, Refused},
     tunnels::{Body, BoxError, Lease, Reply, SendError, Tunnels},
 };
@@ -87,6 +88,7 @@ pub(super) async fn answer(
     let mut way = Way { secure: !client.clear, ..Way::default() };
     let asked = site.log.is_some().then(|| Asked::of(&request));
     let http1 = request.version() < Version::HTTP_2;
+    let mut error = None;
     let answer = match pass_on(&client, &site, request, &id, &mut way).await {
         Ok(response) => response,
         Err(Failure { status, problem, again }) => {
@@ -100,6 +102,7 @@ pub(super) async fn answer(
                 // What follows may have been meant as something else.
                 page.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
+            error = Some(problem);
             page
         }
     };
@@ -107,8 +110,19 @@ pub(super) async fn answer(
     client.counts().request(way.secure, status.as_u16(), took);
     let length = answer.body().size_hint().exact();
     let (sent, complete) = (0, false);
-    let told =
-        asked.map(|asked| Record { site, asked, id, status, began, took, way, length, sent, complete });
+    let told = asked.map(|asked| Record {
+        site,
+        asked,
+        id,
+        status,
+        error,
+        began,
+        took,
+        way,
+        length,
+        sent,
+        complete,
+    });
     Ok(answer.map(|body| {
         let mut body = Watched { body, told, busy };
         body.note(0);
@@ -124,6 +138,8 @@ struct Way {
     tunnel: u32,
     secure: bool,
     tries: usize,
+    /// Its class, and how long it waited for its turn, where it needed one.
+    turn: Option<(u16, Duration)>,
 }
 
 /// What the access log says of a request.
@@ -155,6 +171,8 @@ struct Record {
     asked: Asked,
     id: String,
     status: StatusCode,
+    /// Why we answered ourselves.
+    error: Option<String>,
     began: Instant,
     took: Duration,
     way: Way,
@@ -166,11 +184,14 @@ struct Record {
 
 impl Record {
     fn write(&self, client: &Client) {
-        let Self { site, asked, id, status, began, took, way, length: _, sent, complete } = self;
+        let Self { site, asked, id, status, error, began, took, way, length: _, sent, complete } = self;
         let Some(log) = &site.log else { return };
         let reached = client.shared.terminator.reached(site.service.id);
         let name = reached.as_ref().and_then(|reached| reached.addresses.get(&way.backend));
         let ms = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
+        let config = client.shared.config();
+        let class =
+            |id: u16| config.classes.iter().find(|one| one.id == id).map_or(DEFAULT_CLASS, |one| &one.name);
         log.write(&access::Line {
             time: asked.time.clone(),
             service: &site.service.name,
@@ -188,9 +209,12 @@ impl Record {
             head_ms: ms(*took),
             ms: ms(began.elapsed()),
             backend: name.and_then(|(name, _)| name.split_once('/')).map(|(_, backend)| backend),
+            class: way.turn.map(|(id, _)| class(id)),
+            queued_ms: way.turn.map(|(_, queued)| ms(queued)),
             tunnel: Some(way.tunnel).filter(|tunnel| *tunnel != 0),
             tries: way.tries,
             complete: *complete,
+            error: error.as_deref(),
             request_id: id,
         });
     }
@@ -333,7 +357,7 @@ async fn pass_on(
     let mut avoid = Vec::new();
     loop {
         let Leased { lease, backend, permit } =
-            lease(client, site, &head, secure, key.as_ref(), confirmed, &avoid).await?;
+            lease(client, site, &head, way, key.as_ref(), confirmed, &avoid).await?;
         let (tunnel, home) = if secure { (lease.id(), lease.home()) } else { (0, 0) };
         (way.backend, way.tunnel, way.tries) = (backend, tunnel, way.tries + 1);
         let named = (&authority, &host);
@@ -529,14 +553,14 @@ async fn lease(
     client: &Client,
     site: &Site,
     head: &Parts,
-    secure: bool,
+    way: &mut Way,
     key: Option<&SessionKey>,
     confirmed: bool,
     avoid: &[u32],
 ) -> Result<Leased, Failure> {
     let unavailable = |problem: String| failure(StatusCode::SERVICE_UNAVAILABLE, problem);
     let terminator = &client.shared.terminator;
-    let road = terminator.road(secure);
+    let road = terminator.road(way.secure);
     let sessions = client.shared.dataplane.sessions();
     let broken = |error: crate::dataplane::Error| {
         log::error!("{error}");
@@ -565,7 +589,10 @@ async fn lease(
             None => None,
             Some(gate) => {
                 let class = class::class(client, site, head, known.as_ref().map(|(session, _)| session));
+                let began = Instant::now();
                 let entered = gate.enter(class, client.address.ip()).await;
+                let waited = way.turn.map_or(Duration::ZERO, |(_, waited)| waited);
+                way.turn = Some((class, waited + began.elapsed()));
                 let busy = |refused: Refused| Failure { again: true, ..unavailable(refused.to_string()) };
                 Some(entered.map_err(busy)?)
             }
@@ -577,7 +604,7 @@ async fn lease(
             unavailable("no tunnel to a backend was free in time".to_owned())
         })?;
         let Some(key) = key else { return Ok(Leased { lease, backend, permit }) };
-        let tunnel = if secure { lease.home() } else { 0 };
+        let tunnel = if way.secure { lease.home() } else { 0 };
         let binding = Binding { backend, tunnel, confirmed: confirmed && known.is_some() };
         let service = &site.service;
         let bound =

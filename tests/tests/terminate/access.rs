@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::scene::{COOKIE, Scene};
 
-fn lines(path: &Path) -> Vec<Value> {
+pub(crate) fn lines(path: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     text.lines()
         .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
@@ -55,6 +55,8 @@ fn each_request_has_a_line() {
         );
     }
     assert_eq!((&all[2]["status"], &all[2]["backend"]), (&405.into(), &Value::Null));
+    assert_eq!((&all[2]["error"], &all[0]["error"]), (&"CONNECT is not served here".into(), &Value::Null));
+    assert_eq!((&all[0]["class"], &all[0]["queued_ms"]), (&Value::Null, &Value::Null), "nobody waits here");
     // Neither queries nor cookies.
     let text = std::fs::read_to_string(&path).expect("a file");
     assert!(!text.contains("secret-of-the-query") && !text.contains("sid="), "{text}");

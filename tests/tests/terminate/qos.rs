@@ -5,10 +5,11 @@ use std::{
     thread::{Scope, ScopedJoinHandle},
 };
 
-use dispatcher_tests::{tls::HOST, topology::Family, town::until};
+use dispatcher_tests::{daemon::Folder, tls::HOST, topology::Family, town::until};
 use dispatcher_user::api;
 
 use crate::{
+    access::lines,
     mirror::{Manner, Mirror},
     scene::{COOKIE, Connection, Scene, Servers, say},
 };
@@ -180,7 +181,10 @@ fn a_full_queue_refuses_who_has_most_for_its_weight() {
 
 #[test]
 fn nobody_waits_longer_than_the_deadline() {
-    let scene = scene(&[ONE, "limits.queue_timeout = \"1s\""]);
+    let folder = Folder::new().expect("a folder");
+    let path = folder.path().join("access.jsonl");
+    let log = format!("terminate.access_log = \"{}\"", path.display());
+    let scene = scene(&[ONE, "limits.queue_timeout = \"1s\"", &log]);
     let blocker = Blocker::new(&scene, "gold");
     until("the server is busy", || mirror(&scene, 0).begun() == 1);
     let late = scene.curl("jar", Family::V6, &["-i", "-H", "Cookie: sid=gold"], "/").expect("an answer");
@@ -189,6 +193,50 @@ fn nobody_waits_longer_than_the_deadline() {
     blocker.end();
     let answer = scene.curl("jar", Family::V6, &["-i", "-H", "Cookie: sid=gold"], "/").expect("an answer");
     assert!(answer.contains(" 200"), "{answer}");
+    until("three lines", || lines(&path).len() >= 3);
+    let all = lines(&path);
+    // In the order in which they ended.
+    let late = "the backend took no more requests in time";
+    for (line, path, status, error) in
+        [(&all[0], "/", 503, Some(late)), (&all[1], "/blocker", 200, None), (&all[2], "/", 200, None)]
+    {
+        let found = (line["path"].as_str(), line["status"].as_u64(), line["error"].as_str());
+        assert_eq!(found, (Some(path), Some(status), error), "{line:#}");
+        assert_eq!(line["class"], "gold", "{line:#}");
+        let waited = line["queued_ms"].as_f64().expect("it had to ask for its turn");
+        assert_eq!(waited >= 900.0, error.is_some(), "{line:#}");
+    }
+}
+
+#[test]
+fn a_session_can_be_put_into_the_default_class_against_a_rule() {
+    let scene = scene(&[ONE, PATIENT]);
+    let rule = "\n[[service.classify]]\nclass = \"bronze\"\npath = \"/\"\n";
+    let ruled = scene.text.replacen("\n[[service.backend]]", &format!("{rule}\n[[service.backend]]"), 1);
+    assert_ne!(ruled, scene.text, "the rule stands before the backends");
+    scene.daemon.rewrite(&format!("{ruled}{CLASSES}")).expect("a configuration");
+    scene.daemon.told(&["reload"]).expect("reloaded");
+    let admitted = |class| {
+        let shares: Vec<api::QosShare> = scene.daemon.ask(&["qos"]).expect("shares");
+        let found = shares.into_iter().find(|one| one.backend == "b1" && one.class == class);
+        found.map_or(0, |one| one.admitted)
+    };
+    for (choice, class, shown) in [
+        ("default", "default", Some("default")),
+        ("gold", "gold", Some("gold")),
+        ("--by-rules", "bronze", None),
+    ] {
+        scene.daemon.told(&["qos", "assign", "cookie:gold", choice, "--service", "shop"]).expect("assigned");
+        let before = admitted(class);
+        let (status, _) = say(&mut scene.connect(Family::V4, 1), &text("gold", "/")).expect("an answer");
+        assert!(status.contains("200"), "{status}");
+        assert_eq!(admitted(class), before + 1, "{choice}");
+        let key = dispatcher_common::http::cookie_id(b"gold");
+        let id: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+        let sessions = scene.sessions();
+        let session = sessions.iter().find(|one| one.id == id).expect("the session");
+        assert_eq!(session.class.as_deref(), shown, "{choice}");
+    }
 }
 
 #[test]
