@@ -171,6 +171,25 @@ pub struct Status {
     pub failed: u64,
 }
 
+/// Which of a backend's tunnels a request wants.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Preference {
+    /// That of its session, by its id.
+    Tunnel(u32),
+    /// One for a session that has none yet.
+    New,
+    /// It is of no session.
+    Any,
+}
+
+impl Preference {
+    /// As entries of sessions hold it: 0 is none.
+    #[must_use]
+    pub fn of(tunnel: u32) -> Self {
+        if tunnel == 0 { Self::New } else { Self::Tunnel(tunnel) }
+    }
+}
+
 /// Why [`Tunnels::wait`] gave no tunnel.
 #[derive(Debug, thiserror::Error)]
 pub enum Unavailable {
@@ -237,13 +256,18 @@ impl Tunnels {
     }
 
     /// A tunnel right now: the `wanted` one if it is of that backend and can take a request, else the one with
-    /// the fewest requests in flight. 0 wants none in particular.
-    pub fn take(&self, backend: u32, wanted: u32) -> Option<Lease> {
+    /// the fewest requests in flight.
+    pub fn take(&self, backend: u32, wanted: Preference) -> Option<Lease> {
         self.pools().get(&backend)?.take(wanted)
     }
 
     /// As [`take`](Self::take), but waits for its turn, first come, first served, for at most `patience`.
-    pub async fn wait(&self, backend: u32, wanted: u32, patience: Duration) -> Result<Lease, Unavailable> {
+    pub async fn wait(
+        &self,
+        backend: u32,
+        wanted: Preference,
+        patience: Duration,
+    ) -> Result<Lease, Unavailable> {
         let turn = match self.pools().get(&backend) {
             Some(pool) => match pool.take(wanted) {
                 Some(lease) => return Ok(lease),

@@ -17,7 +17,7 @@ use tokio::{
 };
 use tokio_util::either::Either;
 
-use crate::tunnels::Tunnels;
+use crate::tunnels::{Preference, Tunnels};
 
 /// For a connection and its handshake.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -78,7 +78,10 @@ pub(super) async fn connect(target: &Target, client: &Client) -> Result<Seen, St
                 Either::Left(stream.map_err(|error| format!("connecting: {error}"))?)
             }
             Some((tunnels, backend)) => {
-                let lease = tunnels.wait(*backend, 0, PATIENCE).await.map_err(|error| error.to_string())?;
+                let lease = tunnels
+                    .wait(*backend, Preference::Any, PATIENCE)
+                    .await
+                    .map_err(|error| error.to_string())?;
                 Either::Right(lease.stream().await.ok_or("the tunnel ended")?)
             }
         };

@@ -43,7 +43,7 @@ use super::{
 use crate::{
     identify::{self, Wanted},
     state::Shared,
-    tunnels::Stream,
+    tunnels::{Preference, Stream},
 };
 
 /// Within which a client must have said what it is known by.
@@ -165,7 +165,7 @@ async fn bind(
         let backend = known.map(|(_, backend)| backend).or_else(|| pick().map(|one| one.id));
         let backend = backend.ok_or("no backend takes connections")?;
         let patience = until.saturating_duration_since(Instant::now());
-        let lease = match terminator.tunnels.wait(backend, 0, patience).await {
+        let lease = match terminator.tunnels.wait(backend, Preference::Any, patience).await {
             Ok(lease) => lease,
             Err(error) => {
                 log::debug!("{}: {error}", relay.service.name);

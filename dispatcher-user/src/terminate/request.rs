@@ -42,7 +42,7 @@ use super::{
 use crate::{
     config::DEFAULT_CLASS,
     qos::{Permit, Refused},
-    tunnels::{Body, BoxError, Lease, Reply, SendError, Tunnels},
+    tunnels::{Body, BoxError, Lease, Preference, Reply, SendError, Tunnels},
 };
 
 /// Tunnels that one request is offered to.
@@ -576,7 +576,8 @@ async fn lease(
     };
     let usable = |backend: u32| !avoid.contains(&backend) && !road.is_failing(backend);
     let known = known.filter(|(_, backend)| usable(*backend));
-    let mut wanted = known.map_or(0, |(session, _)| session.tunnel);
+    let home = known.map_or(0, |(session, _)| session.tunnel);
+    let mut wanted = if key.is_some() { Preference::of(home) } else { Preference::Any };
     let mut backend = match known {
         Some((_, backend)) => backend,
         None => terminator
@@ -613,7 +614,7 @@ async fn lease(
             return Ok(Leased { lease, backend, permit });
         }
         // Another first request of this session was faster.
-        (backend, wanted) = (bound, 0);
+        (backend, wanted) = (bound, Preference::New);
     }
 }
 

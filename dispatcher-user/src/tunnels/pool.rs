@@ -1,8 +1,9 @@
 //! The tunnels of one backend, and the task that keeps them.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicUsize, fence};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -12,7 +13,7 @@ use tokio::time::Instant;
 
 use super::lease::{Lease, Sender};
 use super::tunnel::{self, Registry, Tunnel};
-use super::{Load, Status, Target, Unavailable, lock};
+use super::{Load, Preference, Status, Target, Unavailable, lock};
 
 /// The most requests that wait for a tunnel to one backend.
 pub(super) const MOST_WAITING: usize = 1024;
@@ -28,13 +29,15 @@ const SETTLED: Duration = Duration::from_secs(1);
 pub(super) const WINDOW: Duration = Duration::from_secs(60);
 
 /// Who waits, each with the tunnel it wants.
-pub(super) type Waiting = VecDeque<(u32, oneshot::Sender<Lease>)>;
+pub(super) type Waiting = VecDeque<(Preference, oneshot::Sender<Lease>)>;
 
 /// The tunnels of one target.
 pub(super) struct Pool {
     pub(super) target: Target,
     pub(super) registry: Arc<Registry>,
     members: Mutex<Members>,
+    /// How many wait: who ends a request looks here before he takes the lock.
+    waiters: AtomicUsize,
     /// Wakes the keeper: something ended, or more is needed.
     keeper: Notify,
 }
@@ -43,7 +46,11 @@ pub(super) struct Pool {
 struct Members {
     /// The target is no longer followed.
     ended: bool,
-    open: Vec<Member>,
+    /// By id.
+    open: BTreeMap<u32, Member>,
+    /// Those of them that are free and take one request or flow at a time, the last used at the end. Some may have just
+    /// ended.
+    idle: VecDeque<u32>,
     /// While someone waits, no open tunnel can take a request.
     waiting: Waiting,
     /// The log says that tunnels came up.
@@ -82,7 +89,8 @@ impl Pool {
     pub(super) fn start(target: Target, registry: Arc<Registry>, waiting: Waiting) -> Arc<Self> {
         let members = Members {
             ended: false,
-            open: Vec::new(),
+            open: BTreeMap::new(),
+            idle: VecDeque::new(),
             waiting,
             announced: false,
             trouble: None,
@@ -91,7 +99,9 @@ impl Pool {
             handshakes: 0,
             failed: 0,
         };
-        let pool = Arc::new(Pool { target, registry, members: Mutex::new(members), keeper: Notify::new() });
+        let waiters = AtomicUsize::new(members.waiting.len());
+        let members = Mutex::new(members);
+        let pool = Arc::new(Pool { target, registry, members, waiters, keeper: Notify::new() });
         tokio::spawn(Arc::clone(&pool).keep());
         pool
     }
@@ -100,12 +110,13 @@ impl Pool {
     pub(super) fn end(&self) -> Waiting {
         let mut members = lock(&self.members);
         members.ended = true;
-        members.open.drain(..).for_each(Member::retire);
+        std::mem::take(&mut members.open).into_values().for_each(Member::retire);
+        members.idle.clear();
         self.keeper.notify_one();
         std::mem::take(&mut members.waiting)
     }
 
-    pub(super) fn take(&self, wanted: u32) -> Option<Lease> {
+    pub(super) fn take(&self, wanted: Preference) -> Option<Lease> {
         let mut members = lock(&self.members);
         // Nobody overtakes those who wait.
         let lease = if members.waiting.is_empty() { members.pick(wanted) } else { None };
@@ -116,7 +127,7 @@ impl Pool {
     /// A lease as soon as it is the caller's turn; an error when the pool ended before.
     pub(super) fn queue(
         &self,
-        wanted: u32,
+        wanted: Preference,
     ) -> Result<impl Future<Output = Result<Lease, oneshot::error::RecvError>> + use<>, Unavailable> {
         let (sender, receiver) = oneshot::channel();
         let mut members = lock(&self.members);
@@ -128,7 +139,10 @@ impl Pool {
             }
         }
         members.waiting.push_back((wanted, sender));
-        let spare = members.serve();
+        self.waiters.store(members.waiting.len(), SeqCst);
+        // Either this is seen by who ends a request, or that is seen here.
+        fence(SeqCst);
+        let spare = self.serve_all(&mut members);
         self.note_demand(&mut members);
         drop(members);
         drop(spare);
@@ -137,19 +151,32 @@ impl Pool {
 
     /// Gives free tunnels to those who wait. To be called when one may have become free.
     pub(super) fn serve(&self) {
-        let spare = lock(&self.members).serve();
+        fence(SeqCst);
+        if self.waiters.load(SeqCst) == 0 {
+            return;
+        }
+        let spare = self.serve_all(&mut lock(&self.members));
         // Dropped without the lock, which giving back takes.
         drop(spare);
+    }
+
+    #[must_use = "to be dropped without the lock"]
+    fn serve_all(&self, members: &mut Members) -> Option<Lease> {
+        if members.waiting.is_empty() {
+            return None;
+        }
+        let spare = members.serve();
+        self.waiters.store(members.waiting.len(), SeqCst);
+        spare
     }
 
     /// The tunnel takes its next request.
     pub(super) fn give_back(&self, tunnel: &Tunnel, sender: Sender) {
         let mut members = lock(&self.members);
-        let Some(member) = members.open.iter_mut().find(|member| member.tunnel.id == tunnel.id) else {
-            return;
-        };
+        let Some(member) = members.open.get_mut(&tunnel.id) else { return };
         member.sender = Some(sender);
-        let spare = members.serve();
+        members.idle.push_back(tunnel.id);
+        let spare = self.serve_all(&mut members);
         drop(members);
         drop(spare);
     }
@@ -168,8 +195,12 @@ impl Pool {
         if !std::mem::replace(&mut members.announced, true) && members.trouble.is_none() {
             log::info!("{}: tunnels to {} are up", self.target.name, self.target.address);
         }
-        members.open.push(member);
-        let spare = members.serve();
+        let id = member.tunnel.id;
+        if !member.is_shared() {
+            members.idle.push_front(id);
+        }
+        members.open.insert(id, member);
+        let spare = self.serve_all(&mut members);
         drop(members);
         drop(spare);
     }
@@ -177,10 +208,9 @@ impl Pool {
     /// The tunnel takes no more requests. True if it did so far.
     pub(super) fn remove(&self, tunnel: &Tunnel) -> bool {
         let mut members = lock(&self.members);
-        let place = members.open.iter().position(|member| member.tunnel.id == tunnel.id);
-        let removed = place.map(|place| members.open.remove(place).retire());
+        let removed = members.remove(tunnel.id);
         self.keeper.notify_one();
-        removed.is_some()
+        removed
     }
 
     /// The tunnel's connection ended without our doing, or was upgraded.
@@ -197,7 +227,7 @@ impl Pool {
     /// Marks all as to be replaced and says how many.
     pub(super) fn rotate(&self) -> usize {
         let mut members = lock(&self.members);
-        members.open.iter_mut().for_each(|member| member.stale = true);
+        members.open.values_mut().for_each(|member| member.stale = true);
         self.keeper.notify_one();
         members.open.len()
     }
@@ -218,7 +248,7 @@ impl Pool {
         let members = lock(&self.members);
         Load {
             established: members.open.len(),
-            in_flight: members.open.iter().map(|one| one.tunnel.in_flight.load(Relaxed)).sum(),
+            in_flight: members.open.values().map(|one| one.tunnel.in_flight.load(Relaxed)).sum(),
             failing: members.is_failing(),
         }
     }
@@ -265,7 +295,7 @@ impl Pool {
 
         let mut due = members.window_ends;
         let mut fresh = 0;
-        for member in &mut members.open {
+        for member in members.open.values_mut() {
             member.stale |= member.tunnel.until.is_some_and(|until| until <= now);
             fresh += usize::from(!member.stale);
             due = member.tunnel.until.filter(|_| !member.stale).map_or(due, |until| due.min(until));
@@ -321,19 +351,54 @@ impl Members {
         self.open.is_empty() && self.trouble.is_some()
     }
 
-    /// A lease of the wanted tunnel if it is free, else of the free one with the least to do.
-    fn pick(&mut self, wanted: u32) -> Option<Lease> {
-        let stays = self.open.iter().any(|member| member.tunnel.id == wanted && !member.stale);
-        let free = self.open.iter_mut().filter(|member| member.is_free());
-        let member = free.min_by_key(|Member { tunnel, .. }| {
-            (tunnel.id != wanted, tunnel.in_flight.load(Relaxed), tunnel.requests.load(Relaxed))
-        })?;
+    /// A lease of the wanted tunnel if it is free, else of another that is.
+    fn pick(&mut self, wanted: Preference) -> Option<Lease> {
+        let id = self.choose(wanted)?;
+        let home = match wanted {
+            Preference::Tunnel(home) if self.open.get(&home).is_some_and(|member| !member.stale) => home,
+            Preference::Tunnel(_) | Preference::New | Preference::Any => id,
+        };
+        let member = self.open.get_mut(&id)?;
         let sender = match &member.sender {
             Some(Sender::Http2(sender)) => Some(Sender::Http2(sender.clone())),
             Some(Sender::Http1(_) | Sender::Flow(_)) | None => member.sender.take(),
         };
-        let home = if stays { wanted } else { member.tunnel.id };
         sender.map(|sender| Lease::new(&member.tunnel, sender, home))
+    }
+
+    /// The wanted one if it is free. Else, of those with one request at a time, the one that has rested longest for a new
+    /// session, so that sessions are spread; the last used for all others, as its state is still in the caches. Else the
+    /// one of HTTP/2 with the least to do.
+    fn choose(&mut self, wanted: Preference) -> Option<u32> {
+        let free = |members: &Self, id: u32| members.open.get(&id).is_some_and(Member::is_free);
+        if let Preference::Tunnel(id) = wanted
+            && free(self, id)
+        {
+            if let Some(place) = self.idle.iter().rposition(|one| *one == id) {
+                self.idle.remove(place);
+            }
+            return Some(id);
+        }
+        let next = |members: &mut Self| match wanted {
+            Preference::New => members.idle.pop_front(),
+            Preference::Tunnel(_) | Preference::Any => members.idle.pop_back(),
+        };
+        while let Some(id) = next(self) {
+            if free(self, id) {
+                return Some(id);
+            }
+        }
+        let shared = self.open.values().filter(|member| member.is_shared() && member.is_free());
+        let least = shared.min_by_key(|Member { tunnel, .. }| {
+            (tunnel.in_flight.load(Relaxed), tunnel.requests.load(Relaxed))
+        });
+        least.map(|member| member.tunnel.id)
+    }
+
+    /// It takes no more requests. False if it did not any more.
+    fn remove(&mut self, id: u32) -> bool {
+        self.idle.retain(|one| *one != id);
+        self.open.remove(&id).map(Member::retire).is_some()
     }
 
     /// Hands free tunnels to those who wait, in order. Gives back one that nobody took any more.
@@ -358,18 +423,23 @@ impl Members {
     /// How many tunnels there should be: beyond those that are full, one or as many as those that wait need.
     /// How many requests a tunnel takes is known from the first on.
     fn demand(&self, target: &Target) -> usize {
-        let full = self.open.iter().filter(|member| !member.is_free()).count();
-        let streams =
-            self.open.first().map_or(usize::MAX, |member| member.tunnel.streams.load(Relaxed).max(1));
+        let mut full = self.open.len() - self.idle.len();
+        let first = self.open.values().next();
+        // Whether those of HTTP/2 are full is not known without a look at them.
+        if full > 0 {
+            full -= self.open.values().filter(|member| member.is_shared() && member.is_free()).count();
+        }
+        let streams = first.map_or(usize::MAX, |member| member.tunnel.streams.load(Relaxed).max(1));
         let needed = full + self.waiting.len().div_ceil(streams).max(1);
         needed.min(target.settings.most).max(target.settings.established).max(1)
     }
 
     /// Retires the tunnel with the least in flight among those chosen. False if there is none.
     fn retire_one(&mut self, chosen: impl Fn(&Member) -> bool) -> bool {
-        let places = (0..self.open.len()).filter(|place| chosen(&self.open[*place]));
-        let least = places.min_by_key(|place| self.open[*place].tunnel.in_flight.load(Relaxed));
-        least.map(|place| self.open.swap_remove(place).retire()).is_some()
+        let some = self.open.values().filter(|member| chosen(member));
+        let least = some.min_by_key(|member| member.tunnel.in_flight.load(Relaxed));
+        let least = least.map(|member| member.tunnel.id);
+        least.is_some_and(|id| self.remove(id))
     }
 }
 
@@ -386,6 +456,11 @@ impl Member {
         }
     }
 
+    /// Whether it takes many requests at a time.
+    fn is_shared(&self) -> bool {
+        matches!(self.sender, Some(Sender::Http2(_)))
+    }
+
     /// When it shows that the backend is well: once used, or after a while.
     fn proved(&self) -> Instant {
         let used = self.tunnel.requests.load(Relaxed) > 0;
@@ -400,9 +475,9 @@ impl Member {
 
 impl Trouble {
     /// When it is over: a tunnel made after the last failure has proved itself, or all are there and have.
-    fn over(&self, open: &[Member], all: bool) -> Option<Instant> {
-        let later = open.iter().filter(|member| member.tunnel.since > self.last).map(Member::proved).min();
-        let calm = open.iter().map(Member::proved).fold(self.last + SETTLED, Instant::max);
+    fn over(&self, open: &BTreeMap<u32, Member>, all: bool) -> Option<Instant> {
+        let later = open.values().filter(|member| member.tunnel.since > self.last).map(Member::proved).min();
+        let calm = open.values().map(Member::proved).fold(self.last + SETTLED, Instant::max);
         later.into_iter().chain(all.then_some(calm)).min()
     }
 }

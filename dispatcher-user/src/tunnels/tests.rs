@@ -29,7 +29,9 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::either::Either;
 
 use super::pool::{MOST_WAITING, WINDOW, delay};
-use super::{Body, Carries, Lease, Reply, SendError, Settings, State, Target, Tls, Tunnels, Unavailable};
+use super::{
+    Body, Carries, Lease, Preference, Reply, SendError, Settings, State, Target, Tls, Tunnels, Unavailable,
+};
 
 const NAME: &str = "backend.test";
 const BACKEND: u32 = 7;
@@ -338,7 +340,7 @@ async fn port(lease: Lease, path: &str) -> u16 {
 }
 
 async fn lease(tunnels: &Tunnels) -> Lease {
-    tunnels.wait(BACKEND, 0, PATIENCE).await.unwrap()
+    tunnels.wait(BACKEND, Preference::New, PATIENCE).await.unwrap()
 }
 
 /// The error text of a backend to which no tunnel can be kept.
@@ -349,7 +351,7 @@ async fn refusal(setup: &Setup, settings: Settings) -> String {
     let status = tunnels.backends().remove(0);
     assert_eq!(status.established, 0);
     assert!(status.failed > 0);
-    assert!(tunnels.take(BACKEND, 0).is_none());
+    assert!(tunnels.take(BACKEND, Preference::New).is_none());
     status.error.unwrap().0
 }
 
@@ -387,7 +389,7 @@ async fn http2_sends_many_requests_over_one_tunnel() {
     let before = tunnels.list().remove(0);
     let mut requests = JoinSet::new();
     for _ in 0..50 {
-        requests.spawn(port(tunnels.take(BACKEND, 0).unwrap(), "/gate"));
+        requests.spawn(port(tunnels.take(BACKEND, Preference::New).unwrap(), "/gate"));
     }
     until("all run at once", || server.shared.running.load(SeqCst) == 50).await;
     let during = tunnels.list().remove(0);
@@ -407,9 +409,9 @@ async fn http2_stays_below_the_peers_limit_of_streams() {
     let server = Server::start(&Setup { streams: 3, ..H2 }).await;
     let tunnels = tunnels(server.address, Settings { most: 1, ..settings(1) });
     established(&tunnels, 1).await;
-    let leases: Vec<_> = (0..3).map(|_| tunnels.take(BACKEND, 0).unwrap()).collect();
-    assert!(tunnels.take(BACKEND, 0).is_none());
-    let mut waiting = Box::pin(tunnels.wait(BACKEND, 0, PATIENCE));
+    let leases: Vec<_> = (0..3).map(|_| tunnels.take(BACKEND, Preference::New).unwrap()).collect();
+    assert!(tunnels.take(BACKEND, Preference::New).is_none());
+    let mut waiting = Box::pin(tunnels.wait(BACKEND, Preference::New, PATIENCE));
     assert!(timeout(Duration::ZERO, waiting.as_mut()).await.is_err());
     drop(leases);
     let lease = within(waiting).await.unwrap();
@@ -430,7 +432,7 @@ async fn more_tunnels_are_opened_when_all_are_full_up_to_the_bound() {
         }
         until("four run at once", || server.shared.running.load(SeqCst) == 4).await;
         established(&tunnels, 4).await;
-        assert!(tunnels.take(BACKEND, 0).is_none());
+        assert!(tunnels.take(BACKEND, Preference::New).is_none());
         server.shared.gate.add_permits(8);
         let ports: HashSet<_> = within(requests.join_all()).await.into_iter().collect();
         assert_eq!(ports.len(), 4);
@@ -466,9 +468,9 @@ async fn http1_sends_one_request_at_a_time_and_keeps_alive() {
     let server = Server::start(&H1).await;
     let tunnels = tunnels(server.address, Settings { most: 1, ..settings(1) });
     established(&tunnels, 1).await;
-    let first = tunnels.take(BACKEND, 0).unwrap();
+    let first = tunnels.take(BACKEND, Preference::New).unwrap();
     assert!(!first.is_http2());
-    assert!(tunnels.take(BACKEND, 0).is_none());
+    assert!(tunnels.take(BACKEND, Preference::New).is_none());
     drop(first);
     let mut requests = JoinSet::new();
     for _ in 0..20 {
@@ -508,16 +510,18 @@ async fn the_wanted_tunnel_is_taken_while_it_can() {
         established(&tunnels, 3).await;
         let wanted = tunnels.list().remove(1);
         for _ in 0..5 {
-            let lease = tunnels.wait(BACKEND, wanted.id, PATIENCE).await.unwrap();
+            let lease = tunnels.wait(BACKEND, Preference::of(wanted.id), PATIENCE).await.unwrap();
             assert_eq!(lease.id(), wanted.id);
             assert_eq!(port(lease, "/").await, wanted.source.port());
-            until("it is idle", || tunnels.take(BACKEND, wanted.id).is_some_and(|l| l.id() == wanted.id))
-                .await;
+            until("it is idle", || {
+                tunnels.take(BACKEND, Preference::of(wanted.id)).is_some_and(|l| l.id() == wanted.id)
+            })
+            .await;
         }
         assert_eq!(tunnels.list()[1].requests, 5);
-        assert!(tunnels.take(BACKEND + 1, wanted.id).is_none());
+        assert!(tunnels.take(BACKEND + 1, Preference::of(wanted.id)).is_none());
         assert!(tunnels.close(wanted.id));
-        assert_ne!(tunnels.take(BACKEND, wanted.id).unwrap().id(), wanted.id);
+        assert_ne!(tunnels.take(BACKEND, Preference::of(wanted.id)).unwrap().id(), wanted.id);
     }
 }
 
@@ -526,13 +530,40 @@ async fn the_least_busy_tunnel_is_taken() {
     let server = Server::start(&H2).await;
     let tunnels = tunnels(server.address, settings(3));
     established(&tunnels, 3).await;
-    let leases: Vec<_> = (0..3).map(|_| tunnels.take(BACKEND, 0).unwrap()).collect();
+    let leases: Vec<_> = (0..3).map(|_| tunnels.take(BACKEND, Preference::New).unwrap()).collect();
     assert_eq!(leases.iter().map(Lease::id).collect::<HashSet<_>>().len(), 3);
     drop(leases);
     for _ in 0..3 {
-        port(tunnels.take(BACKEND, 0).unwrap(), "/").await;
+        port(tunnels.take(BACKEND, Preference::New).unwrap(), "/").await;
     }
     assert!(tunnels.list().iter().all(|one| one.requests == 1));
+}
+
+#[tokio::test]
+async fn new_sessions_are_spread_and_others_take_the_tunnel_that_was_used_last() {
+    let server = Server::start(&H1).await;
+    let tunnels = tunnels(server.address, settings(3));
+    established(&tunnels, 3).await;
+    let ask = async |wanted| {
+        let lease = tunnels.take(BACKEND, wanted).unwrap();
+        let id = lease.id();
+        port(lease, "/").await;
+        // Which puts it back behind all others.
+        let free = || tunnels.take(BACKEND, Preference::Tunnel(id)).is_some_and(|lease| lease.id() == id);
+        until("it is free", free).await;
+        id
+    };
+    let homes = [ask(Preference::New).await, ask(Preference::New).await, ask(Preference::New).await];
+    assert_eq!(homes.iter().collect::<HashSet<_>>().len(), 3);
+    for _ in 0..3 {
+        assert_eq!(ask(Preference::Any).await, homes[2]);
+    }
+    assert_eq!(ask(Preference::Tunnel(homes[0])).await, homes[0], "at home, where it is free");
+    let busy = tunnels.take(BACKEND, Preference::Tunnel(homes[0])).unwrap();
+    let other = tunnels.take(BACKEND, Preference::Tunnel(homes[0])).unwrap();
+    assert_eq!((other.id(), other.home()), (homes[2], homes[0]), "and stays there, where it is not");
+    drop((busy, other));
+    assert_eq!(ask(Preference::New).await, homes[1]);
 }
 
 #[tokio::test]
@@ -544,9 +575,9 @@ async fn a_tunnel_cut_by_the_peer_is_replaced() {
         let before = open(&tunnels);
         // Used, so that its early end is no failure.
         for id in &before {
-            port(tunnels.take(BACKEND, *id).unwrap(), "/").await;
+            port(tunnels.take(BACKEND, Preference::of(*id)).unwrap(), "/").await;
         }
-        let failing = tokio::spawn(send(tunnels.take(BACKEND, before[0]).unwrap(), "/gate"));
+        let failing = tokio::spawn(send(tunnels.take(BACKEND, Preference::of(before[0])).unwrap(), "/gate"));
         until("the request is there", || server.shared.running.load(SeqCst) == 1).await;
         server.shared.cut.send_replace(());
         let error = within(failing).await.unwrap().map(drop).unwrap_err();
@@ -649,7 +680,7 @@ async fn trouble_is_over_when_no_tunnel_is_missing_any_more() {
     let tunnels = tunnels(server.address, settings(1));
     established(&tunnels, 1).await;
     server.shared.deaf.store(true, SeqCst);
-    let lease = tunnels.take(BACKEND, 0).unwrap();
+    let lease = tunnels.take(BACKEND, Preference::New).unwrap();
     until("a second one is tried", || tunnels.backends()[0].failed >= 1).await;
     assert!(tunnels.backends()[0].error.is_some());
     drop(lease);
@@ -709,7 +740,7 @@ async fn rotation_brings_the_new_tunnels_up_first() {
     assert_eq!(tunnels.rotate(Some(BACKEND)), 2);
     until("attempts fail", || tunnels.backends()[0].failed >= 2).await;
     assert_eq!(open(&tunnels), before);
-    port(tunnels.take(BACKEND, 0).unwrap(), "/").await;
+    port(tunnels.take(BACKEND, Preference::New).unwrap(), "/").await;
     server.shared.deaf.store(false, SeqCst);
     until("both are replaced", || open(&tunnels).first().is_some_and(|first| *first > before[1])).await;
     established(&tunnels, 2).await;
@@ -722,8 +753,8 @@ async fn closing_a_tunnel_fails_its_requests_only() {
         let tunnels = tunnels(server.address, settings(2));
         established(&tunnels, 2).await;
         let ids = open(&tunnels);
-        let victim = tokio::spawn(send(tunnels.take(BACKEND, ids[0]).unwrap(), "/gate"));
-        let other = tokio::spawn(port(tunnels.take(BACKEND, ids[1]).unwrap(), "/gate"));
+        let victim = tokio::spawn(send(tunnels.take(BACKEND, Preference::of(ids[0])).unwrap(), "/gate"));
+        let other = tokio::spawn(port(tunnels.take(BACKEND, Preference::of(ids[1])).unwrap(), "/gate"));
         until("both are there", || server.shared.running.load(SeqCst) == 2).await;
         assert!(tunnels.close(ids[0]));
         assert!(within(victim).await.unwrap().is_err());
@@ -779,7 +810,7 @@ async fn changed_settings_or_address_replace_and_the_same_keep() {
     assert_eq!(open(&tunnels), [1]);
 
     // The request in flight finishes, who waits is served by the new tunnels.
-    let running = tokio::spawn(port(tunnels.take(BACKEND, 1).unwrap(), "/gate"));
+    let running = tokio::spawn(port(tunnels.take(BACKEND, Preference::of(1)).unwrap(), "/gate"));
     until("the request is there", || server.shared.running.load(SeqCst) == 1).await;
     let second = Target { settings: Arc::new(settings(1)), ..first };
     tunnels.follow(vec![second.clone()]);
@@ -799,8 +830,11 @@ async fn changed_settings_or_address_replace_and_the_same_keep() {
     until("the old one ends", || tunnels.list().iter().all(|one| one.destination == other.address)).await;
 
     tunnels.follow(Vec::new());
-    assert!(tunnels.take(BACKEND, 0).is_none());
-    assert!(matches!(tunnels.wait(BACKEND, 0, PATIENCE).await, Err(Unavailable::Unknown(BACKEND))));
+    assert!(tunnels.take(BACKEND, Preference::New).is_none());
+    assert!(matches!(
+        tunnels.wait(BACKEND, Preference::New, PATIENCE).await,
+        Err(Unavailable::Unknown(BACKEND))
+    ));
     until("all end", || tunnels.list().is_empty()).await;
 }
 
@@ -856,10 +890,10 @@ async fn a_flow_has_a_connection_of_its_own() {
     let server = Server::start(&H1).await;
     let tunnels = tunnels(server.address, for_flows(2));
     established(&tunnels, 2).await;
-    let unused = tunnels.take(BACKEND, 0).unwrap();
+    let unused = tunnels.take(BACKEND, Preference::New).unwrap();
     let id = unused.id();
     drop(unused);
-    let lease = tunnels.take(BACKEND, id).unwrap();
+    let lease = tunnels.take(BACKEND, Preference::of(id)).unwrap();
     let mut stream = within(lease.stream()).await.expect("it is there");
     let used = tunnels.list().into_iter().find(|one| one.id == id).unwrap();
     assert_eq!((used.state, used.in_flight, used.requests), (State::Used, 1, 1));
@@ -881,7 +915,8 @@ async fn a_flow_can_be_cut() {
     let server = Server::start(&H1).await;
     let tunnels = tunnels(server.address, for_flows(1));
     established(&tunnels, 1).await;
-    let mut stream = within(tunnels.take(BACKEND, 0).unwrap().stream()).await.expect("it is there");
+    let mut stream =
+        within(tunnels.take(BACKEND, Preference::New).unwrap().stream()).await.expect("it is there");
     let id = tunnels.list().iter().find(|one| one.state == State::Used).unwrap().id;
     let (read, closed) = tokio::join!(within(stream.read_u8()), async {
         sleep(Duration::from_millis(20)).await;
@@ -934,7 +969,7 @@ async fn a_reply_dropped_half_way_costs_an_http1_tunnel_but_no_http2_tunnel() {
         if !kept {
             until("it is replaced", || open(&tunnels).first().is_some_and(|new| *new > id)).await;
         }
-        let lease = tunnels.wait(BACKEND, 0, PATIENCE).await.unwrap();
+        let lease = tunnels.wait(BACKEND, Preference::New, PATIENCE).await.unwrap();
         assert_eq!(lease.id() == id, kept);
         port(lease, "/").await;
     }
@@ -951,9 +986,9 @@ async fn a_client_that_leaves_costs_no_tunnel() {
     assert!(timeout(Duration::from_millis(50), first.send(asked)).await.is_err());
     server.shared.gate.add_permits(1);
     // It leaves before the body of the answer was read.
-    let second = within(tunnels.wait(BACKEND, 0, PATIENCE)).await.unwrap();
+    let second = within(tunnels.wait(BACKEND, Preference::New, PATIENCE)).await.unwrap();
     drop(send(second, "/").await.unwrap());
-    let third = within(tunnels.wait(BACKEND, 0, PATIENCE)).await.unwrap();
+    let third = within(tunnels.wait(BACKEND, Preference::New, PATIENCE)).await.unwrap();
     assert_eq!(third.id(), id);
     port(third, "/").await;
     assert_eq!(server.accepted(), 1);
@@ -965,13 +1000,13 @@ async fn a_request_that_was_not_sent_is_given_back() {
     let tunnels = tunnels(server.address, settings(1));
     let lease = lease(&tunnels).await;
     let id = lease.id();
-    port(tunnels.take(BACKEND, id).unwrap(), "/").await;
+    port(tunnels.take(BACKEND, Preference::of(id)).unwrap(), "/").await;
     server.shared.cut.send_replace(());
     until("it is gone", || tunnels.list().iter().all(|one| one.id > id)).await;
     let request = request(&lease, "/", full("kept"));
     let error = within(lease.send(request)).await.map(drop).unwrap_err();
     let again = *error.request.expect("nothing was sent");
-    let lease = tunnels.wait(BACKEND, 0, PATIENCE).await.unwrap();
+    let lease = tunnels.wait(BACKEND, Preference::New, PATIENCE).await.unwrap();
     assert_eq!(within(lease.send(again)).await.unwrap().status(), StatusCode::OK);
 }
 
@@ -982,7 +1017,7 @@ async fn waiting_is_bounded_and_says_why_it_failed() {
     socket.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
     let tunnels = tunnels(socket.local_addr().unwrap(), settings(1));
     until("attempts fail", || tunnels.backends()[0].failed >= 1).await;
-    let error = tunnels.wait(BACKEND, 0, Duration::from_millis(1)).await.map(drop).unwrap_err();
+    let error = tunnels.wait(BACKEND, Preference::New, Duration::from_millis(1)).await.map(drop).unwrap_err();
     let text = error.to_string();
     assert!(
         text.starts_with("web/one: no tunnel could take the request within 1ms; connect to 127."),
@@ -990,12 +1025,12 @@ async fn waiting_is_bounded_and_says_why_it_failed() {
     );
     assert!(text.contains("refused"), "{text}");
 
-    let waits = || Box::pin(tunnels.wait(BACKEND, 0, PATIENCE));
+    let waits = || Box::pin(tunnels.wait(BACKEND, Preference::New, PATIENCE));
     let mut waiting: Vec<_> = (0..MOST_WAITING).map(|_| waits()).collect();
     for one in &mut waiting {
         assert!(timeout(Duration::ZERO, one).await.is_err());
     }
-    let crowded = tunnels.wait(BACKEND, 0, PATIENCE).await;
+    let crowded = tunnels.wait(BACKEND, Preference::New, PATIENCE).await;
     assert!(matches!(crowded, Err(Unavailable::Crowded { waiting: MOST_WAITING, .. })));
     // One that gave up makes room.
     drop(waiting.pop());
@@ -1013,7 +1048,8 @@ async fn who_waits_is_served_in_order() {
     let server = Server::start(&H1).await;
     let tunnels = tunnels(server.address, Settings { most: 1, ..settings(1) });
     let first = lease(&tunnels).await;
-    let mut waiting: Vec<_> = (0..3).map(|_| Box::pin(tunnels.wait(BACKEND, 0, PATIENCE))).collect();
+    let mut waiting: Vec<_> =
+        (0..3).map(|_| Box::pin(tunnels.wait(BACKEND, Preference::New, PATIENCE))).collect();
     for one in &mut waiting {
         assert!(timeout(Duration::ZERO, one).await.is_err());
     }
@@ -1074,11 +1110,11 @@ async fn nothing_is_left_when_the_manager_is_dropped() {
     tunnels.follow(targets.collect());
     until("tunnels are established", || tunnels.list().len() == 6).await;
     for backend in [1, 2] {
-        port(tunnels.wait(backend, 0, PATIENCE).await.unwrap(), "/").await;
+        port(tunnels.wait(backend, Preference::New, PATIENCE).await.unwrap(), "/").await;
     }
     assert!(alive() > idle + 4);
-    let unused = tunnels.take(1, 0).unwrap();
-    let reply = send(tunnels.take(2, 0).unwrap(), "/endless").await.unwrap();
+    let unused = tunnels.take(1, Preference::New).unwrap();
+    let reply = send(tunnels.take(2, Preference::New).unwrap(), "/endless").await.unwrap();
     let registry = Arc::downgrade(&tunnels.registry);
     drop(tunnels);
     drop((unused, reply));

@@ -115,7 +115,8 @@ pub(super) async fn open(pool: Arc<Pool>) -> Result<(), String> {
 
     let tunnel = pool.registry.add(&pool, &stream).map_err(|e| format!("connect to {address}: {e}"))?;
     log::debug!("{}: tunnel {} from {} is established", pool.target.name, tunnel.id, tunnel.source);
-    let wire = Wire { stream, tunnel: Arc::clone(&tunnel), fresh: false };
+    let multiplexed = tunnel.alpn.as_deref() == Some("h2");
+    let wire = Wire { stream, tunnel: Arc::clone(&tunnel), multiplexed, fresh: false };
     if settings.carries == Carries::Flow {
         let (sender, asked) = oneshot::channel();
         pool.add(Arc::clone(&tunnel), Sender::Flow(sender));
@@ -123,7 +124,7 @@ pub(super) async fn open(pool: Arc<Pool>) -> Result<(), String> {
         return Ok(());
     }
     let wire = TokioIo::new(wire);
-    if tunnel.alpn.as_deref() == Some("h2") {
+    if multiplexed {
         let handshake = http2::Builder::new(Gathering::default())
             .timer(TokioTimer::new())
             .adaptive_window(true)
@@ -391,6 +392,8 @@ type Transport = Either<TlsStream<TcpStream>, TcpStream>;
 pub(super) struct Wire {
     stream: Transport,
     tunnel: Arc<Tunnel>,
+    /// It speaks HTTP/2: who drives it is not who reads.
+    multiplexed: bool,
     /// Something was read since the driver was woken.
     fresh: bool,
 }
@@ -451,7 +454,7 @@ impl AsyncRead for Wire {
         if polled.is_pending() && std::mem::take(&mut self.fresh) {
             self.tunnel.driver.wake();
         }
-        self.fresh |= count > 0;
+        self.fresh |= count > 0 && self.multiplexed;
         if count == 0 && matches!(polled, Poll::Ready(Ok(()))) && buf.remaining() > 0 {
             self.tunnel.failure.get_or_init(|| "closed by the peer".to_owned());
         }

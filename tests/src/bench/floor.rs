@@ -34,7 +34,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
 
 /// Where it listens, and for whom.
-#[derive(clap::Args, Debug)]
+#[derive(clap::Args, Clone, Debug)]
 pub struct Args {
     /// Address to listen at
     listen: SocketAddr,
@@ -66,7 +66,7 @@ type Answer = Response<Either<Full<Bytes>, Incoming>>;
 
 /// Open connections to one backend.
 enum Pool {
-    Http1(Mutex<Vec<http1::SendRequest<Incoming>>>),
+    Http1 { idle: Mutex<Vec<http1::SendRequest<Incoming>>>, args: Arc<Args>, backend: SocketAddr },
     Http2 { senders: Vec<http2::SendRequest<Incoming>>, next: AtomicUsize },
 }
 
@@ -79,11 +79,11 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 async fn serve(args: &Args) -> Result<()> {
-    let mut pools = Vec::new();
+    let (mut pools, args) = (Vec::new(), Arc::new(args.clone()));
     for backend in &args.backends {
-        pools.push(Pool::open(args, *backend).await.with_context(|| format!("connecting to {backend}"))?);
+        pools.push(Pool::open(&args, *backend).await.with_context(|| format!("connecting to {backend}"))?);
     }
-    let (pools, acceptor) = (Arc::new(pools), acceptor(args)?);
+    let (pools, acceptor) = (Arc::new(pools), acceptor(&args)?);
     let listener = TcpListener::bind(args.listen).await.with_context(|| format!("{}", args.listen))?;
     for client in 0.. {
         let (stream, _) = listener.accept().await?;
@@ -122,15 +122,13 @@ async fn answer(pools: &[Pool], client: usize, request: Request<Incoming>) -> An
 }
 
 impl Pool {
-    async fn open(args: &Args, backend: SocketAddr) -> Result<Self> {
+    async fn open(args: &Arc<Args>, backend: SocketAddr) -> Result<Self> {
         if !args.http2 {
             let mut senders = Vec::new();
             for _ in 0..args.established {
-                let (sender, connection) = http1::handshake(connect(args, backend).await?).await?;
-                tokio::spawn(connection);
-                senders.push(sender);
+                senders.push(open(args, backend).await?);
             }
-            return Ok(Self::Http1(Mutex::new(senders)));
+            return Ok(Self::Http1 { idle: Mutex::new(senders), args: Arc::clone(args), backend });
         }
         let mut senders = Vec::new();
         for _ in 0..args.established {
@@ -142,10 +140,10 @@ impl Pool {
         Ok(Self::Http2 { senders, next: AtomicUsize::new(0) })
     }
 
-    /// `None` if there is no connection left, or it fails.
+    /// `None` if it fails.
     async fn send(&self, mut request: Request<Incoming>) -> Option<Answer> {
         match self {
-            Self::Http1(idle) => {
+            Self::Http1 { idle, args, backend } => {
                 let idle = || idle.lock().unwrap_or_else(PoisonError::into_inner);
                 if let Some(authority) = request.uri().authority().cloned() {
                     let path = request.uri().path_and_query().cloned()?;
@@ -153,8 +151,17 @@ impl Pool {
                     request.headers_mut().insert(HOST, authority.as_str().parse().ok()?);
                 }
                 *request.version_mut() = hyper::Version::HTTP_11;
-                let mut sender = idle().pop()?;
-                sender.ready().await.ok()?;
+                // Backends end connections, and a client who leaves takes the one with it on which its request was.
+                let mut sender = loop {
+                    let free = idle().pop();
+                    let mut sender = match free {
+                        Some(sender) => sender,
+                        None => open(args, *backend).await.ok()?,
+                    };
+                    if sender.ready().await.is_ok() {
+                        break sender;
+                    }
+                };
                 let (head, body) = sender.send_request(request).await.ok()?.into_parts();
                 let body = body.collect().await.ok()?.to_bytes();
                 idle().push(sender);
@@ -176,6 +183,13 @@ impl Pool {
             }
         }
     }
+}
+
+/// A connection of HTTP/1.1.
+async fn open(args: &Args, backend: SocketAddr) -> Result<http1::SendRequest<Incoming>> {
+    let (sender, connection) = http1::handshake(connect(args, backend).await?).await?;
+    tokio::spawn(connection);
+    Ok(sender)
 }
 
 /// An established TLS connection.

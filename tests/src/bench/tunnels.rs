@@ -425,6 +425,7 @@ impl<'a> Variant<'a> {
         found.push(((FIXED, "p99", "ms"), p99));
         failed += load.failed;
         found.push(((REQUESTS, "failed", "requests"), failed as f64));
+        ensure!(!matches!(self.kind, Kind::Floor { .. }) || failed == 0, "{failed} requests failed");
         if self.kind != Kind::Direct {
             let accepted = self.accepted()? - accepted - self.topology.backends.len() as f64;
             found.push(((REQUESTS, "new connections at backends", "connections"), accepted));
