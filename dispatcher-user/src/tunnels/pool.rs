@@ -423,7 +423,7 @@ impl Members {
     /// How many tunnels there should be: beyond those that are full, one or as many as those that wait need.
     /// How many requests a tunnel takes is known from the first on.
     fn demand(&self, target: &Target) -> usize {
-        let mut full = self.open.len() - self.idle.len();
+        let mut full = self.open.len().saturating_sub(self.idle.len());
         let first = self.open.values().next();
         // Whether those of HTTP/2 are full is not known without a look at them.
         if full > 0 {
