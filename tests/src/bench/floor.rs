@@ -19,7 +19,7 @@ use hyper::{
     Method, Request, Response, StatusCode, Uri,
     body::Incoming,
     client::conn::{http1, http2},
-    header::HOST,
+    header::{CONNECTION, HOST},
     http::uri::{Authority, Scheme},
     server::conn,
     service::service_fn,
@@ -142,6 +142,8 @@ impl Pool {
 
     /// `None` if it fails.
     async fn send(&self, mut request: Request<Incoming>) -> Option<Answer> {
+        // Of the client's connection only.
+        request.headers_mut().remove(CONNECTION);
         match self {
             Self::Http1 { idle, args, backend } => {
                 let idle = || idle.lock().unwrap_or_else(PoisonError::into_inner);
