@@ -310,7 +310,7 @@ fn a_live_view_outlives_the_daemon() {
     assert!(silent.uptime_seconds.is_none() && silent.backends.is_empty(), "{silent:?}");
     bulk.daemon.again(&bulk.topology.dispatcher, &bulk.text).expect("dispatcherd again");
     check(&next("another view", &good));
-    view.signal(libc::SIGINT);
+    view.signal(libc::SIGTERM);
     let _ = view.wait(Duration::from_secs(10)).expect("it ends");
     let text = bulk.daemon.told(&["top", "--count", "2"]).expect("two views");
     assert_eq!((text.matches("SERVICE  MODE").count(), text.matches("gold").count()), (2, 2), "{text}");
