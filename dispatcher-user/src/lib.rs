@@ -14,7 +14,7 @@ pub mod dataplane;
 mod discovery;
 mod events;
 pub mod explain;
-mod gather;
+pub mod gather;
 mod health;
 mod identify;
 pub mod logging;

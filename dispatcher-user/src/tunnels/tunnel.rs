@@ -14,7 +14,6 @@ use std::time::Duration;
 
 use futures_util::task::AtomicWaker;
 use hyper::client::conn::{http1, http2};
-use hyper::rt::Executor;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
@@ -28,7 +27,7 @@ use tokio_util::either::Either;
 use super::lease::Sender;
 use super::pool::Pool;
 use super::{Body, Carries, Context, State, Tls, lock};
-use crate::gather::gather;
+use crate::gather::Gathering;
 
 /// A peer that says nothing for this long is asked whether it lives: by TCP, and sooner by HTTP/2.
 const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -327,20 +326,6 @@ async fn drive1(tunnel: Arc<Tunnel>, connection: impl Future<Output = hyper::Res
 }
 
 type Connection2 = http2::Connection<TokioIo<Wire>, Body, Gathering>;
-
-/// Runs what hyper needs for HTTP/2. The first task is the one that reads and writes.
-#[derive(Clone, Default)]
-struct Gathering(Arc<AtomicBool>);
-
-impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Gathering {
-    fn execute(&self, future: F) {
-        if self.0.swap(true, Relaxed) {
-            tokio::spawn(future);
-        } else {
-            tokio::spawn(gather(future));
-        }
-    }
-}
 
 /// Drives the requests of HTTP/2 and follows the peer's limit of streams.
 async fn drive2(tunnel: Arc<Tunnel>, mut connection: Connection2) {

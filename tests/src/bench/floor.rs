@@ -1,6 +1,7 @@
 //! The least that a proxy can do which is made of the same libraries as the daemon: `floor` beside the dispatcher in
 //! `tunnels`. It ends TLS, passes requests on over connections to backends that are open already, and answers. It knows
-//! no sessions, limits, timeouts, logs or counters; it adds no header, checks nothing and tries nothing twice.
+//! no sessions, limits, timeouts, logs or counters; it adds no header, checks nothing and tries nothing twice. As the daemon
+//! does, it lets requests of one HTTP/2 connection write together.
 
 use std::{
     convert::Infallible,
@@ -14,6 +15,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
+use dispatcher_user::gather::{Gathering, gather};
 use http_body_util::{BodyExt as _, Either, Full};
 use hyper::{
     Method, Request, Response, StatusCode, Uri,
@@ -99,7 +101,9 @@ async fn serve(args: &Args) -> Result<()> {
             let io = TokioIo::new(stream);
             // What is wrong with a connection shows at its client.
             if http2 {
-                drop(conn::http2::Builder::new(TokioExecutor::new()).serve_connection(io, service).await);
+                let connection =
+                    conn::http2::Builder::new(TokioExecutor::new()).serve_connection(io, service);
+                drop(gather(connection).await);
             } else {
                 drop(conn::http1::Builder::new().serve_connection(io, service).await);
             }
@@ -133,7 +137,7 @@ impl Pool {
         let mut senders = Vec::new();
         for _ in 0..args.established {
             let io = connect(args, backend).await?;
-            let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await?;
+            let (sender, connection) = http2::handshake(Gathering::default(), io).await?;
             tokio::spawn(connection);
             senders.push(sender);
         }
