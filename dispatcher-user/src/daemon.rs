@@ -30,6 +30,7 @@ use crate::{
     state::{Base, Shared},
     store::{self, Store},
     terminate,
+    workers::Workers,
 };
 
 /// Sign of life: a quarter of the age at which the data path gives us up.
@@ -139,8 +140,8 @@ pub fn run(
             return Err(error);
         }
     };
-    let Prepared { actual, mut socket, scrapes, ending, runtime } = prepared;
-    let shared = Arc::new(Shared::new(config, base, options.source, dataplane, actual, store));
+    let Prepared { actual, mut socket, scrapes, ending, runtime, workers } = prepared;
+    let shared = Arc::new(Shared::new(config, base, options.source, dataplane, actual, store, workers));
     let result = runtime.block_on(serve(shared, &mut socket, scrapes, ending, out, shutdown));
     // A walk through a map may be under way; nothing is lost with it.
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -172,6 +173,7 @@ struct Prepared {
     scrapes: Option<TcpListener>,
     ending: terminate::Prepared,
     runtime: Runtime,
+    workers: Arc<Workers>,
 }
 
 /// All that can fail before packets depend on us.
@@ -238,12 +240,13 @@ fn prepare(
         privileges::drop_privileges()?;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        // Requests are passed on by as many threads as there are processors; one more must not wait for them.
-        .worker_threads(std::thread::available_parallelism().map_or(2, |all| all.get().max(2)))
+        // For all but clients and tunnels.
+        .worker_threads(2)
         .enable_all()
         .build()
         .map_err(Error::Runtime)?;
-    Ok(Prepared { actual, socket, scrapes, ending, runtime })
+    let workers = Workers::start().map_err(Error::Runtime)?;
+    Ok(Prepared { actual, socket, scrapes, ending, runtime, workers })
 }
 
 /// Before a packet is seen, the sessions that were saved. Without them it goes on all the same. Returns the

@@ -31,6 +31,7 @@ mod state;
 pub mod store;
 pub mod terminate;
 pub mod tunnels;
+pub mod workers;
 
 /// An error with those of its causes that it does not name itself, on one line.
 #[must_use]

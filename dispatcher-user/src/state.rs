@@ -28,6 +28,7 @@ use crate::{
     slow_start::{self, SlowStart},
     store::Store,
     terminate::Terminator,
+    workers::Workers,
 };
 
 /// Pools by frontend index, and how often loads were counted.
@@ -109,6 +110,7 @@ impl Shared {
         dataplane: Dataplane,
         actual: Actual,
         store: Option<Store>,
+        workers: Arc<Workers>,
     ) -> Self {
         let qos = Qos::default();
         qos.follow(&config);
@@ -131,7 +133,7 @@ impl Shared {
             trace: Trace::default(),
             discovery: Discovery::default(),
             suspects: Suspects::default(),
-            terminator: Terminator::default(),
+            terminator: Terminator::new(workers),
             qos,
             looks: Looks::default(),
             state: Mutex::new(state),

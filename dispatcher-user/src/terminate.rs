@@ -29,6 +29,7 @@ use crate::{
     state::Shared,
     terminate::counts::{Counted, Counts},
     tunnels::{Carries, Load, Settings, Target, Tls, Tunnels},
+    workers::Workers,
 };
 
 mod access;
@@ -234,25 +235,17 @@ pub(crate) struct Terminator {
     pub(crate) tunnels: Arc<Tunnels>,
     /// Connections for requests in clear.
     clear: Arc<Tunnels>,
+    /// They serve clients and keep the tunnels.
+    workers: Arc<Workers>,
     /// True once the daemon ends.
     closing: watch::Sender<bool>,
 }
 
 impl Default for Terminator {
     fn default() -> Self {
-        Self {
-            fronts: Mutex::default(),
-            counts: Mutex::default(),
-            listeners: Mutex::default(),
-            balancers: Mutex::default(),
-            reached: watch::Sender::new(All::new()),
-            tunnels: Tunnels::new(),
-            clear: Tunnels::new(),
-            closing: watch::Sender::new(false),
-        }
+        Self::new(Arc::default())
     }
 }
-
 /// What a configuration needs, checked and ready.
 #[derive(Default)]
 pub(crate) struct Prepared {
@@ -264,6 +257,20 @@ pub(crate) struct Prepared {
 }
 
 impl Terminator {
+    pub(crate) fn new(workers: Arc<Workers>) -> Self {
+        Self {
+            fronts: Mutex::default(),
+            counts: Mutex::default(),
+            listeners: Mutex::default(),
+            balancers: Mutex::default(),
+            reached: watch::Sender::new(All::new()),
+            tunnels: Tunnels::new(Arc::clone(&workers)),
+            clear: Tunnels::new(Arc::clone(&workers)),
+            workers,
+            closing: watch::Sender::new(false),
+        }
+    }
+
     /// Reads certificates, and listens on VIPs that are new. Nothing is changed yet.
     pub(crate) fn prepare(&self, config: &Config) -> Result<Prepared, Error> {
         let mut prepared = Prepared::default();
@@ -520,4 +527,8 @@ pub(crate) async fn shutdown(shared: &Arc<Shared>) {
     }
     terminator.clear.follow(Vec::new());
     terminator.tunnels.shutdown(Duration::from_secs(1)).await;
+    let workers = Arc::clone(&terminator.workers);
+    if let Err(error) = tokio::task::spawn_blocking(move || workers.end()).await {
+        log::error!("the workers: {error}");
+    }
 }

@@ -34,6 +34,8 @@ pub use lease::{Lease, Reply, SendError, Stream};
 use pool::Pool;
 use tunnel::Registry;
 
+use crate::workers::Workers;
+
 /// Why a body breaks off.
 pub type BoxError = Box<dyn Error + Send + Sync>;
 /// The body of a request that is sent over a tunnel.
@@ -204,6 +206,14 @@ pub enum Unavailable {
         /// Length of the queue.
         waiting: usize,
     },
+    /// There is none, and attempts to make one fail.
+    #[error("{name}: no tunnel can be made: {error}")]
+    Failing {
+        /// The backend's name.
+        name: String,
+        /// The last connect error.
+        error: String,
+    },
     /// None could take the request in time.
     #[error("{name}: no tunnel could take the request within {patience:?}; {}", .error.as_deref().unwrap_or("all are busy or still connecting"))]
     Late {
@@ -223,12 +233,13 @@ pub enum Unavailable {
 pub struct Tunnels {
     pools: RwLock<HashMap<u32, Arc<Pool>>>,
     registry: Arc<Registry>,
+    workers: Arc<Workers>,
 }
 
 impl Tunnels {
-    /// A manager without targets.
-    pub fn new() -> Arc<Self> {
-        Arc::default()
+    /// A manager without targets. Its tunnels are spread over the workers.
+    pub fn new(workers: Arc<Workers>) -> Arc<Self> {
+        Arc::new(Self { pools: RwLock::default(), registry: Arc::default(), workers })
     }
 
     /// Sets what should be. New backends start to be connected. Those that are gone, or whose name, address or
@@ -243,7 +254,8 @@ impl Tunnels {
                 Some(pool) if pool.target.is_same(&target) => pool,
                 old => {
                     let waiting = old.map(|old| old.end()).unwrap_or_default();
-                    Pool::start(target, Arc::clone(&self.registry), waiting)
+                    let (registry, workers) = (Arc::clone(&self.registry), Arc::clone(&self.workers));
+                    Pool::start(target, registry, workers, waiting)
                 }
             };
             if let Some(twin) = pools.insert(backend, pool) {
@@ -261,7 +273,8 @@ impl Tunnels {
         self.pools().get(&backend)?.take(wanted)
     }
 
-    /// As [`take`](Self::take), but waits for its turn, first come, first served, for at most `patience`.
+    /// As [`take`](Self::take), but waits for its turn, first come, first served, for at most `patience`; not when the
+    /// last tunnel is gone and the next attempt to make one has failed.
     pub async fn wait(
         &self,
         backend: u32,
@@ -275,16 +288,17 @@ impl Tunnels {
             },
             None => return Err(Unavailable::Unknown(backend)),
         };
-        match tokio::time::timeout(patience, turn).await {
-            Ok(lease) => lease.map_err(|_gone| Unavailable::Unknown(backend)),
-            Err(_elapsed) => Err(match self.pools().get(&backend) {
-                Some(pool) => {
-                    let Status { name, error, .. } = pool.status();
-                    Unavailable::Late { name, patience, error: error.map(|(text, _)| text) }
-                }
-                None => Unavailable::Unknown(backend),
-            }),
-        }
+        let late = match tokio::time::timeout(patience, turn).await {
+            Ok(Ok(lease)) => return Ok(lease),
+            Ok(Err(_gone)) => false,
+            Err(_elapsed) => true,
+        };
+        let status = self.pools().get(&backend).map(|pool| pool.status());
+        Err(match status.map(|Status { name, error, .. }| (name, error.map(|(text, _)| text))) {
+            None => Unavailable::Unknown(backend),
+            Some((name, Some(error))) if !late => Unavailable::Failing { name, error },
+            Some((name, error)) => Unavailable::Late { name, patience, error },
+        })
     }
 
     /// The live tunnels, ordered by id.

@@ -470,7 +470,7 @@ pub(crate) struct Tunnels {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = one_of(&VERSIONS))]
     pub(super) min_version: Text,
-    /// Tunnels kept established ahead of need, to each backend.
+    /// Tunnels kept established ahead of need, to each backend. As a default one for each processor, and at least 2.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = within(ESTABLISHED))]
     pub(super) established: Number,

@@ -12,7 +12,7 @@ use hyper::Method;
 use rustls::pki_types::ServerName;
 
 use super::{Affinity, Error, Miss, Mode, Span, Spanned, Text, raw};
-use crate::terminate::secure;
+use crate::{terminate::secure, workers::processors};
 
 /// How a service that ends TLS here serves its clients, and reaches its backends.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,6 +91,8 @@ pub struct Tunnels {
 pub const DEFAULT_COOKIE: &str = "DISPATCHER";
 
 pub(super) const ESTABLISHED: RangeInclusive<i64> = 1..=1024;
+/// The most tunnels to a backend where nothing is said.
+const MOST: usize = 64;
 /// Clients' connections to one service.
 pub(super) const CONNECTIONS: RangeInclusive<i64> = 1..=1 << 24;
 pub(super) const PORT: RangeInclusive<i64> = 1..=65535;
@@ -269,8 +271,10 @@ impl Text<'_> {
             Some(value) => self.number(value, &format!("service.tunnels.{key}"), ESTABLISHED),
             None => Ok(default),
         };
-        let established = number(&raw.established, "established", 4)?;
-        let most = number(&raw.most, "most", 64.max(established))?;
+        // One of each worker's own; and one is left when another ends.
+        let default = processors().clamp(2, MOST) as u32;
+        let established = number(&raw.established, "established", default)?;
+        let most = number(&raw.most, "most", MOST.max(established as usize) as u32)?;
         if most < established {
             let span = raw.most.as_ref().map_or(0..0, Spanned::span);
             let problem =

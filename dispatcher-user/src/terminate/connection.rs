@@ -1,7 +1,8 @@
 //! Clients' connections: accepted, ended TLS, served until they are idle or the service goes.
 
 use std::{
-    net::{SocketAddr, TcpListener as StdListener},
+    io,
+    net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream},
     pin::pin,
     sync::{
         Arc,
@@ -17,7 +18,8 @@ use hyper_util::{
 };
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
-    net::{TcpListener, TcpStream},
+    io::{Interest, unix::AsyncFd},
+    net::TcpStream,
     sync::watch,
     time::{Instant, sleep, sleep_until, timeout},
 };
@@ -126,12 +128,14 @@ impl Drop for Busy {
 
 /// Accepts clients until the task is dropped.
 pub(super) async fn accept(shared: Arc<Shared>, vip: SocketAddr, listener: StdListener) {
-    let listener = match TcpListener::from_std(listener) {
+    // Not tokio's: clients' connections are other threads' from the first on.
+    // SAFETY: the listener has its socket open, and the same one, until it is dropped, which only the `AsyncFd` does.
+    let listener = match unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) } {
         Ok(listener) => listener,
         Err(error) => return log::error!("{vip}: {error}; nobody is served there"),
     };
     loop {
-        match listener.accept().await {
+        match listener.async_io(Interest::READABLE, StdListener::accept).await {
             Ok((stream, address)) => {
                 // The VIP may be another service's by now.
                 let Some(front) = shared.terminator.at(vip) else { continue };
@@ -146,23 +150,38 @@ pub(super) async fn accept(shared: Arc<Shared>, vip: SocketAddr, listener: StdLi
     }
 }
 
-/// Serves a client, if there are not too many.
-fn serve_by(shared: &Arc<Shared>, front: Followed, vip: SocketAddr, stream: TcpStream, address: SocketAddr) {
+/// Has a client served, if there are not too many.
+fn serve_by(shared: &Arc<Shared>, front: Followed, vip: SocketAddr, stream: StdStream, address: SocketAddr) {
     let service = match &front {
         Front::Terminate(site) => Arc::clone(&site.borrow().service),
         Front::Relay(relay) => Arc::clone(&relay.borrow().service),
     };
     let counts = shared.terminator.counts(service.id);
     let Some(open) = counts.admit(service.max_connections.into()) else { return };
+    let shared = Arc::clone(shared);
+    let seat = shared.terminator.workers.seat(address.ip());
+    let runtime = seat.runtime();
+    drop(runtime.spawn(async move {
+        let _seat = seat;
+        let stream = match prepare(stream) {
+            Ok(stream) => stream,
+            Err(error) => return log::warn!("{vip}: {address}: {error}; it is not served"),
+        };
+        match front {
+            Front::Terminate(site) => serve(shared, site, vip, stream, address, open).await,
+            Front::Relay(relay) => relay::serve(shared, relay, vip, stream, address, open).await,
+        }
+    }));
+}
+
+/// A client's connection, as this thread's runtime serves it.
+fn prepare(stream: StdStream) -> io::Result<TcpStream> {
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE);
     if let Err(error) = stream.set_nodelay(true).and(SockRef::from(&stream).set_tcp_keepalive(&keepalive)) {
-        log::debug!("{address}: {error}");
+        log::debug!("a client's connection: {error}");
     }
-    let shared = Arc::clone(shared);
-    match front {
-        Front::Terminate(site) => drop(tokio::spawn(serve(shared, site, vip, stream, address, open))),
-        Front::Relay(relay) => drop(tokio::spawn(relay::serve(shared, relay, vip, stream, address, open))),
-    }
+    stream.set_nonblocking(true)?;
+    TcpStream::from_std(stream)
 }
 
 async fn serve(

@@ -29,7 +29,10 @@ use hyper::{
     upgrade::OnUpgrade,
 };
 use hyper_util::rt::TokioIo;
-use tokio::time::{error::Elapsed, timeout, timeout_at};
+use tokio::{
+    task::yield_now,
+    time::{error::Elapsed, sleep, timeout, timeout_at},
+};
 
 use super::{
     Reached, Site, access, class,
@@ -42,11 +45,13 @@ use super::{
 use crate::{
     config::DEFAULT_CLASS,
     qos::{Permit, Refused},
-    tunnels::{Body, BoxError, Lease, Preference, Reply, SendError, Tunnels},
+    tunnels::{Body, BoxError, Lease, Preference, Reply, SendError, Tunnels, Unavailable},
 };
 
 /// Tunnels that one request is offered to.
 const TRIES: usize = 5;
+/// How long a request waits before the third tunnel, times the tunnels before.
+const PAUSE: Duration = Duration::from_millis(1);
 /// Longest answer that is read before it is passed on, bytes.
 const SHORT: u64 = 16 << 10;
 /// How long a request waits for a tunnel.
@@ -357,7 +362,7 @@ async fn pass_on(
     let mut avoid = Vec::new();
     loop {
         let Leased { lease, backend, permit } =
-            lease(client, site, &head, way, key.as_ref(), confirmed, &avoid).await?;
+            lease(client, site, &head, way, key.as_ref(), confirmed, &mut avoid).await?;
         let (tunnel, home) = if secure { (lease.id(), lease.home()) } else { (0, 0) };
         (way.backend, way.tunnel, way.tries) = (backend, tunnel, way.tries + 1);
         let named = (&authority, &host);
@@ -389,10 +394,6 @@ async fn pass_on(
                 ));
             }
         };
-        // Another tunnel to the same backend, where there is one.
-        if client.shared.terminator.road(secure).load(backend).established == 0 {
-            avoid.push(backend);
-        }
         let unsent = request.is_some();
         body = request.map(|request| request.into_body());
         if error.is_user() || progress.as_ref().is_some_and(|progress| progress.1.load(Ordering::Relaxed)) {
@@ -404,6 +405,15 @@ async fn pass_on(
             return Err(failure(StatusCode::BAD_GATEWAY, "the connection to the backend failed"));
         }
         client.counts().retry();
+        // Others may have ended with this one: they are asked first, and given a little time.
+        match way.tries {
+            1 => yield_now().await,
+            tries => sleep(PAUSE * tries as u32).await,
+        }
+        // Another tunnel to the same backend, where there is one.
+        if client.shared.terminator.road(secure).load(backend).established == 0 {
+            avoid.push(backend);
+        }
     }
 }
 
@@ -556,7 +566,7 @@ async fn lease(
     way: &mut Way,
     key: Option<&SessionKey>,
     confirmed: bool,
-    avoid: &[u32],
+    avoid: &mut Vec<u32>,
 ) -> Result<Leased, Failure> {
     let unavailable = |problem: String| failure(StatusCode::SERVICE_UNAVAILABLE, problem);
     let terminator = &client.shared.terminator;
@@ -574,17 +584,25 @@ async fn lease(
         Some((_, Some(seen))) => Some(seen),
         Some((key, None)) => session::find(sessions, key, &reached).map_err(broken)?,
     };
-    let usable = |backend: u32| !avoid.contains(&backend) && !road.is_failing(backend);
-    let known = known.filter(|(_, backend)| usable(*backend));
+    let usable = |backend: u32, avoid: &[u32]| !avoid.contains(&backend) && !road.is_failing(backend);
+    let pick = |avoid: &mut Vec<u32>| {
+        let (qos, client) = (&client.shared.qos, client.address.ip());
+        let pick = |avoid: &[u32]| terminator.pick(qos, road, &site.service, &reached.pool, client, avoid);
+        let found = pick(avoid).or_else(|| {
+            // One that was tried before may be back.
+            avoid.clear();
+            pick(avoid)
+        });
+        found.map(|one| one.id).ok_or_else(|| unavailable(nobody(road, &reached)))
+    };
+    let known = known.filter(|(_, backend)| usable(*backend, avoid));
     let home = known.map_or(0, |(session, _)| session.tunnel);
     let mut wanted = if key.is_some() { Preference::of(home) } else { Preference::Any };
     let mut backend = match known {
         Some((_, backend)) => backend,
-        None => terminator
-            .pick(&client.shared.qos, road, &site.service, &reached.pool, client.address.ip(), avoid)
-            .map(|one| one.id)
-            .ok_or_else(|| unavailable(nobody(road, &reached)))?,
+        None => pick(avoid)?,
     };
+    let mut until = None;
     loop {
         let permit = match client.shared.qos.gate(backend) {
             None => None,
@@ -598,19 +616,28 @@ async fn lease(
                 Some(entered.map_err(busy)?)
             }
         };
-        let lease = road.wait(backend, wanted, PATIENCE).await;
-        let lease = lease.map_err(|error| {
-            // Names and addresses of backends are not for clients.
-            log::debug!("{error}");
-            unavailable("no tunnel to a backend was free in time".to_owned())
-        })?;
+        let until = *until.get_or_insert_with(|| Instant::now() + PATIENCE);
+        let lease = match road.wait(backend, wanted, until.saturating_duration_since(Instant::now())).await {
+            Ok(lease) => lease,
+            Err(error) => {
+                // Names and addresses of backends are not for clients.
+                log::debug!("{error}");
+                if !matches!(error, Unavailable::Failing { .. }) || Instant::now() >= until {
+                    return Err(unavailable("no tunnel to a backend was free in time".to_owned()));
+                }
+                avoid.push(backend);
+                (backend, wanted) =
+                    (pick(avoid)?, if key.is_some() { Preference::New } else { Preference::Any });
+                continue;
+            }
+        };
         let Some(key) = key else { return Ok(Leased { lease, backend, permit }) };
         let tunnel = if way.secure { lease.home() } else { 0 };
         let binding = Binding { backend, tunnel, confirmed: confirmed && known.is_some() };
         let service = &site.service;
         let bound =
             session::bind(sessions, key, binding, service, &reached, &client.recent).map_err(broken)?;
-        if bound == backend || !usable(bound) {
+        if bound == backend || !usable(bound, avoid) {
             return Ok(Leased { lease, backend, permit });
         }
         // Another first request of this session was faster.

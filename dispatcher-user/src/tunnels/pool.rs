@@ -1,6 +1,6 @@
 //! The tunnels of one backend, and the task that keeps them.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::future::Future;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicUsize, fence};
@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use super::lease::{Lease, Sender};
 use super::tunnel::{self, Registry, Tunnel};
 use super::{Load, Preference, Status, Target, Unavailable, lock};
+use crate::workers::{Workers, here};
 
 /// The most requests that wait for a tunnel to one backend.
 pub(super) const MOST_WAITING: usize = 1024;
@@ -28,13 +29,22 @@ const SETTLED: Duration = Duration::from_secs(1);
 /// Tunnels beyond the most that were needed within this time are retired.
 pub(super) const WINDOW: Duration = Duration::from_secs(60);
 
-/// Who waits, each with the tunnel it wants.
-pub(super) type Waiting = VecDeque<(Preference, oneshot::Sender<Lease>)>;
+/// Who waits.
+pub(super) type Waiting = VecDeque<Waiter>;
+
+/// One that waits.
+pub(super) struct Waiter {
+    wanted: Preference,
+    /// The worker that is to serve it.
+    worker: Option<usize>,
+    answer: oneshot::Sender<Lease>,
+}
 
 /// The tunnels of one target.
 pub(super) struct Pool {
     pub(super) target: Target,
     pub(super) registry: Arc<Registry>,
+    workers: Arc<Workers>,
     members: Mutex<Members>,
     /// How many wait: who ends a request looks here before he takes the lock.
     waiters: AtomicUsize,
@@ -48,9 +58,9 @@ struct Members {
     ended: bool,
     /// By id.
     open: BTreeMap<u32, Member>,
-    /// Those of them that are free and take one request or flow at a time, the last used at the end. Some may have just
-    /// ended.
-    idle: VecDeque<u32>,
+    /// Those of them that are free and take one request or flow at a time, by worker, the last used at the end. Some may
+    /// have just ended.
+    idle: Vec<VecDeque<u32>>,
     /// While someone waits, no open tunnel can take a request.
     waiting: Waiting,
     /// The log says that tunnels came up.
@@ -86,11 +96,16 @@ struct Trouble {
 
 impl Pool {
     /// A pool with its keeper. `waiting` are those of the pool before it.
-    pub(super) fn start(target: Target, registry: Arc<Registry>, waiting: Waiting) -> Arc<Self> {
+    pub(super) fn start(
+        target: Target,
+        registry: Arc<Registry>,
+        workers: Arc<Workers>,
+        waiting: Waiting,
+    ) -> Arc<Self> {
         let members = Members {
             ended: false,
             open: BTreeMap::new(),
-            idle: VecDeque::new(),
+            idle: vec![VecDeque::new(); workers.number()],
             waiting,
             announced: false,
             trouble: None,
@@ -101,7 +116,7 @@ impl Pool {
         };
         let waiters = AtomicUsize::new(members.waiting.len());
         let members = Mutex::new(members);
-        let pool = Arc::new(Pool { target, registry, members, waiters, keeper: Notify::new() });
+        let pool = Arc::new(Pool { target, registry, workers, members, waiters, keeper: Notify::new() });
         tokio::spawn(Arc::clone(&pool).keep());
         pool
     }
@@ -111,7 +126,7 @@ impl Pool {
         let mut members = lock(&self.members);
         members.ended = true;
         std::mem::take(&mut members.open).into_values().for_each(Member::retire);
-        members.idle.clear();
+        members.idle.iter_mut().for_each(VecDeque::clear);
         self.keeper.notify_one();
         std::mem::take(&mut members.waiting)
     }
@@ -119,7 +134,7 @@ impl Pool {
     pub(super) fn take(&self, wanted: Preference) -> Option<Lease> {
         let mut members = lock(&self.members);
         // Nobody overtakes those who wait.
-        let lease = if members.waiting.is_empty() { members.pick(wanted) } else { None };
+        let lease = if members.waiting.is_empty() { members.pick(wanted, here()) } else { None };
         self.note_demand(&mut members);
         lease
     }
@@ -129,16 +144,16 @@ impl Pool {
         &self,
         wanted: Preference,
     ) -> Result<impl Future<Output = Result<Lease, oneshot::error::RecvError>> + use<>, Unavailable> {
-        let (sender, receiver) = oneshot::channel();
+        let (answer, receiver) = oneshot::channel();
         let mut members = lock(&self.members);
         if members.waiting.len() >= MOST_WAITING {
-            members.waiting.retain(|(_, waiter)| !waiter.is_closed());
+            members.waiting.retain(|waiter| !waiter.answer.is_closed());
             let waiting = members.waiting.len();
             if waiting >= MOST_WAITING {
                 return Err(Unavailable::Crowded { name: self.target.name.clone(), waiting });
             }
         }
-        members.waiting.push_back((wanted, sender));
+        members.waiting.push_back(Waiter { wanted, worker: here(), answer });
         self.waiters.store(members.waiting.len(), SeqCst);
         // Either this is seen by who ends a request, or that is seen here.
         fence(SeqCst);
@@ -175,7 +190,7 @@ impl Pool {
         let mut members = lock(&self.members);
         let Some(member) = members.open.get_mut(&tunnel.id) else { return };
         member.sender = Some(sender);
-        members.idle.push_back(tunnel.id);
+        members.idle_of(tunnel.worker).push_back(tunnel.id);
         let spare = self.serve_all(&mut members);
         drop(members);
         drop(spare);
@@ -195,9 +210,9 @@ impl Pool {
         if !std::mem::replace(&mut members.announced, true) && members.trouble.is_none() {
             log::info!("{}: tunnels to {} are up", self.target.name, self.target.address);
         }
-        let id = member.tunnel.id;
+        let (id, worker) = (member.tunnel.id, member.tunnel.worker);
         if !member.is_shared() {
-            members.idle.push_front(id);
+            members.idle_of(worker).push_front(id);
         }
         members.open.insert(id, member);
         let spare = self.serve_all(&mut members);
@@ -260,20 +275,41 @@ impl Pool {
     /// The keeper: opens what is missing, and looks again when something changed or is due.
     async fn keep(self: Arc<Self>) {
         let mut attempts = JoinSet::new();
+        // Where each of them runs.
+        let mut places = HashMap::new();
         while let Some((missing, due)) = self.tend(attempts.len()) {
             for _ in 0..missing {
-                attempts.spawn(tunnel::open(Arc::clone(&self)));
+                let worker = self.fewest(places.values().copied());
+                let attempt = tunnel::open(Arc::clone(&self));
+                places.insert(attempts.spawn_on(attempt, &self.workers.runtime(worker)).id(), worker);
             }
             tokio::select! {
                 () = self.keeper.notified() => {}
                 () = tokio::time::sleep_until(due) => {}
-                Some(attempt) = attempts.join_next() => match attempt {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => self.fail(error),
-                    Err(panic) => self.fail(panic.to_string()),
+                Some(attempt) = attempts.join_next_with_id() => match attempt {
+                    Ok((id, result)) => {
+                        places.remove(&id);
+                        result.unwrap_or_else(|error| self.fail(error));
+                    }
+                    Err(panic) => {
+                        places.remove(&panic.id());
+                        self.fail(panic.to_string());
+                    }
                 },
             }
         }
+    }
+
+    /// The worker with the fewest tunnels, together with those that are being opened.
+    fn fewest(&self, opened: impl Iterator<Item = usize>) -> usize {
+        let members = lock(&self.members);
+        let mut counts = vec![0; self.workers.number()];
+        let fresh = members.open.values().filter(|member| !member.stale).map(|member| member.tunnel.worker);
+        for worker in fresh.chain(opened) {
+            counts.get_mut(worker).into_iter().for_each(|count| *count += 1);
+        }
+        let least = counts.iter().enumerate().min_by_key(|(_, count)| **count);
+        least.map_or(0, |(worker, _)| worker)
     }
 
     /// Retires what is replaced or in surplus. Says how many attempts to start and when to look again; none
@@ -334,6 +370,11 @@ impl Pool {
             trouble.again = now + delay(trouble.delays);
             trouble.delays += 1;
         }
+        // Other backends are sooner there than this one: whoever waits is told.
+        let told = if members.is_failing() { std::mem::take(&mut members.waiting) } else { Waiting::new() };
+        self.waiters.store(members.waiting.len(), SeqCst);
+        drop(members);
+        drop(told);
     }
 
     /// Tells the keeper if more tunnels are needed.
@@ -351,11 +392,19 @@ impl Members {
         self.open.is_empty() && self.trouble.is_some()
     }
 
-    /// A lease of the wanted tunnel if it is free, else of another that is.
-    fn pick(&mut self, wanted: Preference) -> Option<Lease> {
-        let id = self.choose(wanted)?;
+    /// Free ones of a worker.
+    fn idle_of(&mut self, worker: usize) -> &mut VecDeque<u32> {
+        if worker >= self.idle.len() {
+            self.idle.resize(worker + 1, VecDeque::new());
+        }
+        &mut self.idle[worker]
+    }
+
+    /// A lease of the wanted tunnel if it is free, else of another that is, for a request that `worker` serves.
+    fn pick(&mut self, wanted: Preference, worker: Option<usize>) -> Option<Lease> {
+        let id = self.choose(wanted, worker)?;
         let home = match wanted {
-            Preference::Tunnel(home) if self.open.get(&home).is_some_and(|member| !member.stale) => home,
+            Preference::Tunnel(home) if self.is_home(home, worker) => home,
             Preference::Tunnel(_) | Preference::New | Preference::Any => id,
         };
         let member = self.open.get_mut(&id)?;
@@ -366,38 +415,72 @@ impl Members {
         sender.map(|sender| Lease::new(&member.tunnel, sender, home))
     }
 
-    /// The wanted one if it is free. Else, of those with one request at a time, the one that has rested longest for a new
-    /// session, so that sessions are spread; the last used for all others, as its state is still in the caches. Else the
-    /// one of HTTP/2 with the least to do.
-    fn choose(&mut self, wanted: Preference) -> Option<u32> {
-        let free = |members: &Self, id: u32| members.open.get(&id).is_some_and(Member::is_free);
+    /// Whether a session stays with this tunnel although it has no room now: another worker's is left for one of the own.
+    fn is_home(&self, id: u32, worker: Option<usize>) -> bool {
+        self.open.get(&id).is_some_and(|member| !member.stale && member.is_of(worker))
+    }
+
+    /// One that is free: of this worker the wanted one, then another; then one of other workers.
+    fn choose(&mut self, wanted: Preference, worker: Option<usize>) -> Option<u32> {
         if let Preference::Tunnel(id) = wanted
-            && free(self, id)
+            && self.open.get(&id).is_some_and(|member| member.is_of(worker) && member.is_free())
         {
-            if let Some(place) = self.idle.iter().rposition(|one| *one == id) {
-                self.idle.remove(place);
-            }
+            self.claim(id);
             return Some(id);
         }
-        let next = |members: &mut Self| match wanted {
-            Preference::New => members.idle.pop_front(),
-            Preference::Tunnel(_) | Preference::Any => members.idle.pop_back(),
-        };
-        while let Some(id) = next(self) {
-            if free(self, id) {
+        if let Some(worker) = worker
+            && let Some(id) = self.choose_of(wanted, worker).or_else(|| self.least(Some(worker)))
+        {
+            return Some(id);
+        }
+        if let Preference::Tunnel(id) = wanted
+            && self.open.get(&id).is_some_and(Member::is_free)
+        {
+            self.claim(id);
+            return Some(id);
+        }
+        (0..self.idle.len()).find_map(|worker| self.choose_of(wanted, worker)).or_else(|| self.least(None))
+    }
+
+    /// Of a worker's free ones with one request at a time: for a new session the one that has rested longest, so that
+    /// sessions are spread; for all others the last used, as its state is still in the caches.
+    fn choose_of(&mut self, wanted: Preference, worker: usize) -> Option<u32> {
+        let idle = self.idle.get_mut(worker)?;
+        loop {
+            let id = match wanted {
+                Preference::New => idle.pop_front(),
+                Preference::Tunnel(_) | Preference::Any => idle.pop_back(),
+            }?;
+            if self.open.get(&id).is_some_and(Member::is_free) {
                 return Some(id);
             }
         }
-        let shared = self.open.values().filter(|member| member.is_shared() && member.is_free());
+    }
+
+    /// The one of HTTP/2 with the least to do, of one worker or of all.
+    fn least(&self, worker: Option<usize>) -> Option<u32> {
+        let shared = self
+            .open
+            .values()
+            .filter(|member| member.is_of(worker) && member.is_shared() && member.is_free());
         let least = shared.min_by_key(|Member { tunnel, .. }| {
             (tunnel.in_flight.load(Relaxed), tunnel.requests.load(Relaxed))
         });
         least.map(|member| member.tunnel.id)
     }
 
+    /// It is not idle any more.
+    fn claim(&mut self, id: u32) {
+        let Some(worker) = self.open.get(&id).map(|member| member.tunnel.worker) else { return };
+        let idle = self.idle_of(worker);
+        if let Some(place) = idle.iter().rposition(|one| *one == id) {
+            idle.remove(place);
+        }
+    }
+
     /// It takes no more requests. False if it did not any more.
     fn remove(&mut self, id: u32) -> bool {
-        self.idle.retain(|one| *one != id);
+        self.claim(id);
         self.open.remove(&id).map(Member::retire).is_some()
     }
 
@@ -405,14 +488,14 @@ impl Members {
     #[must_use = "to be dropped without the lock"]
     fn serve(&mut self) -> Option<Lease> {
         let mut spare: Option<Lease> = None;
-        while let Some((wanted, waiter)) = self.waiting.pop_front() {
-            if waiter.is_closed() {
+        while let Some(waiter) = self.waiting.pop_front() {
+            if waiter.answer.is_closed() {
                 continue;
             }
-            match spare.take().or_else(|| self.pick(wanted)) {
-                Some(lease) => spare = waiter.send(lease).err(),
+            match spare.take().or_else(|| self.pick(waiter.wanted, waiter.worker)) {
+                Some(lease) => spare = waiter.answer.send(lease).err(),
                 None => {
-                    self.waiting.push_front((wanted, waiter));
+                    self.waiting.push_front(waiter);
                     break;
                 }
             }
@@ -423,7 +506,8 @@ impl Members {
     /// How many tunnels there should be: beyond those that are full, one or as many as those that wait need.
     /// How many requests a tunnel takes is known from the first on.
     fn demand(&self, target: &Target) -> usize {
-        let mut full = self.open.len().saturating_sub(self.idle.len());
+        let idle: usize = self.idle.iter().map(VecDeque::len).sum();
+        let mut full = self.open.len().saturating_sub(idle);
         let first = self.open.values().next();
         // Whether those of HTTP/2 are full is not known without a look at them.
         if full > 0 {
@@ -454,6 +538,11 @@ impl Member {
             Some(Sender::Flow(sender)) => !sender.is_closed(),
             None => false,
         }
+    }
+
+    /// Whether this worker drives it; for who is none, they are all alike.
+    fn is_of(&self, worker: Option<usize>) -> bool {
+        worker.is_none_or(|worker| self.tunnel.worker == worker)
     }
 
     /// Whether it takes many requests at a time.

@@ -292,7 +292,7 @@ fn target(address: SocketAddr, settings: Settings) -> Target {
 }
 
 fn tunnels(address: SocketAddr, settings: Settings) -> Arc<Tunnels> {
-    let tunnels = Tunnels::new();
+    let tunnels = Tunnels::new(Arc::default());
     tunnels.follow(vec![target(address, settings)]);
     tunnels
 }
@@ -660,16 +660,12 @@ async fn a_server_that_comes_up_later_is_found() {
     let server = Server::start(&H2).await;
     server.shared.deaf.store(true, SeqCst);
     let tunnels = tunnels(server.address, settings(2));
-    let waiting = {
-        let tunnels = Arc::clone(&tunnels);
-        tokio::spawn(async move { port(lease(&tunnels).await, "/").await })
-    };
     until("attempts fail", || tunnels.backends()[0].failed >= 3).await;
     let (error, since) = tunnels.backends().remove(0).error.unwrap();
     assert!(error.starts_with("TLS handshake with 127.0.0.1:"), "{error}");
     server.shared.deaf.store(false, SeqCst);
     established(&tunnels, 2).await;
-    within(waiting).await.unwrap();
+    port(lease(&tunnels).await, "/").await;
     assert!(tunnels.backends()[0].error.as_ref().is_none_or(|(_, at)| *at == since));
     until("the trouble is over", || tunnels.backends()[0].error.is_none()).await;
 }
@@ -802,7 +798,7 @@ async fn an_old_tunnel_is_replaced() {
 #[tokio::test]
 async fn changed_settings_or_address_replace_and_the_same_keep() {
     let (server, other) = (Server::start(&H1).await, Server::start(&H1).await);
-    let tunnels = Tunnels::new();
+    let tunnels = Tunnels::new(Arc::default());
     let first = target(server.address, settings(1));
     tunnels.follow(vec![first.clone()]);
     established(&tunnels, 1).await;
@@ -1025,6 +1021,16 @@ async fn waiting_is_bounded_and_says_why_it_failed() {
     );
     assert!(text.contains("refused"), "{text}");
 
+    // Who waits is told with the next attempt.
+    let late = within(tunnels.wait(BACKEND, Preference::New, PATIENCE)).await.map(drop).unwrap_err();
+    assert!(matches!(&late, Unavailable::Failing { error, .. } if error.contains("refused")), "{late}");
+}
+
+#[tokio::test]
+async fn only_so_many_wait() {
+    // Nobody says anything on its connections.
+    let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let tunnels = tunnels(silent.local_addr().unwrap(), settings(1));
     let waits = || Box::pin(tunnels.wait(BACKEND, Preference::New, PATIENCE));
     let mut waiting: Vec<_> = (0..MOST_WAITING).map(|_| waits()).collect();
     for one in &mut waiting {
@@ -1101,7 +1107,7 @@ async fn nothing_is_left_when_the_manager_is_dropped() {
         }
     });
     let idle = alive();
-    let tunnels = Tunnels::new();
+    let tunnels = Tunnels::new(Arc::default());
     let addresses = [servers[0].address, servers[1].address, silent.local_addr().unwrap(), mute_address];
     let targets = addresses
         .iter()

@@ -27,7 +27,7 @@ use tokio_util::either::Either;
 use super::lease::Sender;
 use super::pool::Pool;
 use super::{Body, Carries, Context, State, Tls, lock};
-use crate::gather::Gathering;
+use crate::{gather::Gathering, workers::here};
 
 /// A peer that says nothing for this long is asked whether it lives: by TCP, and sooner by HTTP/2.
 const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -57,6 +57,8 @@ struct Listed {
 pub(super) struct Tunnel {
     pub(super) id: u32,
     pub(super) pool: Arc<Pool>,
+    /// The thread that drives it.
+    pub(super) worker: usize,
     source: SocketAddr,
     destination: SocketAddr,
     version: &'static str,
@@ -187,6 +189,7 @@ impl Registry {
         let tunnel = Arc::new(Tunnel {
             id,
             pool: Arc::clone(pool),
+            worker: here().unwrap_or_default(),
             source,
             destination,
             version: tls

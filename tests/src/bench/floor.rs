@@ -10,12 +10,17 @@ use std::{
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
+        mpsc,
     },
+    thread,
 };
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
-use dispatcher_user::gather::{Gathering, gather};
+use dispatcher_user::{
+    gather::{Gathering, gather},
+    workers::processors,
+};
 use http_body_util::{BodyExt as _, Either, Full};
 use hyper::{
     Method, Request, Response, StatusCode, Uri,
@@ -32,7 +37,7 @@ use rustls::{
     crypto::aws_lc_rs,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _},
 };
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpSocket, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
 
 /// Where it listens, and for whom.
@@ -72,21 +77,34 @@ enum Pool {
     Http2 { senders: Vec<http2::SendRequest<Incoming>>, next: AtomicUsize },
 }
 
-/// Serves until it is ended.
+/// Serves until it is ended, on as many threads as the daemon does, each with connections to backends of its own.
 pub fn run(args: &Args) -> Result<()> {
-    // As many threads as the daemon has.
-    let threads = std::thread::available_parallelism().map_or(2, |all| all.get().max(2));
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?;
-    runtime.block_on(serve(args))
+    let (threads, acceptor) = (processors(), acceptor(args)?);
+    let (sender, receiver) = mpsc::channel();
+    for _ in 0..threads {
+        let (args, acceptor, sender) = (args.clone(), acceptor.clone(), sender.clone());
+        thread::spawn(move || sender.send(work(args, threads, acceptor)));
+    }
+    // None ends but by an error.
+    receiver.recv()?
 }
 
-async fn serve(args: &Args) -> Result<()> {
-    let (mut pools, args) = (Vec::new(), Arc::new(args.clone()));
+fn work(args: Args, threads: usize, acceptor: TlsAcceptor) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(serve(Arc::new(args), threads, acceptor))
+}
+
+async fn serve(args: Arc<Args>, threads: usize, acceptor: TlsAcceptor) -> Result<()> {
+    let (mut pools, established) = (Vec::new(), args.established.div_ceil(threads));
     for backend in &args.backends {
-        pools.push(Pool::open(&args, *backend).await.with_context(|| format!("connecting to {backend}"))?);
+        let pool = Pool::open(&args, *backend, established).await;
+        pools.push(pool.with_context(|| format!("connecting to {backend}"))?);
     }
-    let (pools, acceptor) = (Arc::new(pools), acceptor(&args)?);
-    let listener = TcpListener::bind(args.listen).await.with_context(|| format!("{}", args.listen))?;
+    let pools = Arc::new(pools);
+    let socket = if args.listen.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    socket.set_reuseport(true)?;
+    socket.bind(args.listen).with_context(|| format!("{}", args.listen))?;
+    let listener = socket.listen(1024)?;
     for client in 0.. {
         let (stream, _) = listener.accept().await?;
         stream.set_nodelay(true)?;
@@ -126,16 +144,16 @@ async fn answer(pools: &[Pool], client: usize, request: Request<Incoming>) -> An
 }
 
 impl Pool {
-    async fn open(args: &Arc<Args>, backend: SocketAddr) -> Result<Self> {
+    async fn open(args: &Arc<Args>, backend: SocketAddr, established: usize) -> Result<Self> {
         if !args.http2 {
             let mut senders = Vec::new();
-            for _ in 0..args.established {
+            for _ in 0..established {
                 senders.push(open(args, backend).await?);
             }
             return Ok(Self::Http1 { idle: Mutex::new(senders), args: Arc::clone(args), backend });
         }
         let mut senders = Vec::new();
-        for _ in 0..args.established {
+        for _ in 0..established {
             let io = connect(args, backend).await?;
             let (sender, connection) = http2::handshake(Gathering::default(), io).await?;
             tokio::spawn(connection);

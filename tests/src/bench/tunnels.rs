@@ -29,7 +29,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use dispatcher_user::api;
+use dispatcher_user::{api, workers::processors};
 use rustls::{ClientConnection, StreamOwned};
 
 use crate::{
@@ -163,9 +163,9 @@ fn kinds(against: Option<&Path>, floor: bool) -> Vec<Kind<'_>> {
     direct.into_iter().chain(own).chain(others).chain(floors).collect()
 }
 
-/// Connections to each backend: many requests share one of HTTP/2.
-const fn established(http2: bool) -> usize {
-    if http2 { 4 } else { POOL }
+/// Connections to each backend: of HTTP/2, as many requests share one, what the daemon has as a default.
+fn established(http2: bool) -> usize {
+    if http2 { processors().max(2) } else { POOL }
 }
 
 /// Whom we are compared with.

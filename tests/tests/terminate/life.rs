@@ -174,7 +174,7 @@ fn servers_that_are_killed_lose_no_request_that_can_be_repeated() {
                 scope.spawn(move || {
                     let mut line = scene.connect(Family::BOTH[client % 2], client % 4);
                     // Some are under way when their server goes; some have no session.
-                    let path = ["/", "/slow/100"][client / 2 % 2];
+                    let path = ["/", "/slow/40"][client / 2 % 2];
                     let cookie =
                         if client < 4 { format!("Cookie: sid=user{client}\r\n") } else { String::new() };
                     let text = format!("GET {path} HTTP/1.1\r\nHost: {HOST}\r\n{cookie}\r\n");

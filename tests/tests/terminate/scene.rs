@@ -120,6 +120,11 @@ impl Scene {
             ));
         }
         let shop = shop.with(&format!("tunnels.roots = \"{}\"", roots.display()));
+        let shop = if lines.iter().any(|line| line.starts_with("tunnels.established")) {
+            shop
+        } else {
+            shop.with(&format!("tunnels.established = {ESTABLISHED}"))
+        };
         let shop = if lines.iter().any(|line| line.starts_with("tunnels.server_name")) {
             shop
         } else {
