@@ -837,20 +837,21 @@ impl fmt::Debug for Dataplane {
 /// Nanoseconds of CLOCK_MONOTONIC: the clock of the data path.
 #[must_use]
 pub fn monotonic_ns() -> u64 {
-    let now = monotonic();
+    let now = clock(libc::CLOCK_MONOTONIC);
     now.as_secs() * 1_000_000_000 + u64::from(now.subsec_nanos())
 }
 
 /// Seconds of CLOCK_MONOTONIC, as flows and sessions carry them.
 #[must_use]
 pub fn monotonic_seconds() -> u32 {
-    monotonic().as_secs() as u32
+    // Which costs less, and is some milliseconds behind at most.
+    clock(libc::CLOCK_MONOTONIC_COARSE).as_secs() as u32
 }
 
-fn monotonic() -> Duration {
+fn clock(id: libc::clockid_t) -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `time` is a valid place for one timespec, which is all that the call writes.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    unsafe { libc::clock_gettime(id, &raw mut time) };
     Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
 }
 

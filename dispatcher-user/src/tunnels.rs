@@ -22,12 +22,13 @@ use std::collections::HashMap;
 use std::error::Error;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http_body_util::combinators::UnsyncBoxBody;
 use rustls::pki_types::ServerName;
+use tokio::sync::watch;
 
 pub use lease::{Lease, Reply, SendError, Stream};
 
@@ -226,12 +227,30 @@ pub enum Unavailable {
     },
 }
 
+/// The tunnels of all backends as they were when this was asked for: whoever sends many requests keeps it until
+/// [`Tunnels::subscribe`] tells of a change, instead of asking what all share for each.
+#[derive(Default)]
+pub struct Pools(HashMap<u32, Arc<Pool>>);
+
+impl Pools {
+    /// A tunnel right now: the `wanted` one if it is of that backend and can take a request, else the one with
+    /// the fewest requests in flight.
+    pub fn take(&self, backend: u32, wanted: Preference) -> Option<Lease> {
+        self.0.get(&backend)?.take(wanted)
+    }
+
+    /// Whether a backend has no tunnel, and attempts to make one fail: [`Load::failing`].
+    pub fn is_failing(&self, backend: u32) -> bool {
+        self.0.get(&backend).is_some_and(|pool| pool.is_failing())
+    }
+}
+
 /// The manager of all tunnels. Its methods must be called within a tokio runtime.
 ///
 /// When it is dropped, all tunnels are retired and the tasks end.
 #[derive(Default)]
 pub struct Tunnels {
-    pools: RwLock<HashMap<u32, Arc<Pool>>>,
+    pools: watch::Sender<Arc<Pools>>,
     registry: Arc<Registry>,
     workers: Arc<Workers>,
 }
@@ -239,38 +258,47 @@ pub struct Tunnels {
 impl Tunnels {
     /// A manager without targets. Its tunnels are spread over the workers.
     pub fn new(workers: Arc<Workers>) -> Arc<Self> {
-        Arc::new(Self { pools: RwLock::default(), registry: Arc::default(), workers })
+        Arc::new(Self { pools: watch::Sender::default(), registry: Arc::default(), workers })
     }
 
     /// Sets what should be. New backends start to be connected. Those that are gone, or whose name, address or
     /// settings changed, are retired: requests in flight finish, then the tunnels close. Who waits for a
     /// changed backend goes on waiting for the new tunnels.
     pub fn follow(&self, targets: Vec<Target>) {
-        let mut pools = self.pools.write().unwrap_or_else(PoisonError::into_inner);
-        let mut former = std::mem::take(&mut *pools);
-        for target in targets {
-            let backend = target.backend;
-            let pool = match former.remove(&backend) {
-                Some(pool) if pool.target.is_same(&target) => pool,
-                old => {
-                    let waiting = old.map(|old| old.end()).unwrap_or_default();
-                    let (registry, workers) = (Arc::clone(&self.registry), Arc::clone(&self.workers));
-                    Pool::start(target, registry, workers, waiting)
+        self.pools.send_if_modified(|pools| {
+            let (mut former, mut now) = (pools.0.clone(), HashMap::new());
+            let mut changed = former.len() != targets.len();
+            for target in targets {
+                let backend = target.backend;
+                let pool = match former.remove(&backend) {
+                    Some(pool) if pool.target.is_same(&target) => pool,
+                    old => {
+                        changed = true;
+                        let waiting = old.map(|old| old.end()).unwrap_or_default();
+                        let (registry, workers) = (Arc::clone(&self.registry), Arc::clone(&self.workers));
+                        Pool::start(target, registry, workers, waiting)
+                    }
+                };
+                if let Some(twin) = now.insert(backend, pool) {
+                    twin.end();
                 }
-            };
-            if let Some(twin) = pools.insert(backend, pool) {
-                twin.end();
             }
-        }
-        for gone in former.into_values() {
-            gone.end();
-        }
+            for gone in former.into_values() {
+                gone.end();
+            }
+            *pools = Arc::new(Pools(now));
+            changed
+        });
     }
 
-    /// A tunnel right now: the `wanted` one if it is of that backend and can take a request, else the one with
-    /// the fewest requests in flight.
+    /// The tunnels there are now, and word when other backends are followed.
+    pub fn subscribe(&self) -> watch::Receiver<Arc<Pools>> {
+        self.pools.subscribe()
+    }
+
+    /// A tunnel right now, as [`Pools::take`] gives it.
     pub fn take(&self, backend: u32, wanted: Preference) -> Option<Lease> {
-        self.pools().get(&backend)?.take(wanted)
+        self.pools().take(backend, wanted)
     }
 
     /// As [`take`](Self::take), but waits for its turn, first come, first served, for at most `patience`; not when the
@@ -281,7 +309,7 @@ impl Tunnels {
         wanted: Preference,
         patience: Duration,
     ) -> Result<Lease, Unavailable> {
-        let turn = match self.pools().get(&backend) {
+        let turn = match self.pools().0.get(&backend) {
             Some(pool) => match pool.take(wanted) {
                 Some(lease) => return Ok(lease),
                 None => pool.queue(wanted)?,
@@ -293,7 +321,7 @@ impl Tunnels {
             Ok(Err(_gone)) => false,
             Err(_elapsed) => true,
         };
-        let status = self.pools().get(&backend).map(|pool| pool.status());
+        let status = self.pools().0.get(&backend).map(|pool| pool.status());
         Err(match status.map(|Status { name, error, .. }| (name, error.map(|(text, _)| text))) {
             None => Unavailable::Unknown(backend),
             Some((name, Some(error))) if !late => Unavailable::Failing { name, error },
@@ -308,19 +336,19 @@ impl Tunnels {
 
     /// The followed backends, ordered by id.
     pub fn backends(&self) -> Vec<Status> {
-        let mut all: Vec<Status> = self.pools().values().map(|pool| pool.status()).collect();
+        let mut all: Vec<Status> = self.pools().0.values().map(|pool| pool.status()).collect();
         all.sort_by_key(|status| status.backend);
         all
     }
 
     /// What a backend's tunnels have to do; nothing of one that is not followed.
     pub fn load(&self, backend: u32) -> Load {
-        self.pools().get(&backend).map(|pool| pool.load()).unwrap_or_default()
+        self.pools().0.get(&backend).map(|pool| pool.load()).unwrap_or_default()
     }
 
     /// Whether a backend has no tunnel, and attempts to make one fail: [`Load::failing`].
     pub fn is_failing(&self, backend: u32) -> bool {
-        self.pools().get(&backend).is_some_and(|pool| pool.is_failing())
+        self.pools().is_failing(backend)
     }
 
     /// Requests and flows that are under way to a backend, over tunnels of whatever state.
@@ -352,8 +380,8 @@ impl Tunnels {
     pub fn rotate(&self, backend: Option<u32>) -> usize {
         let pools = self.pools();
         match backend {
-            Some(backend) => pools.get(&backend).map_or(0, |pool| pool.rotate()),
-            None => pools.values().map(|pool| pool.rotate()).sum(),
+            Some(backend) => pools.0.get(&backend).map_or(0, |pool| pool.rotate()),
+            None => pools.0.values().map(|pool| pool.rotate()).sum(),
         }
     }
 
@@ -368,8 +396,8 @@ impl Tunnels {
         }
     }
 
-    fn pools(&self) -> RwLockReadGuard<'_, HashMap<u32, Arc<Pool>>> {
-        self.pools.read().unwrap_or_else(PoisonError::into_inner)
+    fn pools(&self) -> watch::Ref<'_, Arc<Pools>> {
+        self.pools.borrow()
     }
 }
 

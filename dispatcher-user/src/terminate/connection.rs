@@ -5,12 +5,13 @@ use std::{
     net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream},
     pin::pin,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use hyper::service::service_fn;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -27,14 +28,14 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::either::Either;
 
 use super::{
-    Followed, Front, Site,
+    All, Followed, Front, Reached, Site, Terminator,
     counts::{Counts, Open, Refusal},
     forwarded::Told,
-    relay, request, seconds,
+    lock, relay, request, seconds,
     sending::Flows,
     session::Recent,
 };
-use crate::{gather::gather, state::Shared};
+use crate::{gather::gather, state::Shared, tunnels::Pools};
 
 /// Requests of one HTTP/2 connection at a time.
 const STREAMS: u32 = 128;
@@ -57,7 +58,7 @@ const PINGS: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(20)];
 /// What requests of one connection share.
 pub(super) struct Client {
     pub(super) shared: Arc<Shared>,
-    site: watch::Receiver<Arc<Site>>,
+    watching: Mutex<Watching>,
     pub(super) address: SocketAddr,
     /// It speaks in clear.
     pub(super) clear: bool,
@@ -85,15 +86,76 @@ impl Client {
         self.open.counts()
     }
 
-    /// The service as it is now.
-    pub(super) fn site(&self) -> Arc<Site> {
-        Arc::clone(&self.site.borrow())
+    /// What it goes by now.
+    pub(super) fn view(&self) -> Arc<View> {
+        lock(&self.watching).view()
     }
 
     /// An id for its next request, 32 hexadecimal digits.
     pub(super) fn request_id(&self) -> String {
         let bytes = [self.id.to_be_bytes(), self.asked.fetch_add(1, Ordering::Relaxed).to_be_bytes()];
         crate::api::to_hex(bytes.as_flattened())
+    }
+}
+
+/// What a connection goes by. It has one of its own, and makes another when something has changed: at each request all
+/// processors would have to agree on who holds what all connections share.
+pub(super) struct View {
+    pub(super) site: Arc<Site>,
+    /// The backends that can be reached, if any.
+    pub(super) reached: Option<Arc<Reached>>,
+    tunnels: Arc<Pools>,
+    clear: Arc<Pools>,
+}
+
+impl View {
+    /// The connections to backends for requests that are secure, or not.
+    pub(super) fn pools(&self, secure: bool) -> &Pools {
+        if secure { &self.tunnels } else { &self.clear }
+    }
+}
+
+/// Where changes show.
+struct Watching {
+    site: watch::Receiver<Arc<Site>>,
+    reached: watch::Receiver<All<Arc<Reached>>>,
+    tunnels: watch::Receiver<Arc<Pools>>,
+    clear: watch::Receiver<Arc<Pools>>,
+    view: Option<Arc<View>>,
+}
+
+impl Watching {
+    fn new(terminator: &Terminator, site: watch::Receiver<Arc<Site>>) -> Self {
+        Self {
+            site,
+            reached: terminator.reached.subscribe(),
+            tunnels: terminator.tunnels.subscribe(),
+            clear: terminator.clear.subscribe(),
+            view: None,
+        }
+    }
+
+    fn view(&mut self) -> Arc<View> {
+        // Of a service that is gone nothing changes any more.
+        let changed = [
+            self.site.has_changed(),
+            self.reached.has_changed(),
+            self.tunnels.has_changed(),
+            self.clear.has_changed(),
+        ];
+        if changed.into_iter().any(|one| one.unwrap_or(false)) {
+            self.view = None;
+        }
+        let view = self.view.get_or_insert_with(|| {
+            let site = Arc::clone(&self.site.borrow_and_update());
+            Arc::new(View {
+                reached: self.reached.borrow_and_update().get(&site.service.id).cloned(),
+                tunnels: Arc::clone(&self.tunnels.borrow_and_update()),
+                clear: Arc::clone(&self.clear.borrow_and_update()),
+                site,
+            })
+        });
+        Arc::clone(view)
     }
 }
 
@@ -221,8 +283,8 @@ async fn serve(
     let idle_limit = seconds(now.terminate.idle_timeout);
     drop(now);
     let client = Arc::new(Client {
+        watching: Mutex::new(Watching::new(&shared.terminator, site.clone())),
         shared,
-        site,
         address,
         clear,
         server_name,
@@ -252,7 +314,7 @@ async fn serve(
         .keep_alive_interval(PINGS[0])
         .keep_alive_timeout(PINGS[1]);
     let mut connection = pin!(server.serve_connection_with_upgrades(TokioIo::new(stream), service));
-    let mut site = client.site.clone();
+    let mut site = site;
     let ended = async {
         tokio::select! {
             // The daemon ends, or the service does.
@@ -261,12 +323,16 @@ async fn serve(
             () = idle(&client) => {}
         }
     };
+    // Which asks those only when they have something to say, not at each turn of the connection.
+    let mut ended = FuturesUnordered::from_iter([ended]);
     let work = async {
         tokio::select! {
+            biased;
             result = &mut connection => result,
-            () = ended => {
+            _ = ended.next() => {
                 connection.as_mut().graceful_shutdown();
                 tokio::select! {
+                    biased;
                     result = &mut connection => result,
                     // It does not take part in that.
                     () = async {
@@ -291,7 +357,7 @@ async fn serve(
 async fn idle(client: &Client) {
     loop {
         let (limit, stalled) = {
-            let terminate = &client.site().terminate;
+            let terminate = &client.view().site.terminate;
             (seconds(terminate.idle_timeout), seconds(terminate.response_timeout))
         };
         let busy = client.requests.load(Ordering::Acquire) > 0;

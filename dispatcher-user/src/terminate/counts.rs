@@ -12,6 +12,8 @@ use std::{
 
 use dispatcher_common::service::{BUCKETS, Histogram};
 
+use crate::workers::{here, processors};
+
 /// Why a client is not served any longer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Refusal {
@@ -81,12 +83,30 @@ pub(crate) struct Counts {
     accepted: AtomicU64,
     open: AtomicU64,
     refused: [AtomicU64; Refusal::ALL.len()],
-    /// In clear, and through tunnels.
-    requests: [[AtomicU64; CLASSES]; 2],
     retried: AtomicU64,
-    /// Of requests, until the answer's head.
+    /// A share of each worker's own.
+    requests: Vec<Requests>,
+}
+
+/// Counters of requests. Those of two workers are in no cache line together.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Requests {
+    /// In clear, and through tunnels.
+    classes: [[AtomicU64; CLASSES]; 2],
+    /// Of times until the answer's head.
     buckets: [AtomicU64; BUCKETS],
     sum: AtomicU64,
+}
+
+impl Default for Requests {
+    fn default() -> Self {
+        Self {
+            classes: array::from_fn(|_| array::from_fn(|_| AtomicU64::default())),
+            buckets: array::from_fn(|_| AtomicU64::default()),
+            sum: AtomicU64::default(),
+        }
+    }
 }
 
 /// The same as numbers.
@@ -107,10 +127,8 @@ impl Default for Counts {
             accepted: AtomicU64::default(),
             open: AtomicU64::default(),
             refused: array::from_fn(|_| AtomicU64::default()),
-            requests: array::from_fn(|_| array::from_fn(|_| AtomicU64::default())),
             retried: AtomicU64::default(),
-            buckets: array::from_fn(|_| AtomicU64::default()),
-            sum: AtomicU64::default(),
+            requests: (0..processors()).map(|_| Requests::default()).collect(),
         }
     }
 }
@@ -136,10 +154,11 @@ impl Counts {
 
     pub(super) fn request(&self, secure: bool, status: u16, took: Duration) {
         let class = usize::from(status / 100).clamp(1, CLASSES) - 1;
-        self.requests[usize::from(secure)][class].fetch_add(1, Relaxed);
+        let Some(own) = self.requests.get(here().unwrap_or_default()) else { return };
+        own.classes[usize::from(secure)][class].fetch_add(1, Relaxed);
         let ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-        self.buckets[Histogram::bucket(ns)].fetch_add(1, Relaxed);
-        self.sum.fetch_add(ns, Relaxed);
+        own.buckets[Histogram::bucket(ns)].fetch_add(1, Relaxed);
+        own.sum.fetch_add(ns, Relaxed);
     }
 
     pub(super) fn retry(&self) {
@@ -148,13 +167,19 @@ impl Counts {
 
     pub(crate) fn read(&self) -> Counted {
         let read = |counter: &AtomicU64| counter.load(Relaxed);
+        let sum = |one: &dyn Fn(&Requests) -> u64| self.requests.iter().map(one).sum();
         Counted {
             accepted: read(&self.accepted),
             open: read(&self.open),
             refused: self.refused.each_ref().map(read),
-            requests: self.requests.each_ref().map(|all| all.each_ref().map(read)),
+            requests: array::from_fn(|way| {
+                array::from_fn(|class| sum(&|own| read(&own.classes[way][class])))
+            }),
             retried: read(&self.retried),
-            times: Histogram { buckets: self.buckets.each_ref().map(read), sum: read(&self.sum) },
+            times: Histogram {
+                buckets: array::from_fn(|bucket| sum(&|own| read(&own.buckets[bucket]))),
+                sum: sum(&|own| read(&own.sum)),
+            },
         }
     }
 }

@@ -42,12 +42,16 @@ impl Told {
     /// itself is not believed.
     pub(super) fn tell(&self, headers: &mut HeaderMap, authority: &Authority, id: &str) -> HeaderValue {
         let Named { host, forwarded, .. } = self.named(authority);
+        // Each time another: no table of HTTP/2 is to hold it.
+        let mut id = value(id.to_owned());
+        id.set_sensitive(true);
+        headers.reserve(5);
         for (name, value) in [
             (FORWARDED_FOR, self.address.clone()),
             (FORWARDED_PROTO, HeaderValue::from_static(self.protocol)),
             (FORWARDED_HOST, host.clone()),
             (FORWARDED, forwarded),
-            (REQUEST_ID, value(id.to_owned())),
+            (REQUEST_ID, id),
         ] {
             headers.insert(name, value);
         }

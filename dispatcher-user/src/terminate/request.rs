@@ -36,7 +36,7 @@ use tokio::{
 
 use super::{
     Reached, Site, access, class,
-    connection::{Busy, Client},
+    connection::{Busy, Client, View},
     forwarded::REQUEST_ID,
     secure,
     sending::Sending,
@@ -87,14 +87,15 @@ pub(super) async fn answer(
     request: Request<Incoming>,
 ) -> Result<Response<Sending<Watched>>, Infallible> {
     let busy = Busy::new(&client);
-    let site = client.site();
+    let view = client.view();
+    let site = &view.site;
     let id = client.request_id();
     let began = Instant::now();
     let mut way = Way { secure: !client.clear, ..Way::default() };
     let asked = site.log.is_some().then(|| Asked::of(&request));
     let http1 = request.version() < Version::HTTP_2;
     let mut error = None;
-    let answer = match pass_on(&client, &site, request, &id, &mut way).await {
+    let answer = match pass_on(&client, &view, request, &id, &mut way).await {
         Ok(response) => response,
         Err(Failure { status, problem, again }) => {
             let (service, from) = (&site.service.name, client.address);
@@ -111,12 +112,13 @@ pub(super) async fn answer(
             page
         }
     };
-    let (status, took) = (answer.status(), began.elapsed());
+    let (status, now) = (answer.status(), Instant::now());
+    let took = now - began;
     client.counts().request(way.secure, status.as_u16(), took);
     let length = answer.body().size_hint().exact();
     let (sent, complete) = (0, false);
     let told = asked.map(|asked| Record {
-        site,
+        site: Arc::clone(site),
         asked,
         id,
         status,
@@ -131,7 +133,7 @@ pub(super) async fn answer(
     Ok(answer.map(|body| {
         let mut body = Watched { body, told, busy };
         body.note(0);
-        client.flows.follow(body)
+        client.flows.follow(body, now)
     }))
 }
 
@@ -333,11 +335,12 @@ fn page(status: StatusCode, problem: &str, id: &str) -> Response<Body> {
 
 async fn pass_on(
     client: &Arc<Client>,
-    site: &Arc<Site>,
+    view: &View,
     mut request: Request<Incoming>,
     id: &str,
     way: &mut Way,
 ) -> Result<Response<Body>, Failure> {
+    let site = &*view.site;
     let authority = check(&request)?;
     let upgraded = wants_upgrade(&request).then(|| hyper::upgrade::on(&mut request));
     let (mut head, body) = request.into_parts();
@@ -362,7 +365,7 @@ async fn pass_on(
     let mut avoid = Vec::new();
     loop {
         let Leased { lease, backend, permit } =
-            lease(client, site, &head, way, key.as_ref(), confirmed, &mut avoid).await?;
+            lease(client, view, &head, way, key.as_ref(), confirmed, &mut avoid).await?;
         let (tunnel, home) = if secure { (lease.id(), lease.home()) } else { (0, 0) };
         (way.backend, way.tunnel, way.tries) = (backend, tunnel, way.tries + 1);
         let named = (&authority, &host);
@@ -384,7 +387,7 @@ async fn pass_on(
                 let binding = Binding { backend, tunnel: home, confirmed: true };
                 // The backend is done with what was read to its end.
                 let permit = permit.filter(|_| !whole);
-                return finish(client, site, response, upgraded, assigned, binding, permit);
+                return finish(client, view, response, upgraded, assigned, binding, permit);
             }
             Ok(Err(error)) => error,
             Err(_) => {
@@ -561,7 +564,7 @@ struct Leased {
 /// Where a backend takes only so many requests at a time, it is waited for before that.
 async fn lease(
     client: &Client,
-    site: &Site,
+    view: &View,
     head: &Parts,
     way: &mut Way,
     key: Option<&SessionKey>,
@@ -569,6 +572,7 @@ async fn lease(
     avoid: &mut Vec<u32>,
 ) -> Result<Leased, Failure> {
     let unavailable = |problem: String| failure(StatusCode::SERVICE_UNAVAILABLE, problem);
+    let (site, pools) = (&*view.site, view.pools(way.secure));
     let terminator = &client.shared.terminator;
     let road = terminator.road(way.secure);
     let sessions = client.shared.dataplane.sessions();
@@ -576,15 +580,15 @@ async fn lease(
         log::error!("{error}");
         failure(StatusCode::INTERNAL_SERVER_ERROR, "the session table cannot be read")
     };
-    let Some(reached) = terminator.reached(site.service.id) else {
+    let Some(reached) = &view.reached else {
         return Err(unavailable("no backend of this service can be reached".to_owned()));
     };
-    let known = match key.map(|key| (key, client.recent.find(key, &reached))) {
+    let known = match key.map(|key| (key, client.recent.find(key, reached))) {
         None => None,
         Some((_, Some(seen))) => Some(seen),
-        Some((key, None)) => session::find(sessions, key, &reached).map_err(broken)?,
+        Some((key, None)) => session::find(sessions, key, reached).map_err(broken)?,
     };
-    let usable = |backend: u32, avoid: &[u32]| !avoid.contains(&backend) && !road.is_failing(backend);
+    let usable = |backend: u32, avoid: &[u32]| !avoid.contains(&backend) && !pools.is_failing(backend);
     let pick = |avoid: &mut Vec<u32>| {
         let (qos, client) = (&client.shared.qos, client.address.ip());
         let pick = |avoid: &[u32]| terminator.pick(qos, road, &site.service, &reached.pool, client, avoid);
@@ -593,7 +597,7 @@ async fn lease(
             avoid.clear();
             pick(avoid)
         });
-        found.map(|one| one.id).ok_or_else(|| unavailable(nobody(road, &reached)))
+        found.map(|one| one.id).ok_or_else(|| unavailable(nobody(road, reached)))
     };
     let known = known.filter(|(_, backend)| usable(*backend, avoid));
     let home = known.map_or(0, |(session, _)| session.tunnel);
@@ -617,7 +621,11 @@ async fn lease(
             }
         };
         let until = *until.get_or_insert_with(|| Instant::now() + PATIENCE);
-        let lease = match road.wait(backend, wanted, until.saturating_duration_since(Instant::now())).await {
+        let waited = match pools.take(backend, wanted) {
+            Some(lease) => Ok(lease),
+            None => road.wait(backend, wanted, until.saturating_duration_since(Instant::now())).await,
+        };
+        let lease = match waited {
             Ok(lease) => lease,
             Err(error) => {
                 // Names and addresses of backends are not for clients.
@@ -636,7 +644,7 @@ async fn lease(
         let binding = Binding { backend, tunnel, confirmed: confirmed && known.is_some() };
         let service = &site.service;
         let bound =
-            session::bind(sessions, key, binding, service, &reached, &client.recent).map_err(broken)?;
+            session::bind(sessions, key, binding, service, reached, &client.recent).map_err(broken)?;
         if bound == backend || !usable(bound, avoid) {
             return Ok(Leased { lease, backend, permit });
         }
@@ -692,7 +700,7 @@ fn form(
 /// Takes note of what the backend answered, and makes it the client's answer.
 fn finish(
     client: &Arc<Client>,
-    site: &Site,
+    view: &View,
     mut response: Response<Body>,
     upgraded: Option<OnUpgrade>,
     assigned: Option<String>,
@@ -715,12 +723,11 @@ fn finish(
         return Ok(response.map(|_| nothing()));
     }
     strip(response.headers_mut());
-    let mut sets = false;
-    let reached = client.shared.terminator.reached(site.service.id);
+    let (site, mut sets) = (&*view.site, false);
     for line in response.headers().get_all(SET_COOKIE) {
         let Some(value) = session::of_set_cookie(line, &site.cookie) else { continue };
         sets = true;
-        let Some(reached) = &reached else { continue };
+        let Some(reached) = &view.reached else { continue };
         let key = session::key(site, value);
         let sessions = client.shared.dataplane.sessions();
         if let Err(error) = session::bind(sessions, &key, binding, &site.service, reached, &client.recent) {

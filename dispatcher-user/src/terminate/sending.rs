@@ -43,8 +43,9 @@ impl<B> Default for Flows<B> {
 }
 
 impl<B> Flows<B> {
-    pub(super) fn follow(&self, body: B) -> Sending<B> {
-        let flow = Flow { rest: Ok(body), since: Instant::now(), waits: None };
+    /// `now` is the present time, which the caller has asked for anyway.
+    pub(super) fn follow(&self, body: B, now: Instant) -> Sending<B> {
+        let flow = Flow { rest: Ok(body), since: now, waits: None };
         let flow = Arc::new(Mutex::new(flow));
         let mut all = lock(&self.0);
         if all.len() == all.capacity() {
@@ -81,11 +82,11 @@ impl<B: hyper::body::Body<Data = Bytes, Error = BoxError> + Unpin> hyper::body::
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let mut flow = lock(&self.0);
-        let polled = match &mut flow.rest {
-            Ok(body) => Pin::new(body).poll_frame(context),
+        let (polled, ended) = match &mut flow.rest {
+            Ok(body) => (Pin::new(&mut *body).poll_frame(context), body.is_end_stream()),
             Err(cut) => return Poll::Ready(Some(Err((*cut).into()))),
         };
-        if polled.is_ready() || flow.waits.is_none() {
+        if !ended && (polled.is_ready() || flow.waits.is_none()) {
             flow.since = Instant::now();
         }
         flow.waits = polled.is_pending().then(|| context.waker().clone());

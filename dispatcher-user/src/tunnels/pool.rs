@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::future::Future;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicUsize, fence};
+use std::sync::atomic::{AtomicBool, AtomicUsize, fence};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -48,6 +48,8 @@ pub(super) struct Pool {
     members: Mutex<Members>,
     /// How many wait: who ends a request looks here before he takes the lock.
     waiters: AtomicUsize,
+    /// What [`Members::is_failing`] says.
+    failing: AtomicBool,
     /// Wakes the keeper: something ended, or more is needed.
     keeper: Notify,
 }
@@ -58,6 +60,8 @@ struct Members {
     ended: bool,
     /// By id.
     open: BTreeMap<u32, Member>,
+    /// How many of them take many requests at a time.
+    shared: usize,
     /// Those of them that are free and take one request or flow at a time, by worker, the last used at the end. Some may
     /// have just ended.
     idle: Vec<VecDeque<u32>>,
@@ -105,6 +109,7 @@ impl Pool {
         let members = Members {
             ended: false,
             open: BTreeMap::new(),
+            shared: 0,
             idle: vec![VecDeque::new(); workers.number()],
             waiting,
             announced: false,
@@ -116,7 +121,15 @@ impl Pool {
         };
         let waiters = AtomicUsize::new(members.waiting.len());
         let members = Mutex::new(members);
-        let pool = Arc::new(Pool { target, registry, workers, members, waiters, keeper: Notify::new() });
+        let pool = Arc::new(Pool {
+            target,
+            registry,
+            workers,
+            members,
+            waiters,
+            failing: AtomicBool::new(false),
+            keeper: Notify::new(),
+        });
         tokio::spawn(Arc::clone(&pool).keep());
         pool
     }
@@ -126,6 +139,7 @@ impl Pool {
         let mut members = lock(&self.members);
         members.ended = true;
         std::mem::take(&mut members.open).into_values().for_each(Member::retire);
+        members.shared = 0;
         members.idle.iter_mut().for_each(VecDeque::clear);
         self.keeper.notify_one();
         std::mem::take(&mut members.waiting)
@@ -214,7 +228,9 @@ impl Pool {
         if !member.is_shared() {
             members.idle_of(worker).push_front(id);
         }
+        members.shared += usize::from(member.is_shared());
         members.open.insert(id, member);
+        self.failing.store(false, Relaxed);
         let spare = self.serve_all(&mut members);
         drop(members);
         drop(spare);
@@ -224,6 +240,7 @@ impl Pool {
     pub(super) fn remove(&self, tunnel: &Tunnel) -> bool {
         let mut members = lock(&self.members);
         let removed = members.remove(tunnel.id);
+        self.failing.store(members.is_failing(), Relaxed);
         self.keeper.notify_one();
         removed
     }
@@ -269,7 +286,7 @@ impl Pool {
     }
 
     pub(super) fn is_failing(&self) -> bool {
-        lock(&self.members).is_failing()
+        self.failing.load(Relaxed)
     }
 
     /// The keeper: opens what is missing, and looks again when something changed or is due.
@@ -350,6 +367,7 @@ impl Pool {
                 due = over.into_iter().chain(again).fold(due, Instant::min);
             }
         }
+        self.failing.store(members.is_failing(), Relaxed);
         let missing = demand.saturating_sub(fresh + attempts);
         Some((missing.min(bound.saturating_sub(attempts)), due))
     }
@@ -371,6 +389,7 @@ impl Pool {
             trouble.delays += 1;
         }
         // Other backends are sooner there than this one: whoever waits is told.
+        self.failing.store(members.is_failing(), Relaxed);
         let told = if members.is_failing() { std::mem::take(&mut members.waiting) } else { Waiting::new() };
         self.waiters.store(members.waiting.len(), SeqCst);
         drop(members);
@@ -481,7 +500,10 @@ impl Members {
     /// It takes no more requests. False if it did not any more.
     fn remove(&mut self, id: u32) -> bool {
         self.claim(id);
-        self.open.remove(&id).map(Member::retire).is_some()
+        let Some(member) = self.open.remove(&id) else { return false };
+        self.shared -= usize::from(member.is_shared());
+        member.retire();
+        true
     }
 
     /// Hands free tunnels to those who wait, in order. Gives back one that nobody took any more.
@@ -510,7 +532,7 @@ impl Members {
         let mut full = self.open.len().saturating_sub(idle);
         let first = self.open.values().next();
         // Whether those of HTTP/2 are full is not known without a look at them.
-        if full > 0 {
+        if full > 0 && self.shared > 0 {
             full -= self.open.values().filter(|member| member.is_shared() && member.is_free()).count();
         }
         let streams = first.map_or(usize::MAX, |member| member.tunnel.streams.load(Relaxed).max(1));
