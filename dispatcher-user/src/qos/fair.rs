@@ -256,7 +256,8 @@ impl<T> Queue<T> {
 
     /// Makes room for one more of a class and client: takes out the newest item of the class furthest above its
     /// share, and there of the client of whom most waits. None if that is the class and client of the one that
-    /// comes. Of several priorities the lowest loses.
+    /// comes. Of several priorities the lowest loses. The only one of a class stays where another class has more, or a short
+    /// queue would have no place for the light ones at all.
     pub(crate) fn shed(&mut self, class: u16, client: IpAddr) -> Option<(u16, T)> {
         let (class, client) = (self.class(class), network(client));
         let crowd = |id: u16, kind: &Kind<T>| (kind.len + usize::from(id == class)) as u128;
@@ -266,6 +267,7 @@ impl<T> Queue<T> {
             rival
                 .level
                 .cmp(&kind.level)
+                .then((crowd(**one, kind) > 1).cmp(&(crowd(**other, rival) > 1)))
                 .then(mine.cmp(&theirs))
                 .then((**one == class).cmp(&(**other == class)))
         };
@@ -407,7 +409,8 @@ mod tests {
         let counts = served(&mut queue, &classes, 10_000);
         assert_eq!(counts.get(&1), Some(&9_999), "{counts:?}");
         queue.push(1, client(0), ());
-        assert_eq!(queue.shed(1, client(9)), Some((0, ())), "one is more than three for these weights");
+        queue.push(0, client(0), ());
+        assert_eq!(queue.shed(1, client(9)), Some((0, ())), "two are more than three for these weights");
     }
 
     #[test]
@@ -582,6 +585,20 @@ mod tests {
         );
         // 2 / 1 against 7 / 3: now class 1 is further above.
         assert_eq!(queue.shed(1, client(9)), Some((1, 15)));
+        check(&queue);
+    }
+
+    #[test]
+    fn a_short_queue_has_a_place_for_the_light() {
+        let classes = [class(0, 1), class(1, 8)];
+        let mut queue = Queue::new(&classes);
+        for number in 0..7 {
+            queue.push(1, client(1), number);
+        }
+        assert_eq!(queue.shed(0, client(2)), Some((1, 6)), "its first");
+        queue.push(0, client(2), 10);
+        assert_eq!(queue.shed(0, client(2)), None, "its second is too many");
+        assert_eq!(queue.shed(1, client(1)), None, "and the others do not take the place");
         check(&queue);
     }
 

@@ -630,7 +630,9 @@ async fn lease(
             Err(error) => {
                 // Names and addresses of backends are not for clients.
                 log::debug!("{error}");
-                if !matches!(error, Unavailable::Failing { .. }) || Instant::now() >= until {
+                // Its tunnels are lost, or it is no backend any more.
+                let elsewhere = matches!(error, Unavailable::Failing { .. } | Unavailable::Unknown(_));
+                if !elsewhere || Instant::now() >= until {
                     return Err(unavailable("no tunnel to a backend was free in time".to_owned()));
                 }
                 avoid.push(backend);

@@ -281,6 +281,32 @@ fn a_backend_without_a_limit_is_not_held_up() {
 }
 
 #[test]
+fn who_waits_for_a_backend_that_goes_is_served_by_another() {
+    for how in ["disable", "offline", "remove"] {
+        let scene = scene(&[ONE, PATIENT]);
+        let blocker = Blocker::new(&scene, "gold");
+        until("the server is busy", || mirror(&scene, 0).begun() == 1);
+        std::thread::scope(|scope| {
+            let asked: Vec<_> = (0..6).map(|_| ask(scope, &scene, "bronze", "/")).collect();
+            until("all wait", || queued(&scene, "b1") == 6);
+            scene.daemon.told(&["backend", "shop/b1", how]).expect("done");
+            match how {
+                // What is under way goes on, and they wait for it.
+                "disable" => blocker.end(),
+                _ => drop(blocker),
+            }
+            for one in asked {
+                let (status, body) = one.join().expect("a client");
+                assert!(status.contains("200"), "{how}: {status}: {body}");
+            }
+        });
+        if how == "disable" {
+            assert!(mirror(&scene, 0).seen().iter().all(|one| one.method != "GET"), "nothing more for it");
+        }
+    }
+}
+
+#[test]
 fn what_a_class_that_goes_has_is_the_default_ones() {
     let scene = scene(&[ONE, PATIENT]);
     let blocker = Blocker::new(&scene, "gold");
