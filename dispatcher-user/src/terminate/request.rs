@@ -253,8 +253,11 @@ impl Progress {
     }
 
     /// Waits for something as long as there is progress, and `limit` longer.
-    async fn within<T>(&self, limit: Duration, work: impl Future<Output = T>) -> Result<T, Elapsed> {
-        let mut work = pin!(work);
+    async fn within<T>(
+        &self,
+        limit: Duration,
+        mut work: impl Future<Output = T> + Unpin,
+    ) -> Result<T, Elapsed> {
         *super::lock(&self.0) = Instant::now();
         loop {
             let due = *super::lock(&self.0) + limit;
@@ -374,10 +377,11 @@ async fn pass_on(
             request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
         }
         let limit = super::seconds(site.terminate.response_timeout);
-        let exchange = exchange(lease, request, repeatable);
+        // In one place, as each that waits for it would have a place for it of its own.
+        let mut exchange = pin!(exchange(lease, request, repeatable));
         let sent = match &progress {
-            Some(progress) => progress.within(limit, exchange).await,
-            None => timeout(limit, exchange).await,
+            Some(progress) => progress.within(limit, exchange.as_mut()).await,
+            None => timeout(limit, exchange.as_mut()).await,
         };
         let (error, request) = match sent {
             Ok(Ok((response, whole))) => {
