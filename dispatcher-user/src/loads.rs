@@ -2,10 +2,16 @@
 //!
 //! An entry names its backend by the index, which another one may have by now, and nothing tells when its last
 //! packet came. So it counts if it was made after its backend took the index.
+//!
+//! Nor does anything tell whether a client is still there that has closed its side, or whose backend has. Many vanish
+//! without another word, so as load such a connection counts for a while only.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
-use dispatcher_common::flow::{FLAG_TO_BACKEND, Flow, is_closed};
+use dispatcher_common::flow::{FLAG_FIN, FLAG_FIN_PEER, FLAG_TO_BACKEND, Flow, FlowKey, is_closed};
+
+/// Seconds for which a connection that one side alone has closed counts as load, from when it was seen so first.
+const HALF_CLOSED: u32 = 60;
 
 /// When backends took their indexes.
 #[derive(Clone, Debug, Default)]
@@ -39,10 +45,45 @@ impl Tenures {
     }
 }
 
+/// Connections that one side alone has closed.
+#[derive(Debug, Default)]
+pub(crate) struct Closing(HashMap<FlowKey, Seen>);
+
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    /// [`Flow::created`]: the same client may be there again, from the same port.
+    created: u32,
+    /// When it was seen first, seconds of CLOCK_MONOTONIC.
+    since: u32,
+}
+
+impl Closing {
+    /// How many of these connections, all that are open, are load of each backend, by index. Those that are not named
+    /// any more are forgotten.
+    pub(crate) fn count(
+        &mut self,
+        open: impl Iterator<Item = (FlowKey, Flow)>,
+        now: u32,
+    ) -> BTreeMap<u32, u64> {
+        let before = std::mem::take(&mut self.0);
+        let mut by_index = BTreeMap::new();
+        for (key, flow) in open {
+            if flow.flags & (FLAG_FIN | FLAG_FIN_PEER) != 0 {
+                let seen = before.get(&key).filter(|seen| seen.created == flow.created);
+                let seen = seen.copied().unwrap_or(Seen { created: flow.created, since: now });
+                self.0.insert(key, seen);
+                if now.saturating_sub(seen.since) > HALF_CLOSED {
+                    continue;
+                }
+            }
+            *by_index.entry(flow.backend).or_insert(0) += 1;
+        }
+        by_index
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use dispatcher_common::flow::{FLAG_FIN, FLAG_FIN_PEER};
-
     use super::*;
 
     fn flow(backend: u32, created: u32) -> Flow {
@@ -82,5 +123,32 @@ mod tests {
         ] {
             assert_eq!(tenures.is_open(&Flow { flags, ..flow(0, 1) }), open, "{flags:#x}");
         }
+    }
+
+    #[test]
+    fn half_closed_connections_are_load_for_a_minute() {
+        let key = |ports| FlowKey { ports, proto: 6, ..FlowKey::default() };
+        let closing = |flag, created| Flow { flags: FLAG_TO_BACKEND | flag, ..flow(3, created) };
+        let mut seen = Closing::default();
+        let open = (key(1), flow(3, 5));
+        let (client, server) = ((key(2), closing(FLAG_FIN, 5)), (key(3), closing(FLAG_FIN_PEER, 6)));
+        let mut load = |flows: &[(FlowKey, Flow)], now| {
+            let counted = seen.count(flows.iter().copied(), now);
+            (counted.get(&3).copied().unwrap_or(0), seen.0.len())
+        };
+        assert_eq!(load(&[open, client], 1000), (2, 1), "however old it is");
+        assert_eq!(load(&[open, client, server], 1030), (3, 2));
+        assert_eq!(load(&[open, client, server], 1060), (3, 2));
+        assert_eq!(load(&[open, client, server], 1061), (2, 2));
+        assert_eq!(
+            load(&[open, client, server], 1091),
+            (1, 2),
+            "one that is open counts as long as it lasts"
+        );
+        // The client's port is used again, and that connection half closed, too.
+        let again = (key(2), closing(FLAG_FIN, 1092));
+        assert_eq!(load(&[open, again, server], 1095), (2, 2));
+        assert_eq!(load(&[open], 1096), (1, 0), "nothing is kept of what is over");
+        assert_eq!(load(&[open, server], 1097), (2, 1));
     }
 }

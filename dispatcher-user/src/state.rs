@@ -7,7 +7,10 @@ use std::{
     time::Instant,
 };
 
-use dispatcher_common::{flow::Flow, service::stable_id};
+use dispatcher_common::{
+    flow::{Flow, FlowKey},
+    service::stable_id,
+};
 use tokio::sync::watch;
 
 use crate::{
@@ -17,7 +20,7 @@ use crate::{
     discovery::Discovery,
     events::Counts,
     health::Suspects,
-    loads::Tenures,
+    loads::{Closing, Tenures},
     policing::Policing,
     qos::Qos,
     reconcile::{self, Actual, Desired, Pool, Reach, Unhealthy},
@@ -52,6 +55,8 @@ pub(crate) struct Shared {
     pub(crate) terminator: Terminator,
     pub(crate) qos: Qos,
     pub(crate) looks: Looks,
+    /// Held while connections are counted.
+    closing: Mutex<Closing>,
     state: Mutex<State>,
     pools: Mutex<Pools>,
 }
@@ -139,6 +144,7 @@ impl Shared {
             terminator: Terminator::new(workers),
             qos,
             looks: Looks::default(),
+            closing: Mutex::default(),
             state: Mutex::new(state),
             pools: Mutex::default(),
         }
@@ -220,23 +226,22 @@ impl Shared {
 
     /// Connections that are open at a backend.
     pub(crate) fn open(&self, index: u32) -> u64 {
-        self.open_flows().filter(|flow| flow.backend == index).count() as u64
+        self.open_flows().filter(|(_, flow)| flow.backend == index).count() as u64
     }
 
     /// Each connection that is open.
-    fn open_flows(&self) -> impl Iterator<Item = Flow> {
+    fn open_flows(&self) -> impl Iterator<Item = (FlowKey, Flow)> {
         // All of the flow table is read, which nobody who needs the state is to wait for.
         let tenures = self.state().tenures.clone();
-        let flows = self.dataplane.flows().iter().map(|(_, flow)| flow);
-        flows.filter(move |flow| tenures.is_open(flow))
+        self.dataplane.flows().iter().filter(move |(_, flow)| tenures.is_open(flow))
     }
 
     /// Counts the connections of each backend and lets tables follow.
     pub(crate) fn count_loads(&self) {
-        let mut by_index: BTreeMap<u32, u64> = BTreeMap::new();
-        for flow in self.open_flows() {
-            *by_index.entry(flow.backend).or_insert(0) += 1;
-        }
+        let by_index = {
+            let mut closing = self.closing.lock().unwrap_or_else(PoisonError::into_inner);
+            closing.count(self.open_flows(), monotonic_seconds())
+        };
         self.reconcile(|state| {
             let actual = &state.actual;
             state.loads =
