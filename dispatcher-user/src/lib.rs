@@ -17,6 +17,7 @@ pub mod explain;
 pub mod gather;
 mod health;
 mod identify;
+mod loads;
 pub mod logging;
 pub mod netlink;
 mod policing;

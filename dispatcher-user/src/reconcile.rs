@@ -147,6 +147,10 @@ impl Desired<'_> {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Actual {
     backends: BTreeMap<u32, BackendSlot>,
+    /// Room for backends; 0 where there are no maps.
+    room: u32,
+    /// From here on an index is looked for: behind the one that was given last.
+    next_backend: u32,
     frontends: BTreeMap<Vip, FrontendSlot>,
     /// What stands in `LB_TABLE`, by first entry.
     tables: BTreeMap<u32, Table>,
@@ -888,13 +892,10 @@ impl Actual {
                 }
             }
             Change::Endpoint { id, index, v4, endpoint } => {
-                let slot = self.backends.entry(*id).or_default();
-                slot.index = *index;
-                slot.endpoints[usize::from(!*v4)] = *endpoint;
+                self.slot(*id, *index).endpoints[usize::from(!*v4)] = *endpoint;
             }
             Change::Index { id, index } => {
-                let slot = self.backends.entry(*id).or_default();
-                (slot.index, slot.indexed) = (*index, true);
+                self.slot(*id, *index).indexed = true;
             }
             Change::ServerId { id, backend } => {
                 self.server_ids.insert(id.clone(), *backend);
@@ -940,10 +941,23 @@ impl Actual {
         self.backends.get(&id).map(|slot| slot.endpoints[usize::from(!v4)]).unwrap_or_default()
     }
 
-    /// Indexes that no backend has, the lowest first.
+    /// Indexes that no backend has, round through all of them: one that was given up comes last, because
+    /// connections of whoever had it may still name it.
     fn free_backends(&self) -> impl Iterator<Item = u32> + use<> {
         let taken: BTreeSet<u32> = self.backends.values().map(|slot| slot.index).collect();
-        (0..).filter(move |index| !taken.contains(index))
+        let (next, room) = (self.next_backend.min(self.room), self.room);
+        // Beyond the room nothing can be written: the error says so.
+        (next..room).chain(0..next).chain(room..).filter(move |index| !taken.contains(index))
+    }
+
+    /// What is known of a backend that has an index.
+    fn slot(&mut self, id: u32, index: u32) -> &mut BackendSlot {
+        if !self.backends.contains_key(&id) {
+            self.next_backend = index.saturating_add(1);
+        }
+        let slot = self.backends.entry(id).or_default();
+        slot.index = index;
+        slot
     }
 
     /// The index of a backend, or the next free one, which it has from now on.

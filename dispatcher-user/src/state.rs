@@ -8,7 +8,7 @@ use std::{
 };
 
 use dispatcher_common::{
-    flow::{FLAG_TO_BACKEND, is_closed},
+    flow::{Flow, FlowKey},
     service::stable_id,
 };
 use tokio::sync::watch;
@@ -16,10 +16,11 @@ use tokio::sync::watch;
 use crate::{
     config::{AdminState, Amendments, Config},
     control::{qos::Looks, trace::Trace},
-    dataplane::{self, Dataplane},
+    dataplane::{self, Dataplane, monotonic_seconds},
     discovery::Discovery,
     events::Counts,
     health::Suspects,
+    loads::{Closing, Tenures},
     policing::Policing,
     qos::Qos,
     reconcile::{self, Actual, Desired, Pool, Reach, Unhealthy},
@@ -54,6 +55,8 @@ pub(crate) struct Shared {
     pub(crate) terminator: Terminator,
     pub(crate) qos: Qos,
     pub(crate) looks: Looks,
+    /// Held while connections are counted.
+    closing: Mutex<Closing>,
     state: Mutex<State>,
     pools: Mutex<Pools>,
 }
@@ -71,6 +74,7 @@ pub(crate) struct State {
     pub(crate) deadlines: BTreeMap<u32, u64>,
     pub(crate) reach: BTreeMap<IpAddr, Reach>,
     loads: BTreeMap<u32, u64>,
+    tenures: Tenures,
     responses: ResponseTimes,
     /// What is known of tickets, by backend id.
     pub(crate) tickets: BTreeMap<u32, u32>,
@@ -114,7 +118,11 @@ impl Shared {
     ) -> Self {
         let qos = Qos::default();
         qos.follow(&config);
+        let mut tenures = Tenures::default();
+        // Since when those have their indexes that a daemon before us gave them, nothing tells.
+        tenures.follow(actual.backend_indexes(), 0);
         let state = State {
+            tenures,
             deadlines: deadlines(&base.amendments),
             tickets: actual.tickets(),
             health: actual.health(),
@@ -136,6 +144,7 @@ impl Shared {
             terminator: Terminator::new(workers),
             qos,
             looks: Looks::default(),
+            closing: Mutex::default(),
             state: Mutex::new(state),
             pools: Mutex::default(),
         }
@@ -178,7 +187,10 @@ impl Shared {
         let takers = slow_start::takers(&state.desired(config));
         state.slow_start.follow(&takers, Instant::now());
         let changes = reconcile::diff(&state.desired(config), &state.actual);
+        // By the clock that the data path reads: no connection of a new backend is older.
+        let now = monotonic_seconds();
         let failed = changes.iter().find_map(|change| state.actual.apply(change, &self.dataplane).err());
+        state.tenures.follow(state.actual.backend_indexes(), now);
         let local = config.services.iter().filter(|service| service.mode.is_local());
         let reached = local
             .map(|service| (service.id, reconcile::reached(&state.desired(config), &state.actual, service)));
@@ -214,22 +226,22 @@ impl Shared {
 
     /// Connections that are open at a backend.
     pub(crate) fn open(&self, index: u32) -> u64 {
-        self.open_flows().filter(|backend| *backend == index).count() as u64
+        self.open_flows().filter(|(_, flow)| flow.backend == index).count() as u64
     }
 
-    /// The backend of each connection that is open.
-    fn open_flows(&self) -> impl Iterator<Item = u32> {
-        self.dataplane.flows().iter().filter_map(|(_, flow)| {
-            (flow.flags & FLAG_TO_BACKEND != 0 && !is_closed(flow.flags)).then_some(flow.backend)
-        })
+    /// Each connection that is open.
+    fn open_flows(&self) -> impl Iterator<Item = (FlowKey, Flow)> {
+        // All of the flow table is read, which nobody who needs the state is to wait for.
+        let tenures = self.state().tenures.clone();
+        self.dataplane.flows().iter().filter(move |(_, flow)| tenures.is_open(flow))
     }
 
     /// Counts the connections of each backend and lets tables follow.
     pub(crate) fn count_loads(&self) {
-        let mut by_index: BTreeMap<u32, u64> = BTreeMap::new();
-        for backend in self.open_flows() {
-            *by_index.entry(backend).or_insert(0) += 1;
-        }
+        let by_index = {
+            let mut closing = self.closing.lock().unwrap_or_else(PoisonError::into_inner);
+            closing.count(self.open_flows(), monotonic_seconds())
+        };
         self.reconcile(|state| {
             let actual = &state.actual;
             state.loads =

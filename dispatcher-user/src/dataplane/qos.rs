@@ -118,12 +118,21 @@ pub(super) struct Qos {
     stats: Counters<ClassStats>,
     /// Backends with limits, and their numbers: what `LIMITED` says. Held by whoever writes any of the maps.
     numbers: Mutex<BTreeMap<u32, u32>>,
-    /// What was found to have passed last, tokens with fraction by number: to the backend and to clients.
-    passed: Mutex<BTreeMap<u32, Passed>>,
+    /// What was found last, by number.
+    found: Mutex<BTreeMap<u32, Found>>,
 }
 
-/// By direction and class.
+/// Tokens with fraction, to the backend and to clients, by class.
 type Passed = [[u64; CLASSES_MAX]; 2];
+
+/// What is known of a backend's buckets beside what they hold.
+#[derive(Clone, Copy, Default)]
+struct Found {
+    /// What had passed when it was looked at last.
+    passed: Passed,
+    /// Of what was borrowed, what others did whose class had the number before.
+    others_borrowed: Passed,
+}
 
 /// Looks at buckets for a moment in which no CPU works on them.
 const TRIES: u32 = 100;
@@ -152,7 +161,7 @@ impl Qos {
             taken_back: Cells::take(ebpf, abi::MAP_TAKEN_BACK)?,
             stats: Mutex::new(take_map(ebpf, abi::MAP_CLASS_STATS)?),
             numbers: Mutex::default(),
-            passed: Mutex::default(),
+            found: Mutex::default(),
         })
     }
 
@@ -217,7 +226,7 @@ impl Qos {
     }
 
     /// What passed of each class, with the buckets from which that is known.
-    fn passed(&self, backend: u32, number: u32) -> Result<(Passed, [Buckets; 2]), Error> {
+    fn find(&self, backend: u32, number: u32) -> Result<(Found, [Buckets; 2]), Error> {
         let rates = self.rates_of(number)?;
         let kinds = [KIND_TO_BACKEND, KIND_TO_CLIENT];
         let (mut buckets, mut settled) = ([Buckets::default(); 2], [false; 2]);
@@ -233,10 +242,10 @@ impl Qos {
             }
         }
         let (hands, taken_back) = (self.hands(backend)?, self.taken_back.get(number)?);
-        let mut all = lock(&self.passed);
-        let passed = all.entry(number).or_default();
+        let mut all = lock(&self.found);
+        let known = all.entry(number).or_default();
         for at in (0..2).filter(|at| settled[*at]) {
-            for (class, before) in passed[at].iter_mut().enumerate() {
+            for (class, before) in known.passed[at].iter_mut().enumerate() {
                 let kept = hands.iter().map(|hand| hand.in_hand(kinds[at], &rates[at])[class]);
                 let kept = kept.fold(taken_back.of[at][class], i64::wrapping_add);
                 let found = buckets[at].classes[class].taken.wrapping_sub(kept as u64);
@@ -245,8 +254,40 @@ impl Qos {
                 }
             }
         }
-        Ok((*passed, buckets))
+        Ok((*known, buckets))
     }
+
+    /// The counters of a class's number begin at 0: it belongs to another class from now on. The buckets count on, as
+    /// the data path alone writes them, so what they have counted is taken off.
+    fn count_anew(&self, backend: u32, number: u32, class: usize) -> Result<(), Error> {
+        let (known, buckets) = self.find(backend, number)?;
+        let mut taken = self.taken_back.get(number)?;
+        for (way, of) in taken.of.iter_mut().enumerate() {
+            of[class] = of[class].wrapping_add_unsigned(known.passed[way][class]);
+        }
+        self.taken_back.set(number, taken)?;
+        let mut all = lock(&self.found);
+        let known = all.entry(number).or_default();
+        for (way, buckets) in buckets.iter().enumerate() {
+            known.passed[way][class] = 0;
+            known.others_borrowed[way][class] = buckets.classes[class].borrowed;
+        }
+        clear(&self.stats, stats_index(number, class as u32))
+            .map_err(map_error(abi::MAP_CLASS_STATS, "clearing"))
+    }
+}
+
+/// The id of the class that has a number, or had it last; 0 for a fresh one.
+const fn owner(entry: &ClassEntry) -> u32 {
+    if entry.used == 0 { entry.weight } else { entry.id as u32 }
+}
+
+/// Numbers that others have than before.
+fn handed_on(
+    old: &[ClassEntry; CLASSES_MAX],
+    new: &[ClassEntry; CLASSES_MAX],
+) -> impl Iterator<Item = usize> {
+    (1..CLASSES_MAX).filter(|at| owner(&old[*at]) != 0 && owner(&old[*at]) != owner(&new[*at]))
 }
 
 fn entry_of(setting: &ClassSetting) -> ClassEntry {
@@ -332,7 +373,14 @@ impl Dataplane {
         check(settings)?;
         let qos = &self.qos;
         let numbers = lock(&qos.numbers);
-        let entries = entries_of(settings, &qos.entries()?);
+        let before = qos.entries()?;
+        let entries = entries_of(settings, &before);
+        // While the number is still the old one's, or nobody's: a daemon that ends here does it again.
+        for class in handed_on(&before, &entries) {
+            for (backend, number) in numbers.iter() {
+                qos.count_anew(*backend, *number, class)?;
+            }
+        }
         for (at, entry) in (0..).zip(&entries) {
             if qos.classes.get(at)? != *entry {
                 qos.classes.set(at, *entry)?;
@@ -387,7 +435,7 @@ impl Dataplane {
                             .map_err(map_error(abi::MAP_CLASS_STATS, "clearing"))?;
                     }
                     qos.taken_back.set(number, TakenBack::default())?;
-                    lock(&qos.passed).remove(&number);
+                    lock(&qos.found).remove(&number);
                     number
                 }
             };
@@ -460,14 +508,17 @@ impl Dataplane {
         let qos = &self.qos;
         let numbers = lock(&qos.numbers);
         let Some(number) = numbers.get(&backend) else { return Ok(Vec::new()) };
-        let (passed, buckets) = qos.passed(backend, *number)?;
+        let (known, buckets) = qos.find(backend, *number)?;
         let mut counts = Vec::new();
         for (at, entry) in qos.entries()?.iter().enumerate() {
             if entry.used == 0 {
                 continue;
             }
-            let bytes = passed.map(|classes| classes[at] >> FRACTION);
-            let borrowed = |way: usize| (buckets[way].classes[at].borrowed >> FRACTION).min(bytes[way]);
+            let bytes = known.passed.map(|classes| classes[at] >> FRACTION);
+            let borrowed = |way: usize| {
+                let own = buckets[way].classes[at].borrowed.wrapping_sub(known.others_borrowed[way][at]);
+                (own >> FRACTION).min(bytes[way])
+            };
             let values = lock(&qos.stats)
                 .get(&stats_index(*number, at as u32), 0)
                 .map_err(map_error(abi::MAP_CLASS_STATS, "reading"))?;
@@ -555,6 +606,10 @@ mod tests {
         let third = entries_of(&all, &second);
         assert!(third.iter().all(|one| one.used == 1));
         assert_eq!(third[2].id, 8);
+        // Of all numbers those of 7 and 9 alone have another class now.
+        let handed = |old, new| handed_on(old, new).collect::<Vec<_>>();
+        assert_eq!(handed(&second, &third).len(), 2);
+        assert_eq!([handed(&none, &first), handed(&first, &second), handed(&second, &back)], [[0; 0]; 3]);
     }
 
     #[test]

@@ -73,6 +73,10 @@ impl Actual {
                 slot.endpoints = endpoints;
             }
         }
+        self.room = dataplane.backend_index().capacity();
+        // Nothing tells which of them was given last: most likely it is the highest.
+        let highest = self.backends.values().map(|slot| slot.index).max();
+        self.next_backend = highest.map_or(0, |index| index.saturating_add(1));
         Ok(())
     }
 

@@ -346,11 +346,34 @@ fn slots_stay_when_others_go() {
         ["filter", "table", "frontend", "remove-vip", "remove-backend", "generation"]
     );
     assert_eq!(actual.backend_index(backend_id("b")), Some(1));
-    // A newcomer takes the free slot.
+    // A newcomer takes the free slot when there is no other.
+    actual.room = 2;
     let with_c = format!("{without_a}[[service.backend]]\nname = \"c\"\naddress = \"10.0.0.3:443\"\n");
     World::new(&with_c).settle(&mut actual);
     assert_eq!(actual.backend_index(backend_id("c")), Some(0));
     assert_eq!(actual.backend_index(backend_id("b")), Some(1));
+}
+
+#[test]
+fn an_index_that_was_given_up_is_handed_on_last() {
+    let mut actual = Actual { room: 4, ..Actual::default() };
+    World::new(TEXT).settle(&mut actual);
+    let mut last = "b".to_owned();
+    // b stays at 1 only until c has come; a has 0 all the time.
+    for (name, index) in [("c", 2), ("d", 3), ("e", 1), ("f", 2), ("g", 3)] {
+        let both = |name: &str| TEXT.replace("name = \"b\"", &format!("name = \"{name}\""));
+        World::new(&both(name)).settle(&mut actual);
+        assert_eq!(actual.backend_index(backend_id(name)), Some(index), "{name} after {last}");
+        assert_eq!(actual.backend_index(backend_id(&last)), None);
+        assert_eq!(actual.backend_index(backend_id("a")), Some(0));
+        last = name.to_owned();
+    }
+    // Without room the number is one that no map has, which the write tells.
+    actual.room = 2;
+    World::new(&TEXT.replace("name = \"b\"", "name = \"h\"")).settle(&mut actual);
+    assert_eq!(actual.backend_index(backend_id("h")), Some(1));
+    World::new(TEXT).settle(&mut actual);
+    assert_eq!(actual.backend_index(backend_id("b")), Some(2));
 }
 
 fn backend_id(name: &str) -> u32 {

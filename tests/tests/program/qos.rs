@@ -692,6 +692,46 @@ fn a_class_that_is_deleted_while_in_use_counts_as_the_default_one() {
     assert_near("no class", rates[0], RATE);
 }
 
+#[test]
+fn a_class_that_gets_anothers_number_begins_to_count_at_zero() {
+    let machine = limited(bandwidth());
+    let d = machine.dataplane();
+    // No number is left: the next class gets that of one that goes.
+    let others: Vec<ClassSetting> = (0..14).map(|n| class(&format!("other{n}"), 1)).collect();
+    let with = |name: &str| [&[class(name, 3)], &others[..]].concat();
+    let count = |name: &str| {
+        let all = d.class_stats(0).expect("counted");
+        all.into_iter().find(|one| one.id == class_id(name)).expect("it is there")
+    };
+    d.set_classes(&with("gold")).expect("classes");
+    let (gold, _) = two_classes(&machine, Family::V4, 3600);
+    let _ = passing(&machine, &[&gold], SOME);
+    let before = count("gold");
+    assert!(
+        before.bytes[0] > 0 && before.borrowed[0] > 0 && before.stats.dropped_to_backend > 0,
+        "{before:?}"
+    );
+    // It goes and comes back: it counts on.
+    d.set_classes(&others).expect("classes");
+    d.set_classes(&with("gold")).expect("classes");
+    let back = count("gold");
+    assert_eq!((back.bytes, back.stats), (before.bytes, before.stats));
+    // At once, and after a time in which nobody had the number.
+    for (name, gone) in [("brass", false), ("bronze", true)] {
+        if gone {
+            d.set_classes(&others).expect("classes");
+        }
+        d.set_classes(&with(name)).expect("classes");
+        let new = count(name);
+        assert_eq!((new.bytes, new.borrowed, new.stats), Default::default(), "{name}");
+        // The flow has the number, whoever's it is.
+        let _ = passing(&machine, &[&gold], SOME);
+        let after = count(name);
+        assert!(after.bytes[0] > 0 && after.bytes[0] < 2 * before.bytes[0], "{after:?} of {before:?}");
+        assert!(after.borrowed[0] > 0 && after.borrowed[0] < after.bytes[0], "{after:?}");
+    }
+}
+
 /// How often it may take to use up what the buckets hold at the start.
 const MANY: u16 = 40;
 
