@@ -470,7 +470,8 @@ pub(crate) struct Tunnels {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = one_of(&VERSIONS))]
     pub(super) min_version: Text,
-    /// Tunnels kept established ahead of need, to each backend. As a default one for each processor, and at least 2.
+    /// Tunnels kept established ahead of need, to each backend. As a default one for each processor, and
+    /// at least 2, or 4 with mode = "relay".
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = within(ESTABLISHED))]
     pub(super) established: Number,

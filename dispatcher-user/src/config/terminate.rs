@@ -153,7 +153,7 @@ impl Text<'_> {
             let problem = "in this mode the daemon always decides; remove it";
             return Err(self.error(span, "service.miss", problem));
         }
-        let tunnels = self.tunnels(raw.tunnels.as_ref())?;
+        let tunnels = self.tunnels(raw.tunnels.as_ref(), ends)?;
         let terminate = if ends { Some(self.terminate(raw)?) } else { None };
         Ok((terminate, Some(tunnels)))
     }
@@ -244,7 +244,8 @@ impl Text<'_> {
         Ok(rule)
     }
 
-    fn tunnels(&self, raw: Option<&raw::Tunnels>) -> Result<Tunnels, Error> {
+    /// `shared`: by requests one after another; else a tunnel is for one connection.
+    fn tunnels(&self, raw: Option<&raw::Tunnels>, shared: bool) -> Result<Tunnels, Error> {
         let none = raw::Tunnels::default();
         let raw = raw.unwrap_or(&none);
         if let Some(name) = &raw.server_name
@@ -272,7 +273,7 @@ impl Text<'_> {
             None => Ok(default),
         };
         // One of each worker's own; and one is left when another ends.
-        let default = processors().clamp(2, MOST) as u32;
+        let default = processors().clamp(if shared { 2 } else { 4 }, MOST) as u32;
         let established = number(&raw.established, "established", default)?;
         let most = number(&raw.most, "most", MOST.max(established as usize) as u32)?;
         if most < established {

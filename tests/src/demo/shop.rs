@@ -41,15 +41,21 @@ pub(super) fn service(folder: &Folder, authority: &Authority) -> Result<Service>
         .with("mode = \"terminate\"")
         .with("balance = \"weighted-round-robin\"")
         .with(&format!("terminate.certificates = [{{ certificate = \"{}\" }}]", certificate.display()))
-        .with(&format!("tunnels = {{ roots = \"{}\", server_name = \"{HOST}\" }}", roots.display())))
+        .with(&format!(
+            "tunnels = {{ roots = \"{}\", server_name = \"{HOST}\", established = {TUNNELS} }}",
+            roots.display()
+        )))
 }
+
+/// To each server.
+const TUNNELS: usize = 4;
 
 /// Waits for the tunnels and shows one to each server.
 pub(super) fn wait_for_tunnels(daemon: &Daemon, stop: &AtomicBool, out: &mut impl Write) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         let found: Vec<api::TunnelBackend> = daemon.ask(&["tunnels", "backends"])?;
-        if found.iter().all(|one| one.established >= 4) || stop.load(Ordering::Relaxed) {
+        if found.iter().all(|one| one.established >= TUNNELS) || stop.load(Ordering::Relaxed) {
             break;
         }
         if Instant::now() > deadline {
