@@ -12,6 +12,7 @@
 //!
 //! Lock order: the map of pools, then a pool, then the list of tunnels. No lock is held across an await.
 
+mod http2;
 mod lease;
 mod pool;
 #[cfg(test)]

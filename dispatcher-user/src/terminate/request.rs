@@ -383,7 +383,7 @@ async fn pass_on(
             Some(progress) => progress.within(limit, exchange.as_mut()).await,
             None => timeout(limit, exchange.as_mut()).await,
         };
-        let (error, request) = match sent {
+        let SendError { error, malformed, unprocessed, .. } = match sent {
             Ok(Ok((response, whole))) => {
                 if let Some(permit) = &permit {
                     permit.answered();
@@ -401,14 +401,14 @@ async fn pass_on(
                 ));
             }
         };
-        let unsent = request.is_some();
-        body = request.map(|request| request.into_body());
-        if error.is_user() || progress.as_ref().is_some_and(|progress| progress.1.load(Ordering::Relaxed)) {
+        let unsent = unprocessed.is_some();
+        body = unprocessed;
+        if malformed || progress.as_ref().is_some_and(|progress| progress.1.load(Ordering::Relaxed)) {
             return Err(failure(StatusCode::BAD_REQUEST, "the request's body cannot be read"));
         }
         if way.tries >= TRIES || !(unsent || repeatable) {
             // Why is for the operator.
-            log::debug!("{}: {} (request {id})", site.service.name, crate::one_line(&error));
+            log::debug!("{}: {} (request {id})", site.service.name, crate::one_line(&*error));
             return Err(failure(StatusCode::BAD_GATEWAY, "the connection to the backend failed"));
         }
         client.counts().retry();
@@ -430,21 +430,19 @@ async fn exchange(
     lease: Lease,
     request: Request<Body>,
     repeatable: bool,
-) -> Result<(Response<Body>, bool), (hyper::Error, Option<Request<Body>>)> {
-    let sent = lease.send(request).await;
-    let response =
-        sent.map_err(|SendError { error, request, .. }| (error, request.map(|request| *request)))?;
-    let (head, reply) = response.into_parts();
+) -> Result<(Response<Body>, bool), SendError> {
+    let (head, reply) = lease.send(request).await?.into_parts();
     let short = reply.size_hint().upper().is_some_and(|length| length <= SHORT);
     if !(repeatable && short) || head.status == StatusCode::SWITCHING_PROTOCOLS {
-        return Ok((Response::from_parts(head, reply.map_err(BoxError::from).boxed_unsync()), false));
+        return Ok((Response::from_parts(head, reply.boxed_unsync()), false));
     }
-    let body = whole(reply).await.map_err(|error| (error, None))?;
+    let broken = |error| SendError { error, malformed: false, unprocessed: None };
+    let body = whole(reply).await.map_err(broken)?;
     Ok((Response::from_parts(head, body), true))
 }
 
 /// A short body that was read to its end: its length is known.
-async fn whole(mut reply: Reply) -> Result<Body, hyper::Error> {
+async fn whole(mut reply: Reply) -> Result<Body, BoxError> {
     let (mut data, mut trailers) = (Bytes::new(), None);
     while !reply.is_end_stream()
         && let Some(frame) = reply.frame().await

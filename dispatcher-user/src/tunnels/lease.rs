@@ -9,29 +9,29 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::BodyExt as _;
+use http_body_util::{BodyExt as _, Either};
 use hyper::body::{Body as _, Frame, Incoming, SizeHint};
-use hyper::client::conn::{TrySendError, http1, http2};
+use hyper::client::conn::{TrySendError, http1};
 use hyper::{Request, Response, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::Body;
 use super::tunnel::{Tunnel, Wire};
+use super::{Body, BoxError, http2};
 
 /// How much of an answer is read that nobody wants any more, bytes.
 const UNWANTED: usize = 64 << 10;
 /// How long it may take.
 const UNWANTED_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Hyper's sending half of a tunnel.
+/// The sending half of a tunnel.
 pub(super) enum Sender {
     /// One request at a time: the sender itself moves from hand to hand.
     Http1(http1::SendRequest<Body>),
     /// Many at once: each has a clone.
-    Http2(http2::SendRequest<Body>),
+    Http2(http2::Sender),
     /// One flow: whoever asks through it is given the connection.
     Flow(oneshot::Sender<oneshot::Sender<Wire>>),
 }
@@ -45,17 +45,16 @@ pub struct Lease {
 
 /// A request that failed.
 #[derive(Debug, thiserror::Error)]
-#[error("request over tunnel {id} to {name} failed")]
+#[error("a request over a tunnel failed")]
 pub struct SendError {
-    /// The tunnel's id.
-    pub id: u32,
-    /// The backend's name.
-    pub name: String,
-    /// What hyper says.
+    /// What the library says.
     #[source]
-    pub error: hyper::Error,
-    /// The request, if nothing of it was sent: it may go over another tunnel.
-    pub request: Option<Box<Request<Body>>>,
+    pub error: BoxError,
+    /// The request itself was at fault.
+    pub malformed: bool,
+    /// The request's body, if the backend has not acted on the request, and nothing of the body was sent: it may go over
+    /// another tunnel.
+    pub unprocessed: Option<Body>,
 }
 
 /// The body of a response. Its request is in flight until it ends or is dropped.
@@ -64,8 +63,7 @@ pub struct SendError {
 /// is closed and replaced.
 pub struct Reply {
     /// None once it is dropped.
-    incoming: Option<Incoming>,
-    http2: bool,
+    incoming: Option<Either<Incoming, http2::Incoming>>,
     flight: Option<InFlight>,
 }
 
@@ -101,17 +99,23 @@ impl Lease {
     pub async fn send(mut self, mut request: Request<Body>) -> Result<Response<Reply>, SendError> {
         let tunnel = Arc::clone(&self.flight.0);
         tunnel.requests.fetch_add(1, Relaxed);
-        let http2 = self.is_http2();
         let sent = match self.sender.take() {
             Some(Sender::Http1(mut sender)) => {
                 *request.version_mut() = hyper::Version::HTTP_11;
                 let answer = Box::pin(sender.try_send_request(request));
                 let mut asked = Asked { answer: Some((answer, sender)), tunnel: Arc::clone(&tunnel) };
-                poll_fn(|cx| asked.poll(cx)).await
+                let sent = poll_fn(|cx| asked.poll(cx)).await;
+                sent.map(|answer| answer.map(Either::Left)).map_err(|mut failed| {
+                    let unprocessed = failed.take_message().map(Request::into_body);
+                    let error = failed.into_error();
+                    (error.is_user(), error.into(), unprocessed)
+                })
             }
-            Some(Sender::Http2(mut sender)) => {
+            Some(Sender::Http2(sender)) => {
                 *request.version_mut() = hyper::Version::HTTP_2;
-                sender.try_send_request(request).await
+                let sent = http2::send(sender, request).await;
+                sent.map(|answer| answer.map(Either::Right))
+                    .map_err(|http2::Failed { error, unprocessed }| (false, error.into(), unprocessed))
             }
             Some(Sender::Flow(_)) | None => {
                 unreachable!("a lease of requests has its sender until it is sent")
@@ -125,18 +129,16 @@ impl Lease {
                 }
                 let flight = InFlight::new(&tunnel);
                 Ok(response.map(|incoming| {
-                    let mut reply = Reply { incoming: Some(incoming), http2, flight: Some(flight) };
+                    let mut reply = Reply { incoming: Some(incoming), flight: Some(flight) };
                     reply.settle();
                     reply
                 }))
             }
-            Err(mut refused) => {
-                let request = refused.take_message().map(Box::new);
-                if request.is_some() {
+            Err((malformed, error, unprocessed)) => {
+                if unprocessed.is_some() {
                     tunnel.requests.fetch_sub(1, Relaxed);
                 }
-                let name = tunnel.pool.target.name.clone();
-                Err(SendError { id: tunnel.id, name, error: refused.into_error(), request })
+                Err(SendError { error, malformed, unprocessed })
             }
         }
     }
@@ -207,8 +209,9 @@ impl Reply {
 impl Drop for Reply {
     fn drop(&mut self) {
         let (Some(flight), Some(incoming)) = (self.flight.take(), self.incoming.take()) else { return };
+        let Either::Left(incoming) = incoming else { return };
         let short = incoming.size_hint().upper().is_some_and(|left| left <= UNWANTED as u64);
-        if let (false, true, Ok(runtime)) = (self.http2, short, Handle::try_current()) {
+        if let (true, Ok(runtime)) = (short, Handle::try_current()) {
             runtime.spawn(async move {
                 // Hyper takes the tunnel's next request once all has been read.
                 let _ = timeout(UNWANTED_PATIENCE, skip(incoming)).await;
@@ -220,12 +223,12 @@ impl Drop for Reply {
 
 impl hyper::body::Body for Reply {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = BoxError;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let Some(incoming) = &mut self.incoming else { return Poll::Ready(None) };
         let frame = ready!(Pin::new(incoming).poll_frame(cx));
         match &frame {
@@ -236,11 +239,11 @@ impl hyper::body::Body for Reply {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.incoming.as_ref().is_none_or(Incoming::is_end_stream)
+        self.incoming.as_ref().is_none_or(|incoming| incoming.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.incoming.as_ref().map_or_else(SizeHint::default, Incoming::size_hint)
+        self.incoming.as_ref().map_or_else(SizeHint::default, |incoming| incoming.size_hint())
     }
 }
 

@@ -554,8 +554,9 @@ impl Member {
     fn is_free(&self) -> bool {
         match &self.sender {
             Some(Sender::Http1(sender)) => !sender.is_closed(),
-            Some(Sender::Http2(sender)) => {
-                !sender.is_closed() && self.tunnel.in_flight.load(Relaxed) < self.tunnel.streams.load(Relaxed)
+            // One that has ended has left.
+            Some(Sender::Http2(_)) => {
+                self.tunnel.in_flight.load(Relaxed) < self.tunnel.streams.load(Relaxed)
             }
             Some(Sender::Flow(sender)) => !sender.is_closed(),
             None => false,
@@ -580,7 +581,8 @@ impl Member {
 
     /// Without a sender, the driver closes the connection when nothing is in flight.
     fn retire(self) {
-        self.tunnel.retiring.store(true, Relaxed);
+        drop(self.sender);
+        self.tunnel.retire();
     }
 }
 

@@ -13,8 +13,8 @@ use std::task::{Context as TaskContext, Poll, ready};
 use std::time::Duration;
 
 use futures_util::task::AtomicWaker;
-use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::TcpStream;
@@ -26,16 +26,11 @@ use tokio_util::either::Either;
 
 use super::lease::Sender;
 use super::pool::Pool;
-use super::{Body, Carries, Context, State, Tls, lock};
-use crate::{gather::Gathering, workers::here};
+use super::{Body, Carries, Context, State, Tls, http2, lock};
+use crate::workers::here;
 
 /// A peer that says nothing for this long is asked whether it lives: by TCP, and sooner by HTTP/2.
 const KEEPALIVE: Duration = Duration::from_secs(30);
-/// An HTTP/2 peer that says nothing for this long is asked whether it lives.
-const PING_INTERVAL: Duration = Duration::from_secs(15);
-/// An HTTP/2 tunnel whose peer does not answer that within this time ends.
-const PING_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// How long a tunnel that is no longer needed has to say so to its peer.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -69,7 +64,7 @@ pub(super) struct Tunnel {
     /// When it is to be replaced.
     pub(super) until: Option<Instant>,
     sent: AtomicU64,
-    received: AtomicU64,
+    pub(super) received: AtomicU64,
     pub(super) requests: AtomicU64,
     pub(super) in_flight: AtomicUsize,
     /// The most requests at once: 1 for HTTP/1.1, the peer's limit of streams for HTTP/2.
@@ -79,10 +74,10 @@ pub(super) struct Tunnel {
     pub(super) used: AtomicBool,
     killed: AtomicBool,
     /// Why reading ended.
-    failure: OnceLock<String>,
+    pub(super) failure: OnceLock<String>,
     /// The sender of HTTP/1.1 until hyper is ready for the next request.
     cooling: Mutex<Option<http1::SendRequest<Body>>>,
-    /// The task that drives hyper's side.
+    /// The task that drives the requests.
     driver: AtomicWaker,
     /// The task that reads, which is the one that writes unless the tunnel was upgraded.
     reader: AtomicWaker,
@@ -117,42 +112,25 @@ pub(super) async fn open(pool: Arc<Pool>) -> Result<(), String> {
     let tunnel = pool.registry.add(&pool, &stream).map_err(|e| format!("connect to {address}: {e}"))?;
     log::debug!("{}: tunnel {} from {} is established", pool.target.name, tunnel.id, tunnel.source);
     let multiplexed = tunnel.alpn.as_deref() == Some("h2");
-    let wire = Wire { stream, tunnel: Arc::clone(&tunnel), multiplexed, fresh: false };
+    let wire = Wire { stream, tunnel: Arc::clone(&tunnel) };
     if settings.carries == Carries::Flow {
         let (sender, asked) = oneshot::channel();
         pool.add(Arc::clone(&tunnel), Sender::Flow(sender));
         tokio::spawn(hold(tunnel, wire, asked));
         return Ok(());
     }
-    let wire = TokioIo::new(wire);
     if multiplexed {
-        let handshake = http2::Builder::new(Gathering::default())
-            .timer(TokioTimer::new())
-            .adaptive_window(true)
-            // Nothing is sent before the peer said how many requests it takes: `told` waits for that.
-            .initial_max_send_streams(0)
-            .keep_alive_interval(PING_INTERVAL)
-            .keep_alive_timeout(PING_TIMEOUT)
-            .keep_alive_while_idle(true)
-            .handshake(wire);
-        let told = async {
-            let (sender, mut connection) = handshake.await.map_err(|e| tunnel.reason(Err(e)))?;
-            poll_fn(|cx| match turn(&tunnel, &mut connection, cx) {
-                Poll::Ready(reason) => Poll::Ready(Err(reason)),
-                Poll::Pending if tunnel.streams.load(Relaxed) > 0 => Poll::Ready(Ok(())),
-                Poll::Pending => Poll::Pending,
-            })
-            .await?;
-            Ok::<_, String>((sender, connection))
-        };
-        let (sender, connection) = within(deadline, told).await.map_err(|e| {
+        let opened = within(deadline, async {
+            http2::open(&tunnel, wire).await.map_err(|error| tunnel.reason(Some(&error)))
+        });
+        let (sender, driver) = opened.await.map_err(|e| {
             tunnel.kill();
             format!("HTTP/2 with {address}: {e}")
         })?;
         pool.add(Arc::clone(&tunnel), Sender::Http2(sender));
-        tokio::spawn(drive2(tunnel, connection));
+        tokio::spawn(driver.run());
     } else {
-        let (sender, connection) = within(deadline, http1::Builder::new().handshake(wire))
+        let (sender, connection) = within(deadline, http1::Builder::new().handshake(TokioIo::new(wire)))
             .await
             .map_err(|e| format!("HTTP/1.1 with {address}: {e}"))?;
         pool.add(Arc::clone(&tunnel), Sender::Http1(sender));
@@ -285,6 +263,17 @@ impl Tunnel {
         self.reader.wake();
     }
 
+    /// It takes no more requests, and ends when nothing is in flight.
+    pub(super) fn retire(&self) {
+        self.retiring.store(true, Relaxed);
+        self.driver.wake();
+    }
+
+    /// Who drives the requests waits for this too.
+    pub(super) fn follow(&self, cx: &TaskContext<'_>) {
+        self.driver.register(cx.waker());
+    }
+
     /// Takes the sender back to the pool as soon as hyper is ready for the next request.
     pub(super) fn cool(&self, sender: http1::SendRequest<Body>) {
         *lock(&self.cooling) = Some(sender);
@@ -300,12 +289,12 @@ impl Tunnel {
         }
     }
 
-    /// The reason of an end: what the wire met, else what hyper says.
-    fn reason(&self, end: hyper::Result<()>) -> String {
-        match (self.failure.get(), end) {
+    /// The reason of an end: what the wire met, else what the library says.
+    pub(super) fn reason(&self, error: Option<&(dyn Error + 'static)>) -> String {
+        match (self.failure.get(), error) {
             (Some(failure), _) => failure.clone(),
-            (None, Err(error)) => chain(&error),
-            (None, Ok(())) => "closed".to_owned(),
+            (None, Some(error)) => chain(error),
+            (None, None) => "closed".to_owned(),
         }
     }
 }
@@ -314,7 +303,7 @@ impl Tunnel {
 async fn drive1(tunnel: Arc<Tunnel>, connection: impl Future<Output = hyper::Result<()>>) {
     let mut connection = pin!(connection);
     let end = poll_fn(|cx| {
-        tunnel.driver.register(cx.waker());
+        tunnel.follow(cx);
         let polled = connection.as_mut().poll(cx);
         if polled.is_pending()
             && let Some(sender) = tunnel.poll_cooled(cx)
@@ -324,33 +313,8 @@ async fn drive1(tunnel: Arc<Tunnel>, connection: impl Future<Output = hyper::Res
         polled
     })
     .await;
-    tunnel.pool.ended(&tunnel, &tunnel.reason(end));
+    tunnel.pool.ended(&tunnel, &tunnel.reason(end.err().as_ref().map(|error| error as _)));
     lock(&tunnel.cooling).take();
-}
-
-type Connection2 = http2::Connection<TokioIo<Wire>, Body, Gathering>;
-
-/// Drives the requests of HTTP/2 and follows the peer's limit of streams.
-async fn drive2(tunnel: Arc<Tunnel>, mut connection: Connection2) {
-    let reason = poll_fn(|cx| {
-        let before = tunnel.streams.load(Relaxed);
-        let turn = turn(&tunnel, &mut connection, cx);
-        if tunnel.streams.load(Relaxed) > before {
-            tunnel.pool.serve();
-        }
-        turn
-    })
-    .await;
-    tunnel.pool.ended(&tunnel, &reason);
-}
-
-/// One turn of driving HTTP/2; ready with the reason when the tunnel takes no more requests. The wire wakes the
-/// driver after each burst of frames, so a changed limit or a GOAWAY is met at once and not by the next request.
-fn turn(tunnel: &Tunnel, connection: &mut Connection2, cx: &mut TaskContext<'_>) -> Poll<String> {
-    tunnel.driver.register(cx.waker());
-    let polled = Pin::new(&mut *connection).poll(cx);
-    tunnel.streams.store(connection.current_max_send_streams(), Relaxed);
-    polled.map(|end| tunnel.reason(end))
 }
 
 /// Holds a connection until a flow asks for it, or until it ends.
@@ -380,10 +344,6 @@ type Transport = Either<TlsStream<TcpStream>, TcpStream>;
 pub(super) struct Wire {
     stream: Transport,
     tunnel: Arc<Tunnel>,
-    /// It speaks HTTP/2: who drives it is not who reads.
-    multiplexed: bool,
-    /// Something was read since the driver was woken.
-    fresh: bool,
 }
 
 impl Wire {
@@ -439,10 +399,6 @@ impl AsyncRead for Wire {
         let polled = self.alive()?.poll_read(cx, buf);
         let count = buf.filled().len() - before;
         self.tunnel.received.fetch_add(count as u64, Relaxed);
-        if polled.is_pending() && std::mem::take(&mut self.fresh) {
-            self.tunnel.driver.wake();
-        }
-        self.fresh |= count > 0 && self.multiplexed;
         if count == 0 && matches!(polled, Poll::Ready(Ok(()))) && buf.remaining() > 0 {
             self.tunnel.failure.get_or_init(|| "closed by the peer".to_owned());
         }

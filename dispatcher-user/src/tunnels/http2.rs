@@ -1,0 +1,292 @@
+//! HTTP/2 over a tunnel.
+//!
+//! One task drives the connection; whoever has a request speaks to it by himself, without a task between.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::client::{Builder, Connection, SendRequest};
+use h2::{Error, Ping, PingPong, Reason, RecvStream, SendStream};
+use hyper::body::{Body as _, Frame, SizeHint};
+use hyper::header::{CONTENT_LENGTH, HeaderMap, HeaderValue};
+use hyper::{Method, Request, Response};
+use tokio::time::{sleep, timeout};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::tunnel::{Tunnel, Wire};
+use super::Body;
+use crate::gather::gather;
+
+/// A peer that says nothing for up to two of these is asked whether it lives.
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+/// A tunnel whose peer does not answer that within this time ends.
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+/// Bytes of one answer that a peer may send ahead of a client who does not read.
+const WINDOW: u32 = 256 << 10;
+/// Bytes of all answers together: as many as can be, as else who does not read keeps the others from theirs.
+const WINDOWS: u32 = (1 << 31) - 1;
+/// Bytes of one request that are held for a peer who does not read.
+const HELD: usize = 128 << 10;
+/// Longest header of an answer, bytes.
+const HEADER: u32 = 64 << 10;
+
+/// What sends requests: each has a clone.
+pub(super) type Sender = SendRequest<Bytes>;
+
+/// A request that failed.
+pub(super) struct Failed {
+    pub(super) error: Error,
+    /// Its body, if the peer has not acted on the request, and nothing of the body was sent.
+    pub(super) unprocessed: Option<Body>,
+}
+
+/// The body of an answer. Dropped before its end, the stream is reset.
+pub(super) struct Incoming {
+    stream: RecvStream,
+    /// What is left of it, if the peer said so.
+    left: Option<u64>,
+    /// All data was read; trailers may follow.
+    read: bool,
+    /// Sends the request's body, where that is not done at once.
+    sending: Option<AbortOnDropHandle<()>>,
+}
+
+/// Begins HTTP/2. Returns when the peer has said how many requests it takes.
+pub(super) async fn open(tunnel: &Arc<Tunnel>, wire: Wire) -> Result<(Sender, Driver), Error> {
+    let mut builder = Builder::new();
+    builder
+        .enable_push(false)
+        // Nothing is sent before the peer said how many requests it takes.
+        .initial_max_send_streams(0)
+        .initial_window_size(WINDOW)
+        .initial_connection_window_size(WINDOWS)
+        .max_header_list_size(HEADER)
+        .max_send_buffer_size(HELD);
+    let (sender, connection) = builder.handshake(wire).await?;
+    let mut driver = Driver { tunnel: Arc::clone(tunnel), connection, open: Some(sender.clone()) };
+    poll_fn(|cx| match driver.turn(cx) {
+        Poll::Ready(end) => Poll::Ready(Err(end.err().unwrap_or_else(|| Reason::NO_ERROR.into()))),
+        Poll::Pending if tunnel.streams.load(Relaxed) > 0 => Poll::Ready(Ok(())),
+        Poll::Pending => Poll::Pending,
+    })
+    .await?;
+    Ok((sender, driver))
+}
+
+/// Drives the requests of a tunnel and follows the peer's limit of streams.
+pub(super) struct Driver {
+    tunnel: Arc<Tunnel>,
+    connection: Connection<Wire, Bytes>,
+    /// Says when the peer takes no more requests. The connection ends when all senders are dropped, this one too.
+    open: Option<Sender>,
+}
+
+impl Driver {
+    /// Drives until the connection ends.
+    pub(super) async fn run(mut self) {
+        let pings = self.connection.ping_pong().map(|pings| keep_alive(Arc::clone(&self.tunnel), pings));
+        let _pings = pings.map(|pings| AbortOnDropHandle::new(tokio::spawn(pings)));
+        let end = gather(poll_fn(|cx| {
+            let before = self.tunnel.streams.load(Relaxed);
+            let turn = self.turn(cx);
+            if self.tunnel.streams.load(Relaxed) > before {
+                self.tunnel.pool.serve();
+            }
+            turn
+        }));
+        let end = end.await;
+        self.tunnel.pool.ended(&self.tunnel, &self.tunnel.reason(end.err().as_ref().map(|error| error as _)));
+    }
+
+    /// One turn; ready when the connection has ended.
+    fn turn(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        let Self { tunnel, connection, open } = self;
+        tunnel.follow(cx);
+        let end = Pin::new(&mut *connection).poll(cx);
+        tunnel.streams.store(connection.max_concurrent_send_streams(), Relaxed);
+        if let Some(sender) = open {
+            let refused = match sender.poll_ready(cx) {
+                Poll::Ready(Err(refused)) => Some(refused),
+                Poll::Ready(Ok(())) | Poll::Pending => None,
+            };
+            if end.is_pending() && let Some(refused) = &refused {
+                // What is in flight goes on.
+                tunnel.pool.ended(tunnel, &tunnel.reason(Some(refused)));
+            }
+            if refused.is_some() || tunnel.retiring.load(Relaxed) {
+                *open = None;
+            }
+        }
+        end
+    }
+}
+
+/// Asks a peer that says nothing whether it lives, and ends the tunnel if it does not say so.
+async fn keep_alive(tunnel: Arc<Tunnel>, mut pings: PingPong) {
+    let mut heard = 0;
+    loop {
+        sleep(PING_INTERVAL).await;
+        let received = || tunnel.received.load(Relaxed);
+        if std::mem::replace(&mut heard, received()) != heard {
+            continue;
+        }
+        match timeout(PING_TIMEOUT, pings.ping(Ping::opaque())).await {
+            Ok(Ok(_pong)) => heard = received(),
+            // It has ended.
+            Ok(Err(_)) => return,
+            Err(_) => {
+                tunnel.failure.get_or_init(|| "the peer does not answer".to_owned());
+                return tunnel.kill();
+            }
+        }
+    }
+}
+
+/// Sends a request and returns when the head of the answer is there. If this is dropped, the stream is reset.
+pub(super) async fn send(mut sender: Sender, request: Request<Body>) -> Result<Response<Incoming>, Failed> {
+    let (mut head, body) = request.into_parts();
+    // RFC 9110 section 8.6.
+    if let Some(length) = body.size_hint().exact()
+        && (length > 0 || !matches!(head.method, Method::GET | Method::HEAD | Method::DELETE))
+        && !head.headers.contains_key(CONTENT_LENGTH)
+    {
+        head.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    }
+    let empty = body.is_end_stream();
+    let (answer, stream) = match sender.send_request(Request::from_parts(head, ()), empty) {
+        Ok(sent) => sent,
+        Err(error) => return Err(Failed { error, unprocessed: Some(body) }),
+    };
+    drop(sender);
+    let (kept, sending) = if empty {
+        (Some(body), None)
+    } else {
+        (None, Some(AbortOnDropHandle::new(tokio::spawn(pass(body, stream)))))
+    };
+    match answer.await {
+        Ok(answer) => {
+            let length = length(answer.headers());
+            Ok(answer.map(|stream| Incoming::new(stream, length, sending)))
+        }
+        Err(error) => {
+            // RFC 9113 section 8.7.
+            let refused = error.is_reset() && error.is_remote() && error.reason() == Some(Reason::REFUSED_STREAM);
+            Err(Failed { error, unprocessed: kept.filter(|_| refused) })
+        }
+    }
+}
+
+/// Sends a request's body to its end, or until the peer wants no more of it.
+async fn pass(mut body: Body, mut stream: SendStream<Bytes>) {
+    // What fails shows in the answer.
+    loop {
+        let frame = poll_fn(|cx| match stream.poll_reset(cx) {
+            Poll::Ready(_) => Poll::Ready(Err(())),
+            Poll::Pending => Pin::new(&mut body).poll_frame(cx).map(Ok),
+        });
+        let Ok(frame) = frame.await else { return };
+        let sent = match frame.map(|frame| frame.map(Frame::into_data)) {
+            None => return drop(stream.send_data(Bytes::new(), true)),
+            Some(Err(_)) => return stream.send_reset(Reason::CANCEL),
+            Some(Ok(Ok(data))) => {
+                let last = body.is_end_stream();
+                if !data.is_empty() {
+                    // Room that is asked for is kept from other requests: it is the connection's.
+                    stream.reserve_capacity(1);
+                    let room = poll_fn(|cx| match stream.capacity() {
+                        0 => stream.poll_capacity(cx),
+                        room => Poll::Ready(Some(Ok(room))),
+                    });
+                    if !matches!(room.await, Some(Ok(_))) {
+                        return;
+                    }
+                }
+                if last {
+                    return drop(stream.send_data(data, true));
+                }
+                stream.send_data(data, false)
+            }
+            Some(Ok(Err(frame))) => match frame.into_trailers() {
+                Ok(trailers) => {
+                    stream.reserve_capacity(0);
+                    return drop(stream.send_trailers(trailers));
+                }
+                Err(_unknown) => Ok(()),
+            },
+        };
+        if sent.is_err() {
+            return;
+        }
+    }
+}
+
+impl Incoming {
+    fn new(stream: RecvStream, length: Option<u64>, sending: Option<AbortOnDropHandle<()>>) -> Self {
+        let left = if stream.is_end_stream() { Some(0) } else { length };
+        Self { stream, left, read: false, sending }
+    }
+
+    /// What the stream's error means. One without a fault tells that nothing more of the request is wanted
+    /// (RFC 9113 section 8.1), after an answer that is whole.
+    fn ended(&self, error: Error) -> Option<Result<Frame<Bytes>, Error>> {
+        let whole = self.left.is_none_or(|left| left == 0);
+        let fine = error.reason() == Some(Reason::NO_ERROR) && whole;
+        (!fine).then_some(Err(error))
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        // An answer may be whole before the request is.
+        if self.stream.is_end_stream()
+            && let Some(sending) = self.sending.take()
+        {
+            drop(sending.detach());
+        }
+    }
+}
+
+impl hyper::body::Body for Incoming {
+    type Data = Bytes;
+    type Error = Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+        if !self.read {
+            match ready!(self.stream.poll_data(cx)) {
+                Some(Ok(data)) => {
+                    // It cannot be more than what was taken.
+                    let _ = self.stream.flow_control().release_capacity(data.len());
+                    self.left = self.left.map(|left| left.saturating_sub(data.len() as u64));
+                    return Poll::Ready(Some(Ok(Frame::data(data))));
+                }
+                Some(Err(error)) => return Poll::Ready(self.ended(error)),
+                None => self.read = true,
+            }
+        }
+        Poll::Ready(match ready!(self.stream.poll_trailers(cx)) {
+            Ok(trailers) => trailers.map(|trailers| Ok(Frame::trailers(trailers))),
+            Err(error) => self.ended(error),
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.stream.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.left.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}
+
+/// How long the peer says that an answer's body is. That it says so once and truly is looked after by h2.
+fn length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
