@@ -3,14 +3,8 @@
 use std::{
     future::{Future, poll_fn},
     pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
     task::Poll,
 };
-
-use hyper::rt::Executor;
 
 /// The same future, which lets all tasks that are ready run before each of its turns: a connection that several
 /// requests have something for writes it all at once.
@@ -29,23 +23,12 @@ pub async fn gather<F: Future>(future: F) -> F::Output {
     .await
 }
 
-/// Runs what hyper needs for HTTP/2. The first task is the one that reads and writes, and [gathers](gather).
-#[derive(Clone, Default, Debug)]
-pub struct Gathering(Arc<AtomicBool>);
-
-impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Gathering {
-    fn execute(&self, future: F) {
-        if self.0.swap(true, Ordering::Relaxed) {
-            tokio::spawn(future);
-        } else {
-            tokio::spawn(gather(future));
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicUsize;
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
 
     use tokio::sync::mpsc;
 

@@ -16,6 +16,7 @@ mod events;
 pub mod explain;
 pub mod gather;
 mod health;
+mod http2;
 mod identify;
 mod loads;
 pub mod logging;

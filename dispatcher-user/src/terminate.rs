@@ -38,6 +38,7 @@ mod class;
 mod connection;
 pub(crate) mod counts;
 mod forwarded;
+mod http2;
 mod relay;
 mod request;
 pub(crate) mod secure;

@@ -1,9 +1,10 @@
 //! Clients' connections: accepted, ended TLS, served until they are idle or the service goes.
 
 use std::{
+    future::Future,
     io,
     net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream},
-    pin::pin,
+    pin::{Pin, pin},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU32, AtomicU64, Ordering},
@@ -12,11 +13,13 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use hyper::service::service_fn;
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::conn::auto,
+use hyper::{
+    Request,
+    body::Incoming,
+    server::conn::http1::{self, UpgradeableConnection},
+    service::service_fn,
 };
+use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -31,29 +34,24 @@ use super::{
     All, Followed, Front, Reached, Site, Terminator,
     counts::{Counts, Open, Refusal},
     forwarded::Told,
-    lock, relay, request, seconds,
+    http2, lock, relay, request, seconds,
     sending::Flows,
     session::Recent,
 };
-use crate::{gather::gather, state::Shared, tunnels::Pools};
+use crate::{
+    gather::gather,
+    state::Shared,
+    tunnels::{BoxError, Pools},
+};
 
-/// Requests of one HTTP/2 connection at a time.
-const STREAMS: u32 = 128;
 /// A client that says nothing for so long is asked by TCP whether it is there.
 const KEEPALIVE: Duration = Duration::from_secs(60);
 /// Longest header of a request, bytes; of HTTP/1.1 also what is read ahead, and held for a client who does not read.
-const HEADER: u32 = 64 << 10;
-/// Requests of HTTP/2 that were reset before they were looked at (CVE-2023-44487): with one more the connection
-/// ends.
-const RESETS: usize = 20;
-/// Streams of HTTP/2 that we had to reset because of what was sent on them (CVE-2025-8671).
-const FAULTS: usize = 128;
-/// Bytes of bodies that an HTTP/2 client may send ahead of a backend that does not read: in one request, and in all.
-const WINDOWS: [u32; 2] = [256 << 10, 1 << 20];
-/// Bytes of one answer that are held for an HTTP/2 client who does not read.
-const HELD: usize = 128 << 10;
-/// How often an HTTP/2 client is asked whether it is there, and how long it may take to say so.
-const PINGS: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(20)];
+pub(super) const HEADER: u32 = 64 << 10;
+/// How HTTP/2 begins where it was not agreed on before (RFC 9113 section 3.4).
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// How long until more of it may have come.
+const MOMENT: Duration = Duration::from_millis(10);
 
 /// What requests of one connection share.
 pub(super) struct Client {
@@ -238,7 +236,7 @@ fn serve_by(shared: &Arc<Shared>, front: Followed, vip: SocketAddr, stream: StdS
 
 /// A client's connection, as this thread's runtime serves it.
 fn prepare(stream: StdStream) -> io::Result<TcpStream> {
-    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE);
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 6).with_retries(3);
     if let Err(error) = stream.set_nodelay(true).and(SockRef::from(&stream).set_tcp_keepalive(&keepalive)) {
         log::debug!("a client's connection: {error}");
     }
@@ -257,18 +255,23 @@ async fn serve(
     let mut closing = shared.terminator.closing.subscribe();
     let now = Arc::clone(&site.borrow());
     let clear = now.terminate.clear.as_ref().is_some_and(|clear| clear.vips.contains(&vip));
-    let (mut http2, mut server_name) = (false, None);
-    let stream = if clear {
-        Either::Left(stream)
+    let mut server_name = None;
+    let (stream, http2) = if clear {
+        let http2 = tokio::select! {
+            begins = begins_with_http2(&stream) => begins,
+            () = sleep(seconds(now.terminate.idle_timeout)) => return,
+            _ = closing.wait_for(|closing| *closing) => return,
+        };
+        (Either::Left(stream), http2)
     } else {
         let acceptor = TlsAcceptor::from(Arc::clone(&now.tls));
         let limit = now.terminate.handshake_timeout;
         match timeout(seconds(limit), acceptor.accept(stream)).await {
             Ok(Ok(stream)) => {
                 let tls = stream.get_ref().1;
-                http2 = tls.alpn_protocol() == Some(b"h2");
+                let http2 = tls.alpn_protocol() == Some(b"h2");
                 server_name = tls.server_name().map(str::to_ascii_lowercase);
-                Either::Right(stream)
+                (Either::Right(stream), http2)
             }
             Ok(Err(error)) => {
                 open.counts().refuse(Refusal::Handshake);
@@ -298,22 +301,6 @@ async fn serve(
         rests: AtomicU64::new(0),
         flows: Flows::default(),
     });
-    let service = service_fn(|request| Box::pin(request::answer(Arc::clone(&client), request)));
-    let mut server = auto::Builder::new(TokioExecutor::new());
-    server.http1().timer(TokioTimer::new()).header_read_timeout(idle_limit).max_buf_size(HEADER as usize);
-    server
-        .http2()
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(STREAMS)
-        .max_header_list_size(HEADER)
-        .max_pending_accept_reset_streams(RESETS)
-        .max_local_error_reset_streams(FAULTS)
-        .initial_stream_window_size(WINDOWS[0])
-        .initial_connection_window_size(WINDOWS[1])
-        .max_send_buf_size(HELD)
-        .keep_alive_interval(PINGS[0])
-        .keep_alive_timeout(PINGS[1]);
-    let mut connection = pin!(server.serve_connection_with_upgrades(TokioIo::new(stream), service));
     let mut site = site;
     let ended = async {
         tokio::select! {
@@ -325,30 +312,61 @@ async fn serve(
     };
     // Which asks those only when they have something to say, not at each turn of the connection.
     let mut ended = FuturesUnordered::from_iter([ended]);
-    let work = async {
-        tokio::select! {
-            biased;
-            result = &mut connection => result,
-            _ = ended.next() => {
-                connection.as_mut().graceful_shutdown();
-                tokio::select! {
-                    biased;
-                    result = &mut connection => result,
-                    // It does not take part in that.
-                    () = async {
-                        sleep(idle_limit).await;
-                        idle(&client).await;
-                    } => Ok(()),
-                }
-            }
-        }
+    // It does not take part in that.
+    let last = || async {
+        sleep(idle_limit).await;
+        idle(&client).await;
     };
-    let result = if http2 { gather(work).await } else { work.await };
+    let result = if http2 {
+        let connection = http2::Serving::new(Arc::clone(&client), stream);
+        let work = until(connection, ended.next(), http2::Serving::graceful_shutdown, last);
+        gather(work).await.unwrap_or(Ok(())).map_err(BoxError::from)
+    } else {
+        let answer = |request: Request<Incoming>| Box::pin(request::answer(Arc::clone(&client), request));
+        let mut server = http1::Builder::new();
+        server.timer(TokioTimer::new()).header_read_timeout(idle_limit).max_buf_size(HEADER as usize);
+        let connection = server.serve_connection(TokioIo::new(stream), service_fn(answer)).with_upgrades();
+        let work = until(connection, ended.next(), UpgradeableConnection::graceful_shutdown, last);
+        work.await.unwrap_or(Ok(())).map_err(BoxError::from)
+    };
     if let Err(error) = result {
         if let Some(why) = Refusal::of(&*error) {
             client.counts().refuse(why);
         }
         log::debug!("{address}: {}", crate::one_line(&*error));
+    }
+}
+
+/// Serves a connection to its end. When it is to end before, it is told so, and has until `last` is ready.
+async fn until<C: Future, L: Future>(
+    connection: C,
+    ended: impl Future,
+    shutdown: impl FnOnce(Pin<&mut C>),
+    last: impl FnOnce() -> L,
+) -> Option<C::Output> {
+    let mut connection = pin!(connection);
+    tokio::select! {
+        biased;
+        result = &mut connection => return Some(result),
+        _ = ended => {}
+    }
+    shutdown(connection.as_mut());
+    tokio::select! {
+        biased;
+        result = &mut connection => Some(result),
+        _ = last() => None,
+    }
+}
+
+/// Whether a client in clear begins with HTTP/2, without asking for it before.
+async fn begins_with_http2(stream: &TcpStream) -> bool {
+    let mut bytes = [0; PREFACE.len()];
+    loop {
+        match stream.peek(&mut bytes).await {
+            Ok(count) if count == PREFACE.len() => return bytes == *PREFACE,
+            Ok(count) if count > 0 && PREFACE.starts_with(&bytes[..count]) => sleep(MOMENT).await,
+            Ok(_) | Err(_) => return false,
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use dispatcher_common::session::SessionKey;
 use http_body_util::{BodyExt as _, Empty, Full};
 use hyper::{
     HeaderMap, Method, Request, Response, StatusCode, Uri, Version,
-    body::{Body as _, Frame, Incoming, SizeHint},
+    body::{Body as _, Frame, SizeHint},
     header::{
         CACHE_CONTROL, CONNECTION, CONTENT_TYPE, COOKIE, EXPECT, HOST, HeaderName, HeaderValue, RETRY_AFTER,
         SET_COOKIE, TE, TRANSFER_ENCODING, UPGRADE,
@@ -81,10 +81,18 @@ fn failure(status: StatusCode, problem: impl Into<String>) -> Failure {
     Failure { status, problem: problem.into(), again: false }
 }
 
+/// The body of a request as a client sends it.
+pub(super) trait Received:
+    hyper::body::Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static
+{
+}
+
+impl<B: hyper::body::Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static> Received for B {}
+
 /// Answers a request, whatever happens.
 pub(super) async fn answer(
     client: Arc<Client>,
-    request: Request<Incoming>,
+    request: Request<impl Received>,
 ) -> Result<Response<Sending<Watched>>, Infallible> {
     let busy = Busy::new(&client);
     let view = client.view();
@@ -159,7 +167,7 @@ struct Asked {
 }
 
 impl Asked {
-    fn of(request: &Request<Incoming>) -> Self {
+    fn of<B>(request: &Request<B>) -> Self {
         let authority = request.uri().authority().map(Authority::to_string);
         let host = || request.headers().get(HOST)?.to_str().ok().map(str::to_owned);
         Self {
@@ -239,7 +247,7 @@ impl Default for Progress {
 
 impl Progress {
     /// The same body, whose progress is noted, and whether it could be read.
-    fn watch(&self, body: Incoming) -> Body {
+    fn watch(&self, body: impl Received) -> Body {
         let (progress, broken) = (self.clone(), Arc::clone(&self.1));
         let noted = body.map_frame(move |frame| {
             *super::lock(&progress.0) = Instant::now();
@@ -247,7 +255,7 @@ impl Progress {
         });
         let noted = noted.map_err(move |error| {
             broken.store(true, Ordering::Relaxed);
-            BoxError::from(error)
+            error.into()
         });
         noted.boxed_unsync()
     }
@@ -339,7 +347,7 @@ fn page(status: StatusCode, problem: &str, id: &str) -> Response<Body> {
 async fn pass_on(
     client: &Arc<Client>,
     view: &View,
-    mut request: Request<Incoming>,
+    mut request: Request<impl Received>,
     id: &str,
     way: &mut Way,
 ) -> Result<Response<Body>, Failure> {
@@ -462,7 +470,7 @@ async fn whole(mut reply: Reply) -> Result<Body, BoxError> {
 }
 
 /// What may be passed on at all; returns for whom it is.
-fn check(request: &Request<Incoming>) -> Result<Authority, Failure> {
+fn check<B>(request: &Request<B>) -> Result<Authority, Failure> {
     let refuse = |problem: &str| failure(StatusCode::BAD_REQUEST, problem);
     if request.method() == Method::CONNECT {
         return Err(failure(StatusCode::METHOD_NOT_ALLOWED, "CONNECT is not served here"));
@@ -503,7 +511,7 @@ fn is_secure(client: &Client, site: &Site, head: &Parts, session: bool) -> bool 
     })
 }
 
-fn wants_upgrade(request: &Request<Incoming>) -> bool {
+fn wants_upgrade<B>(request: &Request<B>) -> bool {
     let asks = |name: &[u8]| name.trim_ascii().eq_ignore_ascii_case(b"upgrade");
     let mut lines = request.headers().get_all(CONNECTION).into_iter();
     request.version() == Version::HTTP_11

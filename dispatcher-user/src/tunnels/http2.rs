@@ -6,21 +6,22 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::{Builder, Connection, SendRequest};
-use h2::{Error, Ping, PingPong, Reason, RecvStream, SendStream};
-use hyper::body::{Body as _, Frame, SizeHint};
-use hyper::header::{CONTENT_LENGTH, HeaderMap, HeaderValue};
+use h2::{Error, Ping, PingPong, Reason};
+use hyper::body::Body as _;
+use hyper::header::{CONTENT_LENGTH, HeaderValue};
 use hyper::{Method, Request, Response};
 use tokio::time::{sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::tunnel::{Tunnel, Wire};
 use super::Body;
+use super::tunnel::{Tunnel, Wire};
 use crate::gather::gather;
+use crate::http2::{Incoming, pass};
 
 /// A peer that says nothing for up to two of these is asked whether it lives.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
@@ -43,17 +44,6 @@ pub(super) struct Failed {
     pub(super) error: Error,
     /// Its body, if the peer has not acted on the request, and nothing of the body was sent.
     pub(super) unprocessed: Option<Body>,
-}
-
-/// The body of an answer. Dropped before its end, the stream is reset.
-pub(super) struct Incoming {
-    stream: RecvStream,
-    /// What is left of it, if the peer said so.
-    left: Option<u64>,
-    /// All data was read; trailers may follow.
-    read: bool,
-    /// Sends the request's body, where that is not done at once.
-    sending: Option<AbortOnDropHandle<()>>,
 }
 
 /// Begins HTTP/2. Returns when the peer has said how many requests it takes.
@@ -114,7 +104,9 @@ impl Driver {
                 Poll::Ready(Err(refused)) => Some(refused),
                 Poll::Ready(Ok(())) | Poll::Pending => None,
             };
-            if end.is_pending() && let Some(refused) = &refused {
+            if end.is_pending()
+                && let Some(refused) = &refused
+            {
                 // What is in flight goes on.
                 tunnel.pool.ended(tunnel, &tunnel.reason(Some(refused)));
             }
@@ -170,123 +162,15 @@ pub(super) async fn send(mut sender: Sender, request: Request<Body>) -> Result<R
     };
     match answer.await {
         Ok(answer) => {
-            let length = length(answer.headers());
-            Ok(answer.map(|stream| Incoming::new(stream, length, sending)))
+            let (head, stream) = answer.into_parts();
+            let incoming = Incoming::new(&head.headers, stream, sending);
+            Ok(Response::from_parts(head, incoming))
         }
         Err(error) => {
             // RFC 9113 section 8.7.
-            let refused = error.is_reset() && error.is_remote() && error.reason() == Some(Reason::REFUSED_STREAM);
+            let refused =
+                error.is_reset() && error.is_remote() && error.reason() == Some(Reason::REFUSED_STREAM);
             Err(Failed { error, unprocessed: kept.filter(|_| refused) })
         }
     }
-}
-
-/// Sends a request's body to its end, or until the peer wants no more of it.
-async fn pass(mut body: Body, mut stream: SendStream<Bytes>) {
-    // What fails shows in the answer.
-    loop {
-        let frame = poll_fn(|cx| match stream.poll_reset(cx) {
-            Poll::Ready(_) => Poll::Ready(Err(())),
-            Poll::Pending => Pin::new(&mut body).poll_frame(cx).map(Ok),
-        });
-        let Ok(frame) = frame.await else { return };
-        let sent = match frame.map(|frame| frame.map(Frame::into_data)) {
-            None => return drop(stream.send_data(Bytes::new(), true)),
-            Some(Err(_)) => return stream.send_reset(Reason::CANCEL),
-            Some(Ok(Ok(data))) => {
-                let last = body.is_end_stream();
-                if !data.is_empty() {
-                    // Room that is asked for is kept from other requests: it is the connection's.
-                    stream.reserve_capacity(1);
-                    let room = poll_fn(|cx| match stream.capacity() {
-                        0 => stream.poll_capacity(cx),
-                        room => Poll::Ready(Some(Ok(room))),
-                    });
-                    if !matches!(room.await, Some(Ok(_))) {
-                        return;
-                    }
-                }
-                if last {
-                    return drop(stream.send_data(data, true));
-                }
-                stream.send_data(data, false)
-            }
-            Some(Ok(Err(frame))) => match frame.into_trailers() {
-                Ok(trailers) => {
-                    stream.reserve_capacity(0);
-                    return drop(stream.send_trailers(trailers));
-                }
-                Err(_unknown) => Ok(()),
-            },
-        };
-        if sent.is_err() {
-            return;
-        }
-    }
-}
-
-impl Incoming {
-    fn new(stream: RecvStream, length: Option<u64>, sending: Option<AbortOnDropHandle<()>>) -> Self {
-        let left = if stream.is_end_stream() { Some(0) } else { length };
-        Self { stream, left, read: false, sending }
-    }
-
-    /// What the stream's error means. One without a fault tells that nothing more of the request is wanted
-    /// (RFC 9113 section 8.1), after an answer that is whole.
-    fn ended(&self, error: Error) -> Option<Result<Frame<Bytes>, Error>> {
-        let whole = self.left.is_none_or(|left| left == 0);
-        let fine = error.reason() == Some(Reason::NO_ERROR) && whole;
-        (!fine).then_some(Err(error))
-    }
-}
-
-impl Drop for Incoming {
-    fn drop(&mut self) {
-        // An answer may be whole before the request is.
-        if self.stream.is_end_stream()
-            && let Some(sending) = self.sending.take()
-        {
-            drop(sending.detach());
-        }
-    }
-}
-
-impl hyper::body::Body for Incoming {
-    type Data = Bytes;
-    type Error = Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        if !self.read {
-            match ready!(self.stream.poll_data(cx)) {
-                Some(Ok(data)) => {
-                    // It cannot be more than what was taken.
-                    let _ = self.stream.flow_control().release_capacity(data.len());
-                    self.left = self.left.map(|left| left.saturating_sub(data.len() as u64));
-                    return Poll::Ready(Some(Ok(Frame::data(data))));
-                }
-                Some(Err(error)) => return Poll::Ready(self.ended(error)),
-                None => self.read = true,
-            }
-        }
-        Poll::Ready(match ready!(self.stream.poll_trailers(cx)) {
-            Ok(trailers) => trailers.map(|trailers| Ok(Frame::trailers(trailers))),
-            Err(error) => self.ended(error),
-        })
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.stream.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.left.map_or_else(SizeHint::default, SizeHint::with_exact)
-    }
-}
-
-/// How long the peer says that an answer's body is. That it says so once and truly is looked after by h2.
-fn length(headers: &HeaderMap) -> Option<u64> {
-    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }

@@ -63,7 +63,7 @@ pub struct SendError {
 /// is closed and replaced.
 pub struct Reply {
     /// None once it is dropped.
-    incoming: Option<Either<Incoming, http2::Incoming>>,
+    incoming: Option<Either<Incoming, crate::http2::Incoming>>,
     flight: Option<InFlight>,
 }
 

@@ -555,9 +555,7 @@ impl Member {
         match &self.sender {
             Some(Sender::Http1(sender)) => !sender.is_closed(),
             // One that has ended has left.
-            Some(Sender::Http2(_)) => {
-                self.tunnel.in_flight.load(Relaxed) < self.tunnel.streams.load(Relaxed)
-            }
+            Some(Sender::Http2(_)) => self.tunnel.in_flight.load(Relaxed) < self.tunnel.streams.load(Relaxed),
             Some(Sender::Flow(sender)) => !sender.is_closed(),
             None => false,
         }

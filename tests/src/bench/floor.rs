@@ -9,7 +9,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc,
     },
     thread,
@@ -17,10 +17,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
-use dispatcher_user::{
-    gather::{Gathering, gather},
-    workers::processors,
-};
+use dispatcher_user::{gather::gather, workers::processors};
 use http_body_util::{BodyExt as _, Either, Full};
 use hyper::{
     Method, Request, Response, StatusCode, Uri,
@@ -28,6 +25,7 @@ use hyper::{
     client::conn::{http1, http2},
     header::{CONNECTION, HOST},
     http::uri::{Authority, Scheme},
+    rt::Executor,
     server::conn,
     service::service_fn,
 };
@@ -75,6 +73,20 @@ type Answer = Response<Either<Full<Bytes>, Incoming>>;
 enum Pool {
     Http1 { idle: Mutex<Vec<http1::SendRequest<Incoming>>>, args: Arc<Args>, backend: SocketAddr },
     Http2 { senders: Vec<http2::SendRequest<Incoming>>, next: AtomicUsize },
+}
+
+/// Runs what hyper needs for HTTP/2. The first task is the one that reads and writes, and [gathers](gather).
+#[derive(Clone, Default, Debug)]
+struct Gathering(Arc<AtomicBool>);
+
+impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Gathering {
+    fn execute(&self, future: F) {
+        if self.0.swap(true, Ordering::Relaxed) {
+            tokio::spawn(future);
+        } else {
+            tokio::spawn(gather(future));
+        }
+    }
 }
 
 /// Serves until it is ended, on as many threads as the daemon does, each with connections to backends of its own.

@@ -1,0 +1,158 @@
+//! Bodies over HTTP/2, of clients and of backends.
+
+use std::{
+    error::Error,
+    future::poll_fn,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use h2::{Reason, RecvStream, SendStream};
+use hyper::{
+    HeaderMap,
+    body::{Body, Frame, SizeHint},
+    header::CONTENT_LENGTH,
+};
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::tunnels::BoxError;
+
+/// Sends a body to its end, or until the peer wants no more of it. A body that breaks off resets the stream.
+pub(crate) async fn pass<B>(mut body: B, mut stream: SendStream<Bytes>)
+where
+    B: Body<Data = Bytes, Error = BoxError> + Unpin,
+{
+    loop {
+        let frame = poll_fn(|cx| match stream.poll_reset(cx) {
+            Poll::Ready(_) => Poll::Ready(Err(())),
+            Poll::Pending => Pin::new(&mut body).poll_frame(cx).map(Ok),
+        });
+        let Ok(frame) = frame.await else { return };
+        let sent = match frame.map(|frame| frame.map(Frame::into_data)) {
+            None => return drop(stream.send_data(Bytes::new(), true)),
+            Some(Err(error)) => return stream.send_reset(reason(&*error)),
+            Some(Ok(Ok(data))) => {
+                let last = body.is_end_stream();
+                if !data.is_empty() {
+                    // Room that is asked for is kept from other requests: it is the connection's.
+                    stream.reserve_capacity(1);
+                    let room = poll_fn(|cx| match stream.capacity() {
+                        0 => stream.poll_capacity(cx),
+                        room => Poll::Ready(Some(Ok(room))),
+                    });
+                    if !matches!(room.await, Some(Ok(_))) {
+                        return;
+                    }
+                }
+                if last {
+                    return drop(stream.send_data(data, true));
+                }
+                stream.send_data(data, false)
+            }
+            Some(Ok(Err(frame))) => match frame.into_trailers() {
+                Ok(trailers) => {
+                    stream.reserve_capacity(0);
+                    return drop(stream.send_trailers(trailers));
+                }
+                Err(_unknown) => Ok(()),
+            },
+        };
+        if sent.is_err() {
+            return;
+        }
+    }
+}
+
+/// Why a stream is reset whose body broke off: as the other side said, if it spoke HTTP/2.
+fn reason(error: &(dyn Error + 'static)) -> Reason {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(reason) = error.downcast_ref::<h2::Error>().and_then(h2::Error::reason) {
+            return reason;
+        }
+        cause = error.source();
+    }
+    Reason::INTERNAL_ERROR
+}
+
+/// The body of a request or an answer that is received. Dropped before its end, the stream is reset.
+pub(crate) struct Incoming {
+    stream: RecvStream,
+    /// What is left of it, if the peer said so.
+    left: Option<u64>,
+    /// All data was read; trailers may follow.
+    read: bool,
+    /// Sends the body of the request that this answers, where there is one.
+    sending: Option<AbortOnDropHandle<()>>,
+}
+
+impl Incoming {
+    pub(crate) fn new(
+        headers: &HeaderMap,
+        stream: RecvStream,
+        sending: Option<AbortOnDropHandle<()>>,
+    ) -> Self {
+        let left = if stream.is_end_stream() { Some(0) } else { length(headers) };
+        Self { stream, left, read: false, sending }
+    }
+
+    /// What the stream's error means. One without a fault tells that nothing more of the request is wanted
+    /// (RFC 9113 section 8.1), after an answer that is whole.
+    fn ended(&self, error: h2::Error) -> Option<Result<Frame<Bytes>, h2::Error>> {
+        let whole = self.left.is_none_or(|left| left == 0);
+        let fine = error.reason() == Some(Reason::NO_ERROR) && whole;
+        (!fine).then_some(Err(error))
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        // An answer may be whole before the request is.
+        if self.stream.is_end_stream()
+            && let Some(sending) = self.sending.take()
+        {
+            drop(sending.detach());
+        }
+    }
+}
+
+impl Body for Incoming {
+    type Data = Bytes;
+    type Error = h2::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
+        if !self.read {
+            match ready!(self.stream.poll_data(cx)) {
+                Some(Ok(data)) => {
+                    // It cannot be more than what was taken.
+                    let _ = self.stream.flow_control().release_capacity(data.len());
+                    self.left = self.left.map(|left| left.saturating_sub(data.len() as u64));
+                    return Poll::Ready(Some(Ok(Frame::data(data))));
+                }
+                Some(Err(error)) => return Poll::Ready(self.ended(error)),
+                None => self.read = true,
+            }
+        }
+        Poll::Ready(match ready!(self.stream.poll_trailers(cx)) {
+            Ok(trailers) => trailers.map(|trailers| Ok(Frame::trailers(trailers))),
+            Err(error) => self.ended(error),
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.stream.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.left.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}
+
+/// How long the peer says that a body is. That it says so once and truly is looked after by h2.
+fn length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
