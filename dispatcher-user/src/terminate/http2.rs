@@ -100,10 +100,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Future for Serving<T> {
 
 /// Answers a request, unless its client takes it back.
 async fn respond(client: Arc<Client>, request: Request<RecvStream>, mut reply: SendResponse<Bytes>) {
-    let (head, stream) = request.into_parts();
-    let incoming = Incoming::new(&head.headers, stream, None);
     let answered = {
-        let mut answer = pin!(request::answer(client, Request::from_parts(head, incoming)));
+        let mut answer = pin!(request::answer(client, received(request)));
         let answered = poll_fn(|context| match answer.as_mut().poll(context) {
             Poll::Ready(Ok(answer)) => Poll::Ready(Some(answer)),
             Poll::Pending => reply.poll_reset(context).map(|_| None),
@@ -132,4 +130,10 @@ async fn respond(client: Arc<Client>, request: Request<RecvStream>, mut reply: S
             reply.send_reset(Reason::INTERNAL_ERROR);
         }
     }
+}
+
+fn received(request: Request<RecvStream>) -> Request<Incoming> {
+    let (head, stream) = request.into_parts();
+    let incoming = Incoming::new(&head.headers, stream, None);
+    Request::from_parts(head, incoming)
 }

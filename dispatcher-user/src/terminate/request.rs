@@ -82,67 +82,66 @@ fn failure(status: StatusCode, problem: impl Into<String>) -> Failure {
 }
 
 /// The body of a request as a client sends it.
-pub(super) trait Received:
+pub(super) trait FromClient:
     hyper::body::Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static
 {
 }
 
-impl<B: hyper::body::Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static> Received for B {}
+impl<B: hyper::body::Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static> FromClient for B {}
 
 /// Answers a request, whatever happens.
-pub(super) async fn answer(
+///
+/// What needs no waiting is done at once: so what waits is small, and that is what a request costs in memory.
+pub(super) fn answer<B: FromClient>(
     client: Arc<Client>,
-    request: Request<impl Received>,
-) -> Result<Response<Sending<Watched>>, Infallible> {
+    request: Request<B>,
+) -> impl Future<Output = Result<Response<Sending<Watched>>, Infallible>> + Send + use<B> {
     let busy = Busy::new(&client);
     let view = client.view();
-    let site = &view.site;
     let id = client.request_id();
     let began = Instant::now();
-    let mut way = Way { secure: !client.clear, ..Way::default() };
-    let asked = site.log.is_some().then(|| Asked::of(&request));
+    let asked = view.site.log.is_some().then(|| Asked::of(&request));
     let http1 = request.version() < Version::HTTP_2;
-    let mut error = None;
-    let answer = match pass_on(&client, &view, request, &id, &mut way).await {
-        Ok(response) => response,
-        Err(Failure { status, problem, again }) => {
-            let (service, from) = (&site.service.name, client.address);
-            log::debug!("{service} {from}: {status}: {problem} (request {id})");
-            let mut page = page(status, &problem, &id);
-            if again {
-                page.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    let mut way = Way { secure: !client.clear, ..Way::default() };
+    let mut received = receive(&client, &view.site, request, &id);
+    async move {
+        let passed = match received {
+            Ok(ref mut received) => pass_on(&client, &view, received, &id, &mut way).await,
+            Err(failure) => Err(failure),
+        };
+        let (answer, error) = match passed {
+            Ok(answer) => (answer, None),
+            Err(failure) => {
+                let Failure { status, problem, .. } = &failure;
+                let (service, from) = (&view.site.service.name, client.address);
+                log::debug!("{service} {from}: {status}: {problem} (request {id})");
+                (failure.page(&id, http1), Some(failure.problem))
             }
-            if http1 && matches!(status, StatusCode::BAD_REQUEST | StatusCode::NOT_IMPLEMENTED) {
-                // What follows may have been meant as something else.
-                page.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-            }
-            error = Some(problem);
-            page
-        }
-    };
-    let (status, now) = (answer.status(), Instant::now());
-    let took = now - began;
-    client.counts().request(way.secure, status.as_u16(), took);
-    let length = answer.body().size_hint().exact();
-    let (sent, complete) = (0, false);
-    let told = asked.map(|asked| Record {
-        site: Arc::clone(site),
-        asked,
-        id,
-        status,
-        error,
-        began,
-        took,
-        way,
-        length,
-        sent,
-        complete,
-    });
-    Ok(answer.map(|body| {
-        let mut body = Watched { body, told, busy };
-        body.note(0);
-        client.flows.follow(body, now)
-    }))
+        };
+        let (status, now) = (answer.status(), Instant::now());
+        let took = now - began;
+        client.counts().request(way.secure, status.as_u16(), took);
+        let length = answer.body().size_hint().exact();
+        let (sent, complete) = (0, false);
+        let told = asked.map(|asked| Record {
+            site: Arc::clone(&view.site),
+            asked,
+            id,
+            status,
+            error,
+            began,
+            took,
+            way,
+            length,
+            sent,
+            complete,
+        });
+        Ok(answer.map(|body| {
+            let mut body = Watched { body, told, busy };
+            body.note(0);
+            client.flows.follow(body, now)
+        }))
+    }
 }
 
 /// Which way a request went.
@@ -247,7 +246,7 @@ impl Default for Progress {
 
 impl Progress {
     /// The same body, whose progress is noted, and whether it could be read.
-    fn watch(&self, body: impl Received) -> Body {
+    fn watch(&self, body: impl FromClient) -> Body {
         let (progress, broken) = (self.clone(), Arc::clone(&self.1));
         let noted = body.map_frame(move |frame| {
             *super::lock(&progress.0) = Instant::now();
@@ -330,28 +329,61 @@ impl hyper::body::Body for Watched {
     }
 }
 
-fn page(status: StatusCode, problem: &str, id: &str) -> Response<Body> {
-    let text = format!("{status}: {problem} (request {id})\n");
-    let mut response =
-        Response::new(Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed_unsync());
-    *response.status_mut() = status;
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
-    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    if let Ok(id) = HeaderValue::from_str(id) {
-        headers.insert(REQUEST_ID, id);
+impl Failure {
+    fn page(&self, id: &str, http1: bool) -> Response<Body> {
+        let Self { status, problem, again } = self;
+        let text = format!("{status}: {problem} (request {id})\n");
+        let mut response =
+            Response::new(Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed_unsync());
+        *response.status_mut() = *status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if let Ok(id) = HeaderValue::from_str(id) {
+            headers.insert(REQUEST_ID, id);
+        }
+        if *again {
+            headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        if http1 && matches!(*status, StatusCode::BAD_REQUEST | StatusCode::NOT_IMPLEMENTED) {
+            // What follows may have been meant as something else.
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
     }
-    response
 }
 
-async fn pass_on(
-    client: &Arc<Client>,
-    view: &View,
-    mut request: Request<impl Received>,
+/// A request as it is passed on, to whichever backend.
+struct Received {
+    head: Parts,
+    /// None once it was sent, and was not given back.
+    body: Option<Body>,
+    /// Of a body that is not empty.
+    progress: Option<Progress>,
+    authority: Authority,
+    host: HeaderValue,
+    /// What the connection is to become, and where that will be said.
+    protocol: Option<HeaderValue>,
+    upgraded: Option<OnUpgrade>,
+    trailers: bool,
+    /// Through a tunnel.
+    secure: bool,
+    session: Option<SessionKey>,
+    /// The session's value, if it was made here.
+    assigned: Option<String>,
+    /// The client did not invent the session.
+    confirmed: bool,
+    /// Twice is as good as once.
+    repeatable: bool,
+}
+
+/// Looks at a request, and makes it one that can be passed on.
+fn receive(
+    client: &Client,
+    site: &Site,
+    mut request: Request<impl FromClient>,
     id: &str,
-    way: &mut Way,
-) -> Result<Response<Body>, Failure> {
-    let site = &*view.site;
+) -> Result<Received, Failure> {
     let authority = check(&request)?;
     let upgraded = wants_upgrade(&request).then(|| hyper::upgrade::on(&mut request));
     let (mut head, body) = request.into_parts();
@@ -365,33 +397,62 @@ async fn pass_on(
     // Ours is for secure connections only: browsers would not take it on others.
     let assigns = given.is_none() && site.terminate.assign_cookie && !client.clear;
     let assigned = if assigns { session::new_value() } else { None };
-    let key = given.or_else(|| assigned.as_ref().map(|value| session::key(site, value.as_bytes())));
+    let session = given.or_else(|| assigned.as_ref().map(|value| session::key(site, value.as_bytes())));
     // One that we gave, and that comes back, is no invention of the client's.
     let confirmed = given.is_some() && site.terminate.assign_cookie;
     let empty = body.is_end_stream();
     let progress = (!empty).then(Progress::default);
-    let mut body = Some(progress.as_ref().map_or_else(nothing, |progress| progress.watch(body)));
+    let body = Some(progress.as_ref().map_or_else(nothing, |progress| progress.watch(body)));
     let repeatable = empty && head.method.is_safe();
+    Ok(Received {
+        head,
+        body,
+        progress,
+        authority,
+        host,
+        protocol,
+        upgraded,
+        trailers,
+        secure,
+        session,
+        assigned,
+        confirmed,
+        repeatable,
+    })
+}
+
+async fn pass_on(
+    client: &Arc<Client>,
+    view: &View,
+    received: &mut Received,
+    id: &str,
+    way: &mut Way,
+) -> Result<Response<Body>, Failure> {
+    let (site, secure) = (&*view.site, received.secure);
     way.secure = secure;
     let mut avoid = Vec::new();
     loop {
-        let Leased { lease, backend, permit } =
-            lease(client, view, &head, way, key.as_ref(), confirmed, &mut avoid).await?;
+        let Leased { lease, backend, permit } = lease(
+            client,
+            view,
+            &received.head,
+            way,
+            received.session.as_ref(),
+            received.confirmed,
+            &mut avoid,
+        )
+        .await?;
         let (tunnel, home) = if secure { (lease.id(), lease.home()) } else { (0, 0) };
         (way.backend, way.tunnel, way.tries) = (backend, tunnel, way.tries + 1);
-        let named = (&authority, &host);
-        let mut request = form(&head, named, &lease, protocol.as_ref(), body.take().unwrap_or_else(nothing));
-        if trailers && lease.is_http2() {
-            request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
-        }
         let limit = super::seconds(site.terminate.response_timeout);
+        let request = form(received, lease.is_http2());
         // In one place, as each that waits for it would have a place for it of its own.
-        let mut exchange = pin!(exchange(lease, request, repeatable));
-        let sent = match &progress {
+        let mut exchange = pin!(exchange(lease.send(request), received.repeatable));
+        let sent = match &received.progress {
             Some(progress) => progress.within(limit, exchange.as_mut()).await,
             None => timeout(limit, exchange.as_mut()).await,
         };
-        let SendError { error, malformed, unprocessed, .. } = match sent {
+        let SendError { error, malformed, unprocessed } = match sent {
             Ok(Ok((response, whole))) => {
                 if let Some(permit) = &permit {
                     permit.answered();
@@ -399,7 +460,7 @@ async fn pass_on(
                 let binding = Binding { backend, tunnel: home, confirmed: true };
                 // The backend is done with what was read to its end.
                 let permit = permit.filter(|_| !whole);
-                return finish(client, view, response, upgraded, assigned, binding, permit);
+                return finish(client, view, response, received, binding, permit);
             }
             Ok(Err(error)) => error,
             Err(_) => {
@@ -410,11 +471,12 @@ async fn pass_on(
             }
         };
         let unsent = unprocessed.is_some();
-        body = unprocessed;
-        if malformed || progress.as_ref().is_some_and(|progress| progress.1.load(Ordering::Relaxed)) {
+        received.body = unprocessed;
+        let broken = |progress: &Progress| progress.1.load(Ordering::Relaxed);
+        if malformed || received.progress.as_ref().is_some_and(broken) {
             return Err(failure(StatusCode::BAD_REQUEST, "the request's body cannot be read"));
         }
-        if way.tries >= TRIES || !(unsent || repeatable) {
+        if way.tries >= TRIES || !(unsent || received.repeatable) {
             // Why is for the operator.
             log::debug!("{}: {} (request {id})", site.service.name, crate::one_line(&*error));
             return Err(failure(StatusCode::BAD_GATEWAY, "the connection to the backend failed"));
@@ -432,14 +494,13 @@ async fn pass_on(
     }
 }
 
-/// Sends a request and takes the answer. A short answer to a request that can be repeated is read to its end, and
+/// Takes the answer to a request that was sent. A short answer to a request that can be repeated is read to its end, and
 /// so is told: a tunnel that ends on the way costs nothing then.
 async fn exchange(
-    lease: Lease,
-    request: Request<Body>,
+    sent: impl Future<Output = Result<Response<Reply>, SendError>>,
     repeatable: bool,
 ) -> Result<(Response<Body>, bool), SendError> {
-    let (head, reply) = lease.send(request).await?.into_parts();
+    let (head, reply) = sent.await?.into_parts();
     let short = reply.size_hint().upper().is_some_and(|length| length <= SHORT);
     if !(repeatable && short) || head.status == StatusCode::SWITCHING_PROTOCOLS {
         return Ok((Response::from_parts(head, reply.boxed_unsync()), false));
@@ -679,25 +740,23 @@ fn nobody(road: &Tunnels, reached: &Reached) -> String {
     }
 }
 
-/// The request as the tunnel's HTTP version writes it.
-fn form(
-    head: &Parts,
-    (authority, host): (&Authority, &HeaderValue),
-    lease: &Lease,
-    protocol: Option<&HeaderValue>,
-    body: Body,
-) -> Request<Body> {
-    let mut request = Request::new(body);
+/// The request as the tunnel's HTTP version writes it. Its body can be sent once.
+fn form(received: &mut Received, http2: bool) -> Request<Body> {
+    let Received { head, body, authority, host, protocol, .. } = received;
+    let mut request = Request::new(body.take().unwrap_or_else(nothing));
     *request.method_mut() = head.method.clone();
     *request.headers_mut() = head.headers.clone();
     let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
-    if lease.is_http2() {
+    if http2 {
         let mut whole = uri::Parts::default();
         (whole.scheme, whole.authority) = (Some(Scheme::HTTPS), Some(authority.clone()));
         whole.path_and_query = Some(path);
         *request.uri_mut() = Uri::from_parts(whole).unwrap_or_default();
         *request.version_mut() = Version::HTTP_2;
         request.headers_mut().remove(HOST);
+        if received.trailers {
+            request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
+        }
         return request;
     }
     *request.uri_mut() = Uri::from(path);
@@ -714,13 +773,12 @@ fn finish(
     client: &Arc<Client>,
     view: &View,
     mut response: Response<Body>,
-    upgraded: Option<OnUpgrade>,
-    assigned: Option<String>,
+    received: &mut Received,
     binding: Binding,
     permit: Option<Permit>,
 ) -> Result<Response<Body>, Failure> {
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-        let Some(from) = upgraded else {
+        let Some(from) = received.upgraded.take() else {
             return Err(failure(StatusCode::BAD_GATEWAY, "the backend switched protocols unasked"));
         };
         let to = hyper::upgrade::on(&mut response);
@@ -746,7 +804,7 @@ fn finish(
             log::error!("{error}");
         }
     }
-    if let Some(value) = assigned
+    if let Some(value) = &received.assigned
         && !sets
     {
         let line = format!("{}={value}; Path=/; Secure; HttpOnly; SameSite=Lax", site.cookie);

@@ -2,15 +2,15 @@
 //!
 //! One task drives the connection; whoever has a request speaks to it by himself, without a task between.
 
-use std::future::poll_fn;
+use std::future::{Future as _, poll_fn};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use h2::client::{Builder, Connection, SendRequest};
+use h2::client::{Builder, Connection, ResponseFuture, SendRequest};
 use h2::{Error, Ping, PingPong, Reason};
 use hyper::body::Body as _;
 use hyper::header::{CONTENT_LENGTH, HeaderValue};
@@ -18,8 +18,8 @@ use hyper::{Method, Request, Response};
 use tokio::time::{sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::Body;
 use super::tunnel::{Tunnel, Wire};
+use super::{Body, SendError};
 use crate::gather::gather;
 use crate::http2::{Incoming, pass};
 
@@ -38,13 +38,6 @@ const HEADER: u32 = 64 << 10;
 
 /// What sends requests: each has a clone.
 pub(super) type Sender = SendRequest<Bytes>;
-
-/// A request that failed.
-pub(super) struct Failed {
-    pub(super) error: Error,
-    /// Its body, if the peer has not acted on the request, and nothing of the body was sent.
-    pub(super) unprocessed: Option<Body>,
-}
 
 /// Begins HTTP/2. Returns when the peer has said how many requests it takes.
 pub(super) async fn open(tunnel: &Arc<Tunnel>, wire: Wire) -> Result<(Sender, Driver), Error> {
@@ -139,8 +132,8 @@ async fn keep_alive(tunnel: Arc<Tunnel>, mut pings: PingPong) {
     }
 }
 
-/// Sends a request and returns when the head of the answer is there. If this is dropped, the stream is reset.
-pub(super) async fn send(mut sender: Sender, request: Request<Body>) -> Result<Response<Incoming>, Failed> {
+/// Sends a request.
+pub(super) fn send(mut sender: Sender, request: Request<Body>) -> Asked {
     let (mut head, body) = request.into_parts();
     // RFC 9110 section 8.6.
     if let Some(length) = body.size_hint().exact()
@@ -150,27 +143,46 @@ pub(super) async fn send(mut sender: Sender, request: Request<Body>) -> Result<R
         head.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
     }
     let empty = body.is_end_stream();
-    let (answer, stream) = match sender.send_request(Request::from_parts(head, ()), empty) {
-        Ok(sent) => sent,
-        Err(error) => return Err(Failed { error, unprocessed: Some(body) }),
-    };
-    drop(sender);
-    let (kept, sending) = if empty {
-        (Some(body), None)
-    } else {
-        (None, Some(AbortOnDropHandle::new(tokio::spawn(pass(body, stream)))))
-    };
-    match answer.await {
-        Ok(answer) => {
-            let (head, stream) = answer.into_parts();
-            let incoming = Incoming::new(&head.headers, stream, sending);
-            Ok(Response::from_parts(head, incoming))
+    match sender.send_request(Request::from_parts(head, ()), empty) {
+        Ok((answer, _)) if empty => Asked { answer: Ok(answer), body: Some(body), sending: None },
+        Ok((answer, stream)) => {
+            let sending = AbortOnDropHandle::new(tokio::spawn(pass(body, stream)));
+            Asked { answer: Ok(answer), body: None, sending: Some(sending) }
         }
-        Err(error) => {
-            // RFC 9113 section 8.7.
-            let refused =
-                error.is_reset() && error.is_remote() && error.reason() == Some(Reason::REFUSED_STREAM);
-            Err(Failed { error, unprocessed: kept.filter(|_| refused) })
-        }
+        Err(error) => Asked { answer: Err(Some(error)), body: Some(body), sending: None },
+    }
+}
+
+/// A request until its answer begins. Dropped before, the stream is reset.
+pub(super) struct Asked {
+    /// Or why it was not sent.
+    answer: Result<ResponseFuture, Option<Error>>,
+    /// As long as nothing of it was sent.
+    body: Option<Body>,
+    sending: Option<AbortOnDropHandle<()>>,
+}
+
+impl Asked {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response<Incoming>, SendError>> {
+        let (error, unprocessed) = match &mut self.answer {
+            Ok(answer) => match ready!(Pin::new(answer).poll(cx)) {
+                Ok(answer) => {
+                    let (head, stream) = answer.into_parts();
+                    let incoming = Incoming::new(&head.headers, stream, self.sending.take());
+                    return Poll::Ready(Ok(Response::from_parts(head, incoming)));
+                }
+                Err(error) => {
+                    // RFC 9113 section 8.7.
+                    let refused = error.is_remote() && error.reason() == Some(Reason::REFUSED_STREAM);
+                    let refused = refused && error.is_reset();
+                    (error, self.body.take().filter(|_| refused))
+                }
+            },
+            Err(error) => match error.take() {
+                Some(error) => (error, self.body.take()),
+                None => return Poll::Pending,
+            },
+        };
+        Poll::Ready(Err(SendError { error: error.into(), malformed: false, unprocessed }))
     }
 }

@@ -96,49 +96,52 @@ impl Lease {
     /// If this future is dropped, an HTTP/2 stream is reset. An HTTP/1.1 tunnel goes on if a short answer comes
     /// soon, else it is closed and replaced.
     /// After a 101 over HTTP/1.1, [`hyper::upgrade::on`] gives the connection; its tunnel is replaced.
-    pub async fn send(mut self, mut request: Request<Body>) -> Result<Response<Reply>, SendError> {
+    pub fn send(
+        mut self,
+        mut request: Request<Body>,
+    ) -> impl Future<Output = Result<Response<Reply>, SendError>> + Send + use<> {
         let tunnel = Arc::clone(&self.flight.0);
         tunnel.requests.fetch_add(1, Relaxed);
-        let sent = match self.sender.take() {
+        let mut sent = match self.sender.take() {
             Some(Sender::Http1(mut sender)) => {
                 *request.version_mut() = hyper::Version::HTTP_11;
                 let answer = Box::pin(sender.try_send_request(request));
-                let mut asked = Asked { answer: Some((answer, sender)), tunnel: Arc::clone(&tunnel) };
-                let sent = poll_fn(|cx| asked.poll(cx)).await;
-                sent.map(|answer| answer.map(Either::Left)).map_err(|mut failed| {
-                    let unprocessed = failed.take_message().map(Request::into_body);
-                    let error = failed.into_error();
-                    (error.is_user(), error.into(), unprocessed)
-                })
+                Either::Left(Asked { answer: Some((answer, sender)), tunnel: Arc::clone(&tunnel) })
             }
             Some(Sender::Http2(sender)) => {
                 *request.version_mut() = hyper::Version::HTTP_2;
-                let sent = http2::send(sender, request).await;
-                sent.map(|answer| answer.map(Either::Right))
-                    .map_err(|http2::Failed { error, unprocessed }| (false, error.into(), unprocessed))
+                Either::Right(http2::send(sender, request))
             }
             Some(Sender::Flow(_)) | None => {
                 unreachable!("a lease of requests has its sender until it is sent")
             }
         };
-        match sent {
-            Ok(response) => {
-                if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-                    // Never taken back: the tunnel has left its pool for good.
-                    tunnel.in_flight.fetch_add(1, Relaxed);
+        async move {
+            // In flight until the reply is.
+            let _lease = self;
+            let answer = poll_fn(|cx| match &mut sent {
+                Either::Left(asked) => asked.poll(cx).map_ok(|answer| answer.map(Either::Left)),
+                Either::Right(asked) => asked.poll(cx).map_ok(|answer| answer.map(Either::Right)),
+            });
+            match answer.await {
+                Ok(response) => {
+                    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                        // Never taken back: the tunnel has left its pool for good.
+                        tunnel.in_flight.fetch_add(1, Relaxed);
+                    }
+                    let flight = InFlight::new(&tunnel);
+                    Ok(response.map(|incoming| {
+                        let mut reply = Reply { incoming: Some(incoming), flight: Some(flight) };
+                        reply.settle();
+                        reply
+                    }))
                 }
-                let flight = InFlight::new(&tunnel);
-                Ok(response.map(|incoming| {
-                    let mut reply = Reply { incoming: Some(incoming), flight: Some(flight) };
-                    reply.settle();
-                    reply
-                }))
-            }
-            Err((malformed, error, unprocessed)) => {
-                if unprocessed.is_some() {
-                    tunnel.requests.fetch_sub(1, Relaxed);
+                Err(error) => {
+                    if error.unprocessed.is_some() {
+                        tunnel.requests.fetch_sub(1, Relaxed);
+                    }
+                    Err(error)
                 }
-                Err(SendError { error, malformed, unprocessed })
             }
         }
     }
@@ -258,13 +261,17 @@ struct Asked {
 }
 
 impl Asked {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Answer> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response<Incoming>, SendError>> {
         let Some((answer, _)) = &mut self.answer else { return Poll::Pending };
         let answer = ready!(answer.as_mut().poll(cx));
         if let Some((_, sender)) = self.answer.take() {
             self.tunnel.cool(sender);
         }
-        Poll::Ready(answer)
+        Poll::Ready(answer.map_err(|mut failed| {
+            let unprocessed = failed.take_message().map(Request::into_body);
+            let error = failed.into_error();
+            SendError { malformed: error.is_user(), error: error.into(), unprocessed }
+        }))
     }
 }
 
