@@ -844,8 +844,13 @@ pub fn monotonic_ns() -> u64 {
 /// Seconds of CLOCK_MONOTONIC, as flows and sessions carry them.
 #[must_use]
 pub fn monotonic_seconds() -> u32 {
-    // Which costs less, and is some milliseconds behind at most.
-    clock(libc::CLOCK_MONOTONIC_COARSE).as_secs() as u32
+    coarse().as_secs() as u32
+}
+
+/// CLOCK_MONOTONIC, some milliseconds behind at most: to ask for it costs less.
+#[must_use]
+pub fn coarse() -> Duration {
+    clock(libc::CLOCK_MONOTONIC_COARSE)
 }
 
 fn clock(id: libc::clockid_t) -> Duration {

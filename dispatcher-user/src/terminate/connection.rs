@@ -25,7 +25,7 @@ use tokio::{
     io::{Interest, unix::AsyncFd},
     net::TcpStream,
     sync::watch,
-    time::{Instant, sleep, sleep_until, timeout},
+    time::{sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::either::Either;
@@ -39,6 +39,7 @@ use super::{
     session::Recent,
 };
 use crate::{
+    dataplane::coarse,
     gather::gather,
     state::Shared,
     tunnels::{BoxError, Pools},
@@ -72,8 +73,7 @@ pub(super) struct Client {
     /// Begins the ids of its requests; the number of those that came ends them.
     id: u64,
     asked: AtomicU64,
-    began: Instant,
-    /// Milliseconds from then until the last request ended.
+    /// When its last request ended, milliseconds of [`coarse`].
     rests: AtomicU64,
     /// Answers on their way.
     pub(super) flows: Flows<request::Watched>,
@@ -181,7 +181,7 @@ impl Busy {
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        self.0.rests.store(self.0.began.elapsed().as_millis() as u64, Ordering::Relaxed);
+        self.0.rests.store(coarse().as_millis() as u64, Ordering::Relaxed);
         self.0.requests.fetch_sub(1, Ordering::Release);
     }
 }
@@ -297,8 +297,7 @@ async fn serve(
         requests: AtomicU32::new(0),
         id: getrandom::u64().unwrap_or_default(),
         asked: AtomicU64::new(0),
-        began: Instant::now(),
-        rests: AtomicU64::new(0),
+        rests: AtomicU64::new(coarse().as_millis() as u64),
         flows: Flows::default(),
     });
     let mut site = site;
@@ -382,13 +381,12 @@ async fn idle(client: &Client) {
         if busy {
             client.flows.cut(limit, stalled);
         }
-        let rests = client.began + Duration::from_millis(client.rests.load(Ordering::Relaxed));
-        let now = Instant::now();
-        let due = if busy { now } else { rests } + limit;
-        if due <= now {
+        let rests = Duration::from_millis(client.rests.load(Ordering::Relaxed));
+        let rested = if busy { Duration::ZERO } else { coarse().saturating_sub(rests) };
+        if rested >= limit {
             return;
         }
         // By then a request may have come, and its answer have stalled.
-        sleep_until(due.min(now + stalled)).await;
+        sleep((limit - rested).min(stalled)).await;
     }
 }

@@ -54,6 +54,8 @@ const TRIES: usize = 5;
 const PAUSE: Duration = Duration::from_millis(1);
 /// Longest answer that is read before it is passed on, bytes.
 const SHORT: u64 = 16 << 10;
+/// How long until backends may be back that have gone.
+const MOMENT: Duration = Duration::from_millis(10);
 /// How long a request waits for a tunnel.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -97,7 +99,7 @@ pub(super) fn answer<B: FromClient>(
     request: Request<B>,
 ) -> impl Future<Output = Result<Response<Sending<Watched>>, Infallible>> + Send + use<B> {
     let busy = Busy::new(&client);
-    let view = client.view();
+    let mut view = client.view();
     let id = client.request_id();
     let began = Instant::now();
     let asked = view.site.log.is_some().then(|| Asked::of(&request));
@@ -106,7 +108,7 @@ pub(super) fn answer<B: FromClient>(
     let mut received = receive(&client, &view.site, request, &id);
     async move {
         let passed = match received {
-            Ok(ref mut received) => pass_on(&client, &view, received, &id, &mut way).await,
+            Ok(ref mut received) => pass_on(&client, &mut view, received, &id, &mut way).await,
             Err(failure) => Err(failure),
         };
         let (answer, error) = match passed {
@@ -423,28 +425,27 @@ fn receive(
 
 async fn pass_on(
     client: &Arc<Client>,
-    view: &View,
+    view: &mut Arc<View>,
     received: &mut Received,
     id: &str,
     way: &mut Way,
 ) -> Result<Response<Body>, Failure> {
-    let (site, secure) = (&*view.site, received.secure);
+    let secure = received.secure;
     way.secure = secure;
-    let mut avoid = Vec::new();
+    let (mut avoid, mut until) = (Vec::new(), None);
     loop {
-        let Leased { lease, backend, permit } = lease(
-            client,
-            view,
-            &received.head,
-            way,
-            received.session.as_ref(),
-            received.confirmed,
-            &mut avoid,
-        )
-        .await?;
+        let leased = lease(client, view, received, way, &mut avoid, &mut until).await?;
+        let Some(Leased { lease, backend, permit }) = leased else {
+            // They may be back, or others be there.
+            sleep(MOMENT).await;
+            *view = client.view();
+            avoid.clear();
+            continue;
+        };
+        until = None;
         let (tunnel, home) = if secure { (lease.id(), lease.home()) } else { (0, 0) };
         (way.backend, way.tunnel, way.tries) = (backend, tunnel, way.tries + 1);
-        let limit = super::seconds(site.terminate.response_timeout);
+        let limit = super::seconds(view.site.terminate.response_timeout);
         let request = form(received, lease.is_http2());
         // In one place, as each that waits for it would have a place for it of its own.
         let mut exchange = pin!(exchange(lease.send(request), received.repeatable));
@@ -478,7 +479,7 @@ async fn pass_on(
         }
         if way.tries >= TRIES || !(unsent || received.repeatable) {
             // Why is for the operator.
-            log::debug!("{}: {} (request {id})", site.service.name, crate::one_line(&*error));
+            log::debug!("{}: {} (request {id})", view.site.service.name, crate::one_line(&*error));
             return Err(failure(StatusCode::BAD_GATEWAY, "the connection to the backend failed"));
         }
         client.counts().retry();
@@ -632,16 +633,18 @@ struct Leased {
 }
 
 /// A tunnel to the session's backend, or to the balancer's choice; a connection in clear for what is not secure.
-/// Where a backend takes only so many requests at a time, it is waited for before that.
+/// Where a backend takes only so many requests at a time, it is waited for before that. None when all that are known are
+/// to be avoided by now.
 async fn lease(
     client: &Client,
     view: &View,
-    head: &Parts,
+    received: &mut Received,
     way: &mut Way,
-    key: Option<&SessionKey>,
-    confirmed: bool,
     avoid: &mut Vec<u32>,
-) -> Result<Leased, Failure> {
+    until: &mut Option<Instant>,
+) -> Result<Option<Leased>, Failure> {
+    let Received { head, session, confirmed, .. } = received;
+    let key = session.as_ref();
     let unavailable = |problem: String| failure(StatusCode::SERVICE_UNAVAILABLE, problem);
     let (site, pools) = (&*view.site, view.pools(way.secure));
     let terminator = &client.shared.terminator;
@@ -660,24 +663,18 @@ async fn lease(
         Some((key, None)) => session::find(sessions, key, reached).map_err(broken)?,
     };
     let usable = |backend: u32, avoid: &[u32]| !avoid.contains(&backend) && !pools.is_failing(backend);
-    let pick = |avoid: &mut Vec<u32>| {
+    let pick = |avoid: &[u32]| {
         let (qos, client) = (&client.shared.qos, client.address.ip());
-        let pick = |avoid: &[u32]| terminator.pick(qos, road, &site.service, &reached.pool, client, avoid);
-        let found = pick(avoid).or_else(|| {
-            // One that was tried before may be back.
-            avoid.clear();
-            pick(avoid)
-        });
-        found.map(|one| one.id).ok_or_else(|| unavailable(nobody(road, reached)))
+        terminator.pick(qos, road, &site.service, &reached.pool, client, avoid).map(|one| one.id)
     };
     let known = known.filter(|(_, backend)| usable(*backend, avoid));
     let home = known.map_or(0, |(session, _)| session.tunnel);
     let mut wanted = if key.is_some() { Preference::of(home) } else { Preference::Any };
-    let mut backend = match known {
-        Some((_, backend)) => backend,
-        None => pick(avoid)?,
+    let mut backend = match known.map(|(_, backend)| backend).or_else(|| pick(avoid)) {
+        Some(backend) => backend,
+        None if avoid.is_empty() => return Err(unavailable(nobody(road, reached))),
+        None => return Ok(None),
     };
-    let mut until = None;
     loop {
         let permit = match client.shared.qos.gate(backend) {
             None => None,
@@ -691,10 +688,12 @@ async fn lease(
                 Some(entered.map_err(busy)?)
             }
         };
-        let until = *until.get_or_insert_with(|| Instant::now() + PATIENCE);
         let waited = match pools.take(backend, wanted) {
             Some(lease) => Ok(lease),
-            None => road.wait(backend, wanted, until.saturating_duration_since(Instant::now())).await,
+            None => {
+                let until = *until.get_or_insert_with(|| Instant::now() + PATIENCE);
+                road.wait(backend, wanted, until.saturating_duration_since(Instant::now())).await
+            }
         };
         let lease = match waited {
             Ok(lease) => lease,
@@ -703,23 +702,23 @@ async fn lease(
                 log::debug!("{error}");
                 // Its tunnels are lost, or it is no backend any more.
                 let elsewhere = matches!(error, Unavailable::Failing { .. } | Unavailable::Unknown(_));
-                if !elsewhere || Instant::now() >= until {
+                if !elsewhere || until.is_some_and(|until| Instant::now() >= until) {
                     return Err(unavailable("no tunnel to a backend was free in time".to_owned()));
                 }
                 avoid.push(backend);
-                (backend, wanted) =
-                    (pick(avoid)?, if key.is_some() { Preference::New } else { Preference::Any });
+                let Some(other) = pick(avoid) else { return Ok(None) };
+                (backend, wanted) = (other, if key.is_some() { Preference::New } else { Preference::Any });
                 continue;
             }
         };
-        let Some(key) = key else { return Ok(Leased { lease, backend, permit }) };
+        let Some(key) = key else { return Ok(Some(Leased { lease, backend, permit })) };
         let tunnel = if way.secure { lease.home() } else { 0 };
-        let binding = Binding { backend, tunnel, confirmed: confirmed && known.is_some() };
+        let binding = Binding { backend, tunnel, confirmed: *confirmed && known.is_some() };
         let service = &site.service;
         let bound =
             session::bind(sessions, key, binding, service, reached, &client.recent).map_err(broken)?;
         if bound == backend || !usable(bound, avoid) {
-            return Ok(Leased { lease, backend, permit });
+            return Ok(Some(Leased { lease, backend, permit }));
         }
         // Another first request of this session was faster.
         (backend, wanted) = (bound, Preference::New);

@@ -282,14 +282,21 @@ fn a_backend_without_a_limit_is_not_held_up() {
 
 #[test]
 fn who_waits_for_a_backend_that_goes_is_served_by_another() {
-    for how in ["disable", "offline", "remove"] {
+    for how in ["disable", "offline", "remove", "replace"] {
         let scene = scene(&[ONE, PATIENT]);
         let blocker = Blocker::new(&scene, "gold");
         until("the server is busy", || mirror(&scene, 0).begun() == 1);
         std::thread::scope(|scope| {
             let asked: Vec<_> = (0..6).map(|_| ask(scope, &scene, "bronze", "/")).collect();
             until("all wait", || queued(&scene, "b1") == 6);
-            scene.daemon.told(&["backend", "shop/b1", how]).expect("done");
+            if how == "replace" {
+                // None of those that were there stays.
+                let others = scene.text.replace("name = \"b", "name = \"c");
+                scene.daemon.rewrite(&format!("{others}{CLASSES}")).expect("a configuration");
+                scene.daemon.told(&["reload"]).expect("reloaded");
+            } else {
+                scene.daemon.told(&["backend", "shop/b1", how]).expect("done");
+            }
             match how {
                 // What is under way goes on, and they wait for it.
                 "disable" => blocker.end(),
