@@ -51,7 +51,7 @@ const KEEPALIVE: Duration = Duration::from_secs(60);
 pub(super) const HEADER: u32 = 64 << 10;
 /// How HTTP/2 begins where it was not agreed on before (RFC 9113 section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// How long until more of it may have come.
+/// How long until more of it may have come: twice as long each time, as there may be many who never say more.
 const MOMENT: Duration = Duration::from_millis(10);
 
 /// What requests of one connection share.
@@ -360,10 +360,14 @@ async fn until<C: Future, L: Future>(
 /// Whether a client in clear begins with HTTP/2, without asking for it before.
 async fn begins_with_http2(stream: &TcpStream) -> bool {
     let mut bytes = [0; PREFACE.len()];
+    let mut moment = MOMENT;
     loop {
         match stream.peek(&mut bytes).await {
             Ok(count) if count == PREFACE.len() => return bytes == *PREFACE,
-            Ok(count) if count > 0 && PREFACE.starts_with(&bytes[..count]) => sleep(MOMENT).await,
+            Ok(count) if count > 0 && PREFACE.starts_with(&bytes[..count]) => {
+                sleep(moment).await;
+                moment *= 2;
+            }
             Ok(_) | Err(_) => return false,
         }
     }

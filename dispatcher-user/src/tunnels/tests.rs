@@ -20,7 +20,7 @@ use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::{PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion, version};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
@@ -1004,6 +1004,77 @@ async fn a_request_that_was_not_sent_is_given_back() {
     let lease = tunnels.wait(BACKEND, Preference::New, PATIENCE).await.unwrap();
     let again = super::tests::request(&lease, "/", body);
     assert_eq!(within(lease.send(again)).await.unwrap().status(), StatusCode::OK);
+}
+
+#[tokio::test]
+async fn who_does_not_read_keeps_nobody_else_waiting() {
+    let server = Server::start(&H2).await;
+    let tunnels = tunnels(server.address, Settings { most: 1, ..settings(1) });
+    let mut unread = Vec::new();
+    for _ in 0..8 {
+        unread.push(send(lease(&tunnels).await, "/flood").await.unwrap());
+    }
+    until("all that may come has come", || tunnels.list()[0].received >= 8 * (256 << 10)).await;
+    port(lease(&tunnels).await, "/").await;
+    assert_eq!((tunnels.list().len(), tunnels.list()[0].in_flight), (1, unread.len()));
+}
+
+/// A connection of HTTP/2 as h2 has it, of which each frame can be sent.
+async fn raw(listener: &TcpListener) -> h2::server::Connection<impl AsyncRead + AsyncWrite + Unpin, Bytes> {
+    let acceptor = TlsAcceptor::from(Arc::new(H2.config()));
+    let (socket, _) = listener.accept().await.unwrap();
+    h2::server::handshake(acceptor.accept(socket).await.unwrap()).await.unwrap()
+}
+
+#[tokio::test]
+async fn what_a_peer_refuses_is_given_back_where_nothing_of_it_was_sent() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let tunnels = tunnels(listener.local_addr().unwrap(), Settings { most: 1, ..settings(1) });
+    let server = tokio::spawn(async move {
+        let mut connection = raw(&listener).await;
+        // RFC 9113 section 8.7: only that code says that nothing was done.
+        let mut codes =
+            [h2::Reason::REFUSED_STREAM, h2::Reason::REFUSED_STREAM, h2::Reason::CANCEL].into_iter();
+        while let Some(Ok((_, mut reply))) = connection.accept().await {
+            match codes.next() {
+                Some(code) => reply.send_reset(code),
+                None => drop(reply.send_response(Response::new(()), true).unwrap()),
+            }
+        }
+    });
+    for (text, again) in [("", true), ("once", false), ("", false)] {
+        let lease = lease(&tunnels).await;
+        let request = request(&lease, "/", full(text));
+        let error = within(lease.send(request)).await.map(drop).unwrap_err();
+        assert_eq!(error.unprocessed.is_some(), again, "{text:?} {error:?}");
+    }
+    // The tunnel is as good as before.
+    assert_eq!(send(lease(&tunnels).await, "/").await.unwrap().status(), StatusCode::OK);
+    drop(tunnels);
+    within(server).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_peer_that_is_gone_without_a_word_is_found_out() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let tunnels = tunnels(listener.local_addr().unwrap(), Settings { most: 1, ..settings(1) });
+    let mut connection = raw(&listener).await;
+    let asked = lease(&tunnels).await;
+    let id = asked.id();
+    let request = request(&asked, "/", full(""));
+    let asked = tokio::spawn(asked.send(request));
+    // It takes the request, and nothing more.
+    within(connection.accept()).await.unwrap().unwrap();
+    // From now on time passes where nothing is done.
+    tokio::time::pause();
+    let gone = timeout(2 * PATIENCE, async {
+        while tunnels.list().iter().any(|one| one.id == id) {
+            sleep(Duration::from_secs(1)).await;
+        }
+    });
+    gone.await.expect("it has ended");
+    let error = timeout(PATIENCE, asked).await.unwrap().unwrap().map(drop).unwrap_err();
+    assert!(error.unprocessed.is_none(), "{error:?}");
 }
 
 #[tokio::test]

@@ -55,6 +55,8 @@ fn claim_c10_c13_what_is_declared_secure_goes_through_the_tunnel() {
             (&[], "/%61ccount/1", true),
             (&[], "/x/..//account/1", true),
             (&[], "/accounts", false),
+            (&["--http2-prior-knowledge"], "/", false),
+            (&["--http2-prior-knowledge"], "/account/1", true),
         ] {
             let seen = ask(&scene, &jar, family, arguments, path);
             // C13: by path, by method, and by the cookie that the server set; C10: others not.
@@ -88,5 +90,5 @@ fn claim_c10_c13_what_is_declared_secure_goes_through_the_tunnel() {
         let line = metrics.lines().find_map(|line| line.strip_prefix(&start));
         line.and_then(|count| count.parse::<u64>().ok()).unwrap_or_else(|| panic!("{metrics}"))
     };
-    assert_eq!((count("clear"), count("tunnel")), (2 * (3 + 1 + 1 + 3), 2 * (1 + 5 + 1 + 3)));
+    assert_eq!((count("clear"), count("tunnel")), (2 * (4 + 1 + 1 + 3), 2 * (1 + 6 + 1 + 3)));
 }
