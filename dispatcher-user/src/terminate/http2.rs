@@ -69,7 +69,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
     pub(super) fn graceful_shutdown(mut self: Pin<&mut Self>) {
         match &mut self.state {
             State::Serves(connection) => connection.graceful_shutdown(),
-            begins => *begins = State::Ended,
+            before @ (State::Begins(_) | State::Ended) => *before = State::Ended,
         }
     }
 }
