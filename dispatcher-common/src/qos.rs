@@ -34,12 +34,15 @@ pub const NAMES_MAX: u32 = 4096;
 pub const FRACTION: u32 = 10;
 /// A connection in tokens, so that rates of few a second are exact.
 pub const CONNECTION: u64 = 1 << 20;
-/// Highest rate, tokens in [`SECOND`]: 563 Tbit/s, or 67 million connections a second. More is no limit.
-pub const RATE_MAX: u64 = 1 << 46;
+/// Highest rate, tokens in [`SECOND`]: 131 Tbit/s, or 15 million connections a second. More is no limit.
+pub const RATE_MAX: u64 = 1 << 44;
 /// The time that rates are told for, nanoseconds: a power of two near a second.
 pub const SECOND: u64 = 1 << 30;
 
-/// Buckets hold what comes in a 16th of a second, but at least so much: the longest frame that there can be.
+/// Buckets hold what comes in a quarter of a second, but at least so much: the longest frame that there can be.
+///
+/// TCP that has lost frames may send nothing for 200 ms (RFC 6298 section 2.4, as Linux has it). With buckets that run
+/// over sooner, others have used by then what was its own.
 pub const LEAST_BYTES: i64 = 65_536 << FRACTION;
 /// The same of connections: one.
 pub const LEAST_CONNECTIONS: i64 = (CONNECTION << FRACTION) as i64;
@@ -49,7 +52,7 @@ const STEP_NS: i64 = 1 << 16;
 /// The longest time for which buckets are filled at once, nanoseconds.
 const ELAPSED_MAX_NS: i64 = 1 << 41;
 /// Ticks in which any bucket of a rate from [`FAST`] on is full, twice over.
-const FULL: u64 = 1 << 17;
+const FULL: u64 = 1 << 19;
 /// See [`FULL`]: slower ones times [`ELAPSED_MAX_NS`] fit a word.
 const FAST: u64 = 1 << 32;
 /// Half of the time for which a class counts as one that wants more, nanoseconds.
@@ -330,7 +333,7 @@ pub struct ClassStats {
 #[inline(always)]
 #[must_use]
 pub const fn depth(rate: u64, least: i64) -> i64 {
-    let depth = (rate << (FRACTION - 4)) as i64;
+    let depth = (rate << (FRACTION - 2)) as i64;
     if depth > least { depth } else { least }
 }
 
@@ -709,8 +712,8 @@ mod tests {
             buckets.take(&few, 0, LEAST_CONNECTIONS)
         };
         assert!(take(&mut buckets, 0) >= LEAST_CONNECTIONS);
-        // Six and a half were there, so four and a half are missing then.
-        buckets.owe(&few, 0, 10 * LEAST_CONNECTIONS);
+        // Twenty-six were there, so four are missing then.
+        buckets.owe(&few, 0, 30 * LEAST_CONNECTIONS);
         assert_eq!(take(&mut buckets, 20 * MS), 0, "two connections later");
         assert!(take(&mut buckets, 120 * MS) >= LEAST_CONNECTIONS);
         for _ in 0..1000 {

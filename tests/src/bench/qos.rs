@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! bandwidth    UDP senders, one a class, at twice their share each -- l4 service with a bandwidth -- one backend
+//! streams      TCP senders, some connections a class -- the same
 //! requests     wrk, one a class -- mode = "terminate" with max_inflight -- nginx that answers at a fixed rate
 //! haproxy      the same through HAProxy: set-priority-class, maxconn
 //! hellos       TLS clients that connect again and again -- passthrough, over = "hold" -- one backend
@@ -11,7 +12,7 @@
 
 use std::{
     collections::BTreeMap,
-    io::Write as _,
+    io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, UdpSocket},
     path::PathBuf,
     sync::{
@@ -23,6 +24,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use clap::ValueEnum as _;
 
 use crate::{
     bench::{
@@ -46,6 +48,9 @@ const DATAGRAM: usize = 1400;
 const HEADERS: u64 = 42;
 /// Port of the UDP service.
 const UDP: u16 = 9000;
+/// Port of the TCP service, and connections of each class to it.
+const TCP: u16 = 9001;
+const STREAMS: [usize; 3] = [1, 4, 16];
 /// Requests a second that the server answers, and that it is given at a time.
 const CAPACITY: u32 = 1000;
 const INFLIGHT: u32 = 8;
@@ -67,15 +72,37 @@ struct Effort {
     seconds: u32,
 }
 
-/// Measures all parts.
-pub fn run(quick: bool) -> Result<Report> {
+/// What can be measured alone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Part {
+    /// Bytes of UDP, by the data path
+    Bandwidth,
+    /// The same of TCP
+    Streams,
+    /// Requests in flight, also through HAProxy
+    Requests,
+    /// Hellos that are held
+    Hellos,
+}
+
+/// Measures all parts, or only one.
+pub fn run(quick: bool, only: Option<Part>) -> Result<Report> {
     let effort = if quick { Effort { rounds: 1, seconds: 2 } } else { Effort { rounds: 3, seconds: 5 } };
     let mut found = Samples::default();
     for _ in 0..effort.rounds {
         for weights in [&[8, 1][..], &[5, 3, 1]] {
-            bandwidth(effort, weights, &mut found)?;
-            requests(effort, weights, &mut found)?;
-            hellos(effort, weights, &mut found)?;
+            for part in Part::value_variants().iter().filter(|part| only.is_none_or(|only| only == **part)) {
+                match part {
+                    Part::Bandwidth => bandwidth(effort, weights, &mut found)?,
+                    Part::Streams => {
+                        for connections in STREAMS {
+                            streams(effort, weights, connections, &mut found)?;
+                        }
+                    }
+                    Part::Requests => requests(effort, weights, &mut found)?,
+                    Part::Hellos => hellos(effort, weights, &mut found)?,
+                }
+            }
         }
     }
     Ok(found.report())
@@ -305,6 +332,61 @@ fn bandwidth(effort: Effort, weights: &[u32], found: &mut Samples) -> Result<()>
     let case = format!("(b) one class alone, weights {}", named(weights));
     let used = rates.get(last).copied().unwrap_or(0.0) / BANDWIDTH as f64 * 100.0;
     found.wanted((&case, "dispatcher", "of the bandwidth, used", "%"), used, 95.0, false);
+    Ok(())
+}
+
+/// (a) for TCP, which makes room when it loses frames: connections of each class that always have something to send.
+fn streams(effort: Effort, weights: &[u32], connections: usize, found: &mut Samples) -> Result<()> {
+    let topology = place()?;
+    let service = Service::new("sink", TCP)
+        .with("mode = \"l4\"")
+        .with(&by_client(&topology, weights))
+        .with(&format!("limits = {{ bandwidth = \"{}bit/s\" }}", BANDWIDTH));
+    let text = config(&topology, "native", &[service]) + &classes(weights);
+    let _daemon = Daemon::start_with(&topology.dispatcher, &text)?;
+    let place = topology.backends.first().context("a backend")?;
+    let listener = sockets::listen(&place.netns, TCP)?;
+    let counts: Vec<Arc<AtomicU64>> = weights.iter().map(|_| Arc::default()).collect();
+    let (mut sink, mut senders) = (Workers::default(), Workers::default());
+    for (number, count) in counts.iter().enumerate() {
+        let from = topology.client(Family::V4, number);
+        for _ in 0..connections {
+            let mut sender = sockets::connect(&topology.clients, from, SocketAddr::new(VIP[0], TCP))?;
+            let (mut receiver, _) = listener.accept()?;
+            for socket in [&sender, &receiver] {
+                socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+                socket.set_write_timeout(Some(Duration::from_millis(50)))?;
+            }
+            let count = Arc::clone(count);
+            // Bytes that came are those of sequence; what is sent again counts once.
+            sink.start(&place.netns, move |stop| {
+                let mut buffer = vec![0; 64 << 10];
+                while !stop.load(Ordering::Relaxed) {
+                    count.fetch_add(receiver.read(&mut buffer).unwrap_or(0) as u64, Ordering::Relaxed);
+                }
+                Ok(())
+            });
+            senders.start(&topology.clients, move |stop| {
+                let piece = vec![7; 64 << 10];
+                while !stop.load(Ordering::Relaxed) {
+                    drop(sender.write(&piece));
+                }
+                Ok(())
+            });
+        }
+    }
+    sleep(Duration::from_secs(1));
+    let seen = || counts.iter().map(|count| count.load(Ordering::Relaxed) as f64).collect::<Vec<_>>();
+    let before = seen();
+    sleep(Duration::from_secs(effort.seconds.into()));
+    let came: Vec<f64> = seen().iter().zip(&before).map(|(now, before)| now - before).collect();
+    senders.end()?;
+    sink.end()?;
+    let each = if connections == 1 { "connection" } else { "connections" };
+    let case = format!("TCP, {connections} {each} a class, weights {}", named(weights));
+    found.shares(&case, "dispatcher", weights, &came, false);
+    let used = came.iter().sum::<f64>() * 8.0 / f64::from(effort.seconds) / BANDWIDTH as f64 * 100.0;
+    found.add(&case, "dispatcher", "of the bandwidth, payload", "%", used);
     Ok(())
 }
 

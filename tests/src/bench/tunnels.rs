@@ -15,7 +15,7 @@
 
 use std::{
     collections::BTreeMap,
-    env,
+    env, fs,
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpStream},
     path::{Path, PathBuf},
@@ -56,6 +56,8 @@ const CONNECTIONS: u8 = 8;
 const H2: [&str; 4] = ["-c2", "-m8", "-H", "accept: */*"];
 /// Requests a second on each connection of h2load at the fixed rate: twelve times as many in all.
 const RATE: u32 = 100;
+/// Runs at it: whether generators ask in step is chance, and decides how long requests wait for each other.
+const RUNS: usize = 4;
 /// Threads that connect again and again, or hold connections.
 const THREADS: usize = 4;
 /// Tunnels, or idle connections, to each backend: twice the requests at a time for one, as the last one's tunnel may not
@@ -102,8 +104,15 @@ struct Effort {
 }
 
 /// Measures; `against` is another dispatcherd that takes the place of all but ours, with `floor` also the least that the
-/// libraries can do.
-pub fn run(quick: bool, against: Option<&Path>, floor: bool) -> Result<Report> {
+/// libraries can do. With `only`, the cases whose name has it.
+pub fn run(quick: bool, against: Option<&Path>, floor: bool, only: Option<&str>) -> Result<Report> {
+    if let Some(only) = only {
+        let cases = [IDLE, KEPT_H1, KEPT_H2, FULL, RESUMED, FIXED];
+        ensure!(
+            cases.iter().any(|case| case.contains(only)),
+            "no case's name has \"{only}\" in it: {cases:?}"
+        );
+    }
     let effort = if quick {
         Effort { rounds: 1, seconds: 1, connecting: 0.3, idle: 200 }
     } else {
@@ -121,13 +130,17 @@ pub fn run(quick: bool, against: Option<&Path>, floor: bool) -> Result<Report> {
             let at = (round + step) % variants.len();
             let (Some(variant), Some(samples)) = (variants.get(at), samples.get_mut(at)) else { continue };
             let found =
-                variant.measure(effort, &authority).with_context(|| variant.kind.name().to_owned())?;
+                variant.measure(effort, &authority, only).with_context(|| variant.kind.name().to_owned())?;
             for (what, value) in found {
                 samples.entry(what).or_default().push(value);
             }
         }
     }
-    Ok(report(&variants, &samples, against))
+    let mut report = report(&variants, &samples, against);
+    if only.is_some() {
+        report.goals.retain(|goal| goal.value.is_some());
+    }
+    Ok(report)
 }
 
 /// One value a round.
@@ -376,12 +389,13 @@ impl<'a> Variant<'a> {
     }
 
     /// One round.
-    fn measure(&self, effort: Effort, authority: &Authority) -> Result<Vec<(What, f64)>> {
+    fn measure(&self, effort: Effort, authority: &Authority, only: Option<&str>) -> Result<Vec<(What, f64)>> {
+        let is_wanted = |case: &str| only.is_none_or(|only| case.contains(only));
         let mut found = Vec::new();
         let mut between = self.begin()?;
         let user = User::new(authority, Version::Tls13)?;
         let cookies = (0..USERS).map(|number| self.session(&user, number)).collect::<Result<Vec<_>>>()?;
-        if let Some(id) = between.id() {
+        if let Some(id) = between.id().filter(|_| is_wanted(IDLE)) {
             let before = resident(id)?;
             let held = self.hold(&user, effort.idle)?;
             std::thread::sleep(Duration::from_millis(100));
@@ -390,13 +404,16 @@ impl<'a> Variant<'a> {
             found.push(((IDLE, "memory per 1,000", "MiB"), grown));
         }
         // Pools are filled: here the most requests are under way at a time.
-        self.kept_h2(1, &cookies, &[])?;
+        self.kept_h2(1, &cookies)?;
         let (handshakes, accepted) = (between.handshakes()?, self.accepted()?);
         let mut failed = 0;
         for (case, h2) in [(KEPT_H1, false), (KEPT_H2, true)] {
+            if !is_wanted(case) {
+                continue;
+            }
             let before = between.cpu()?;
             let load = if h2 {
-                self.kept_h2(effort.seconds, &cookies, &[])?
+                self.kept_h2(effort.seconds, &cookies)?
             } else {
                 self.kept_h1(effort.seconds, &cookies)?
             };
@@ -405,6 +422,9 @@ impl<'a> Variant<'a> {
             failed += load.failed;
         }
         for case in [FULL, RESUMED] {
+            if !is_wanted(case) {
+                continue;
+            }
             let resumed = case == RESUMED;
             let user = || User::new(authority, Version::Tls13);
             let user = || if resumed { user() } else { Ok(user()?.forgetful()) };
@@ -415,15 +435,16 @@ impl<'a> Variant<'a> {
             found.push(((case, "connections", "1/s"), f64::from(count) / began.elapsed().as_secs_f64()));
             found.push(((case, CPU, "s"), (between.cpu()? - before) / f64::from(count) * 1e5));
         }
-        let before = between.cpu()?;
-        let rate = RATE.to_string();
-        let load = self.kept_h2(effort.seconds, &cookies, &["--rps", &rate])?;
-        found.push(((FIXED, "requests", "1/s"), load.rate));
-        found.push(((FIXED, CPU, "s"), (between.cpu()? - before) / load.requests as f64 * 1e5));
-        let (p50, p99) = load.p50.zip(load.p99).context("h2load logged no request")?;
-        found.push(((FIXED, "p50", "ms"), p50));
-        found.push(((FIXED, "p99", "ms"), p99));
-        failed += load.failed;
+        if is_wanted(FIXED) {
+            let before = between.cpu()?;
+            let load = self.fixed(effort.seconds, &cookies)?;
+            found.push(((FIXED, "requests", "1/s"), load.rate));
+            found.push(((FIXED, CPU, "s"), (between.cpu()? - before) / load.requests as f64 * 1e5));
+            let (p50, p99) = load.p50.zip(load.p99).context("h2load logged no request")?;
+            found.push(((FIXED, "p50", "ms"), p50));
+            found.push(((FIXED, "p99", "ms"), p99));
+            failed += load.failed;
+        }
         found.push(((REQUESTS, "failed", "requests"), failed as f64));
         ensure!(!matches!(self.kind, Kind::Floor { .. }) || failed == 0, "{failed} requests failed");
         if self.kind != Kind::Direct {
@@ -455,29 +476,51 @@ impl<'a> Variant<'a> {
         Ok(sum(&all.collect::<Result<Vec<_>>>()?))
     }
 
-    /// Connections of HTTP/2 with several requests at a time; with their times.
-    fn kept_h2(&self, seconds: u32, cookies: &[Option<String>], more: &[&str]) -> Result<Found> {
-        let url = format!("https://{}/", self.path(0).1);
+    /// Connections of HTTP/2 with several requests at a time.
+    fn kept_h2(&self, seconds: u32, cookies: &[Option<String>]) -> Result<Found> {
+        self.h2load(seconds, cookies, |_| Vec::new())
+    }
+
+    /// The same at a fixed rate, with the times of requests.
+    fn fixed(&self, seconds: u32, cookies: &[Option<String>]) -> Result<Found> {
+        // A log costs the generator something: only where few requests are made.
         let log = |number: usize| self.folder.path().join(format!("requests{number}"));
+        let rate = RATE.to_string();
+        let (mut runs, mut times) = (Vec::new(), Vec::new());
+        for _ in 0..RUNS {
+            runs.push(self.h2load(seconds, cookies, |number| {
+                let log = log(number).to_string_lossy().into_owned();
+                vec!["--rps".to_owned(), rate.clone(), "--log-file".to_owned(), log]
+            })?);
+            for number in 0..cookies.len() {
+                times.extend(latencies(&log(number))?);
+                fs::remove_file(log(number))?;
+            }
+        }
+        times.sort_by(f64::total_cmp);
+        let mut found = sum(&runs);
+        found.rate /= RUNS as f64;
+        found.p50 = times.get(times.len() / 2).copied();
+        found.p99 = times.get(times.len() * 99 / 100).copied();
+        Ok(found)
+    }
+
+    fn h2load(
+        &self,
+        seconds: u32,
+        cookies: &[Option<String>],
+        more: impl Fn(usize) -> Vec<String>,
+    ) -> Result<Found> {
+        let url = format!("https://{}/", self.path(0).1);
         let start = |(number, cookie): (usize, &Option<String>)| {
-            let (header, log) = (cookie_header(cookie), log(number));
-            // A log costs the generator something: only where few requests are made.
-            let log = log.to_string_lossy();
-            let log: &[&str] = if more.is_empty() { &[] } else { &["--log-file", &log] };
-            let arguments = [&H2, more, &["-H", &header], log].concat();
+            let (header, more) = (cookie_header(cookie), more(number));
+            let more: Vec<&str> = more.iter().map(String::as_str).collect();
+            let arguments = [&H2[..], &["-H", &header], &more].concat();
             Generator::h2load(self.clients(), &url, seconds, &arguments)
         };
         let running = cookies.iter().enumerate().map(start).collect::<Result<Vec<_>>>()?;
         let all = running.into_iter().map(|one| Found::by_h2load(&one.finish()?));
-        let mut found = sum(&all.collect::<Result<Vec<_>>>()?);
-        if !more.is_empty() {
-            let logs = (0..cookies.len()).map(|number| latencies(&log(number)));
-            let mut times = logs.collect::<Result<Vec<_>>>()?.concat();
-            times.sort_by(f64::total_cmp);
-            found.p50 = times.get(times.len() / 2).copied();
-            found.p99 = times.get(times.len() * 99 / 100).copied();
-        }
-        Ok(found)
+        Ok(sum(&all.collect::<Result<Vec<_>>>()?))
     }
 
     /// Connects, asks and closes again and again; how often. Each handshake must be of the kind.

@@ -45,7 +45,13 @@ enum Bench {
         only: Option<String>,
     },
     /// Shares beside weights while a server is saturated, beside HAProxy
-    Qos(Common),
+    Qos {
+        #[command(flatten)]
+        common: Common,
+        /// Only one part
+        #[arg(long, value_enum)]
+        only: Option<qos::Part>,
+    },
     /// Requests through established tunnels, beside HAProxy
     Tunnels {
         #[command(flatten)]
@@ -56,6 +62,9 @@ enum Bench {
         /// Also the least that a proxy made of the same libraries can do
         #[arg(long, conflicts_with = "against")]
         floor: bool,
+        /// Only cases with this in their name
+        #[arg(long, value_name = "TEXT")]
+        only: Option<String>,
     },
     /// That proxy
     #[command(hide = true)]
@@ -89,11 +98,12 @@ fn main() -> ExitCode {
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
         Bench::Control { common, only } => control::run(common.quick, only)
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
-        Bench::Qos(common) => {
-            qos::run(common.quick).and_then(|report| report.publish(&mut stdout(), common.json.as_deref()))
-        }
-        Bench::Tunnels { common, against, floor } => tunnels::run(common.quick, against.as_deref(), floor)
+        Bench::Qos { common, only } => qos::run(common.quick, only)
             .and_then(|report| report.publish(&mut stdout(), common.json.as_deref())),
+        Bench::Tunnels { common, against, floor, only } => {
+            tunnels::run(common.quick, against.as_deref(), floor, only.as_deref())
+                .and_then(|report| report.publish(&mut stdout(), common.json.as_deref()))
+        }
         Bench::Floor(args) => floor::run(&args),
         Bench::Fastpath { common, object, only } => {
             fastpath::run(common.quick, object.as_deref(), only.as_deref())

@@ -75,12 +75,12 @@ fn talk(machine: &Machine, service: Service, family: Family, port: u16) -> (Talk
     (talk, far)
 }
 
-/// Bytes a second of each frame that pass, when all are sent in turn as fast as it goes. What the buckets hold at the
-/// start is spent before.
+/// Bytes a second of each frame that pass, when all are sent in turn as fast as it goes. Before that what the buckets hold
+/// at the start is spent, and those that nobody takes from are filled.
 fn passing(machine: &Machine, packets: &[&Packet], time: Duration) -> Vec<f64> {
     let frames: Vec<Vec<u8>> = packets.iter().map(|packet| packet.frame()).collect();
     let mut rates = Vec::new();
-    for time in [Duration::from_millis(200), time] {
+    for time in [Duration::from_millis(400), time] {
         let began = Instant::now();
         let mut sums = vec![0; frames.len()];
         while began.elapsed() < time {
