@@ -42,7 +42,7 @@ pub const SECOND: u64 = 1 << 30;
 /// Buckets hold what comes in a quarter of a second, but at least so much: the longest frame that there can be.
 ///
 /// TCP that has lost frames may send nothing for 200 ms (RFC 6298 section 2.4, as Linux has it). With buckets that run
-/// over sooner, others have used by then what was its own.
+/// over sooner, others have used by then what was its own. What runs over is kept for a quarter of that time only.
 pub const LEAST_BYTES: i64 = 65_536 << FRACTION;
 /// The same of connections: one.
 pub const LEAST_CONNECTIONS: i64 = (CONNECTION << FRACTION) as i64;
@@ -337,6 +337,13 @@ pub const fn depth(rate: u64, least: i64) -> i64 {
     if depth > least { depth } else { least }
 }
 
+/// What is kept at most of what ran over: a quarter of the [`depth`], and by a class that is given it.
+#[inline(always)]
+const fn kept(rate: u64, least: i64) -> i64 {
+    let kept = (rate << (FRACTION - 4)) as i64;
+    if kept > least { kept } else { least }
+}
+
 /// What runs into a bucket in a time of `ticks` of 1024 ns. `FRACTION` is 10, so rate * ticks * 2^10 / 2^30 * 2^10 is
 /// what follows.
 #[inline(always)]
@@ -416,7 +423,7 @@ impl Buckets {
     /// Gives out what ran over, to classes whose shares have this sum.
     #[inline(always)]
     pub fn share(&mut self, rates: &Rates, weights: u64) {
-        let (hungry, pool) = (self.all_hungry(), at_most(self.shared, depth(rates.whole, rates.least)));
+        let (hungry, pool) = (self.all_hungry(), at_most(self.shared, kept(rates.whole, rates.least)));
         self.shared = pool;
         if weights == 0 || pool <= 0 {
             return;
@@ -430,7 +437,7 @@ impl Buckets {
             let part = (rate.own << 16) / weights;
             let mut given = ((pool as u64 >> FRACTION).wrapping_mul(part) >> (16 - FRACTION)) as i64;
             given = at_most(given, bucket.borrow);
-            given = at_most(given, depth(rate.own, rates.least).wrapping_sub(bucket.own));
+            given = at_most(given, kept(rate.own, rates.least).wrapping_sub(bucket.own));
             if given > 0 {
                 bucket.own = bucket.own.wrapping_add(given);
                 bucket.borrow = bucket.borrow.wrapping_sub(given);
