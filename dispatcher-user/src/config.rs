@@ -670,7 +670,13 @@ impl Text<'_> {
         let start = self.text.get(..span.start).and_then(|text| text.rfind('\n')).map_or(0, |at| at + 1);
         let line = self.text.get(start..).unwrap_or_default().lines().next().unwrap_or_default();
         let key = line.split('=').next().unwrap_or_default().trim().to_owned();
-        let message = error.message().trim().replace('\n', ", ");
+        // Within braces it is another's key.
+        let before = self.text.get(start..span.start).and_then(|text| text.rsplit_once('='));
+        let wanted =
+            before.and_then(|(text, _)| text.split([',', '{', '.', ' ']).rfind(|word| !word.is_empty()));
+        let wanted = wanted.unwrap_or_default();
+        let message =
+            error.message().trim().replace('\n', ", ").replace("expected i64", "expected a whole number");
         let has = |text: &str| message.contains(text);
         let remedy = if message.starts_with("unknown field") {
             "; correct or remove it"
@@ -678,10 +684,12 @@ impl Text<'_> {
             "; add it"
         } else if has("duplicate key") {
             "; remove one of them"
-        } else if has("expected i64") {
-            "; write a whole number without quotes, such as 10"
+        } else if has("expected a whole number") {
+            "; write it without quotes and fraction, such as 10"
         } else if has("expected a boolean") {
             "; write true or false without quotes"
+        } else if has("expected a string") && !has("list of strings") && wanted == "bandwidth" {
+            "; write it in quotes and with its unit, such as \"800Mbit/s\""
         } else if has("expected a string") && !has("list of strings") {
             "; write it in quotes, such as \"10s\""
         } else if has("expected a sequence") && line.trim_start().starts_with('[') {

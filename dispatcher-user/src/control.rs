@@ -1063,10 +1063,10 @@ impl Names {
         found.map_or_else(|| format!("{id:08x}"), |backend| backend.name.clone())
     }
 
-    /// The class of an id, 0 for none. One that the configuration has no more is shown by its number.
+    /// The class of an id, 0 for none. One that the configuration has no more is shown by its id, as `#1a2b`.
     fn class(&self, id: u16) -> Option<String> {
         let found = self.config.classes.iter().find(|class| named_class(&class.name) == id);
-        (id != 0).then(|| found.map_or_else(|| format!("{id:04x}"), |class| class.name.clone()))
+        (id != 0).then(|| found.map_or_else(|| format!("#{id:04x}"), |class| class.name.clone()))
     }
 
     fn backend_at(&self, index: u32) -> String {

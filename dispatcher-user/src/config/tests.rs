@@ -84,7 +84,11 @@ fn mistakes_name_line_key_and_remedy() {
     for (from, to, line, key, remedy) in [
         ("name = \"web\"", "name = \"web\"\ncolour = \"red\"", 6, "colour", "expected one of"),
         ("name = \"web\"", "name = \"web\"\nsack = \"yes\"", 6, "sack", "expected a boolean"),
-        ("name = \"web\"", "name = \"web\"\nmss = \"x\"", 6, "mss", "expected i64"),
+        ("name = \"web\"", "name = \"web\"\nmss = \"x\"", 6, "mss", "expected a whole number"),
+        ("name = \"web\"", "name = \"web\"\nmss = 1.5", 6, "mss", "without quotes and fraction"),
+        (vip, "vip = \"192.0.2.10:443\"\nlimits = { bandwidth = 100 }", 7, "limits", "such as \"800Mbit/s\""),
+        (vip, "vip = \"192.0.2.10:443\"\nlimits.bandwidth = 100", 7, "limits.bandwidth", "\"800Mbit/s\""),
+        (vip, "vip = \"192.0.2.10:443\"\nprovisional_ttl = 10", 7, "provisional_ttl", "such as \"10s\""),
         ("name = \"web\"", "", 4, "[[service]]", "missing field `name`; add it"),
         ("name = \"web\"", "name = \"we b\"", 5, "service.name", "letters, digits"),
         ("name = \"web\"", "name = \"web", 5, "name", "invalid basic string"),

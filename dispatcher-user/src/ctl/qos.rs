@@ -32,7 +32,10 @@ pub(super) enum Command {
     ///
     /// Examples: dispatcherctl qos assign cookie:4f1c gold --service shop
     ///           dispatcherctl qos assign cookie:4f1c --by-rules --service shop
-    #[command(verbatim_doc_comment)]
+    #[command(
+        verbatim_doc_comment,
+        override_usage = "dispatcherctl qos assign [OPTIONS] --service <SERVICE> <ID> <CLASS|--by-rules>"
+    )]
     Assign {
         /// Identifier: hexadecimal, or cookie:VALUE, or client:ADDRESS
         id: Identifier,
