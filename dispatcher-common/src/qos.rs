@@ -337,11 +337,11 @@ pub const fn depth(rate: u64, least: i64) -> i64 {
     if depth > least { depth } else { least }
 }
 
-/// What is kept at most of what ran over: a quarter of the [`depth`], and by a class that is given it.
+/// What is kept of what ran over, and what a class holds at most when it is given of that: what comes in a quarter of
+/// the time. More would be given to whoever asks first, for seconds.
 #[inline(always)]
 const fn kept(rate: u64, least: i64) -> i64 {
-    let kept = (rate << (FRACTION - 4)) as i64;
-    if kept > least { kept } else { least }
+    depth(rate >> 2, least)
 }
 
 /// What runs into a bucket in a time of `ticks` of 1024 ns. `FRACTION` is 10, so rate * ticks * 2^10 / 2^30 * 2^10 is
@@ -580,14 +580,22 @@ mod tests {
     /// Bytes that each class sends in `time` ns, if class n offers a frame of 1000 bytes each `every[n]` ns (0: none).
     /// What the buckets held at the start is not counted.
     fn sent<const N: usize>(rates: &Rates, every: [u64; N], time: u64) -> [f64; N] {
+        sent_of(rates, |_| every, 500 * MS..500 * MS + time)
+    }
+
+    /// The same in a span of time since the start, if what is offered changes with it. At the start all buckets are full.
+    fn sent_of<const N: usize>(
+        rates: &Rates,
+        every: impl Fn(u64) -> [u64; N],
+        counted: core::ops::Range<u64>,
+    ) -> [f64; N] {
         let (mut buckets, mut credits, mut sums) = (Buckets::default(), [0_i64; N], [0.0; N]);
         let begin = 1_000 * MS;
-        let warm = begin + 500 * MS;
         let mut now = begin;
-        while now < warm + time {
+        while now < begin + counted.end {
             now += 1000;
-            for (class, every) in every.iter().enumerate() {
-                if *every == 0 || !now.is_multiple_of(*every) {
+            for (class, every) in every(now - begin).into_iter().enumerate() {
+                if every == 0 || !now.is_multiple_of(every) {
                     continue;
                 }
                 let (credit, cost) = (&mut credits[class], 1000_i64 << FRACTION);
@@ -597,7 +605,7 @@ mod tests {
                 }
                 if *credit >= cost {
                     *credit -= cost;
-                    if now > warm {
+                    if now > begin + counted.start {
                         sums[class] += 1000.0;
                     }
                 }
@@ -623,6 +631,24 @@ mod tests {
         for (sum, weight) in sums.into_iter().zip([1.0, 2.0, 5.0]) {
             assert_near("a share", sum, 10e6 * weight / 8.0);
         }
+    }
+
+    #[test]
+    fn a_pause_as_long_as_tcps_timer_costs_no_share() {
+        let rates = rates(&[(8, 1, 100, 100), (1, 1, 100, 100)]);
+        let pausing = |now| if (500 * MS..700 * MS).contains(&now) { [0, 4_000] } else { [4_000, 4_000] };
+        let [heavy, light] = sent_of(&rates, pausing, 500 * MS..1500 * MS);
+        assert_near("with its pause", heavy, 10e6 * 8.0 / 9.0);
+        assert_near("the other", light, 10e6 / 9.0);
+    }
+
+    #[test]
+    fn what_was_saved_up_is_spent_soon() {
+        let rates = rates(&[(8, 1, 100, 100), (1, 1, 100, 100)]);
+        // Each offers twice its share: what it had beyond that lasts no longer than it took to save it up.
+        let [heavy, light] = sent_of(&rates, |_| [56_000, 450_000], 700 * MS..2700 * MS);
+        assert_near("the heavier", heavy, 20e6 * 8.0 / 9.0);
+        assert_near("the lighter", light, 20e6 / 9.0);
     }
 
     #[test]

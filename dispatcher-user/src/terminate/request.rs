@@ -643,6 +643,7 @@ async fn lease(
     avoid: &mut Vec<u32>,
     until: &mut Option<Instant>,
 ) -> Result<Option<Leased>, Failure> {
+    // Exclusive only because its body, which nobody here looks at, cannot be shared by threads.
     let Received { head, session, confirmed, .. } = received;
     let key = session.as_ref();
     let unavailable = |problem: String| failure(StatusCode::SERVICE_UNAVAILABLE, problem);

@@ -12,7 +12,7 @@
 
 use std::{
     collections::BTreeMap,
-    io::{Read as _, Write as _},
+    io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, SocketAddr, UdpSocket},
     path::PathBuf,
     sync::{
@@ -358,18 +358,25 @@ fn streams(effort: Effort, weights: &[u32], connections: usize, found: &mut Samp
                 socket.set_write_timeout(Some(Duration::from_millis(50)))?;
             }
             let count = Arc::clone(count);
-            // Bytes that came are those of sequence; what is sent again counts once.
             sink.start(&place.netns, move |stop| {
                 let mut buffer = vec![0; 64 << 10];
                 while !stop.load(Ordering::Relaxed) {
-                    count.fetch_add(receiver.read(&mut buffer).unwrap_or(0) as u64, Ordering::Relaxed);
+                    // Bytes that came are those of sequence; what is sent again counts once.
+                    match receiver.read(&mut buffer) {
+                        // The sender's end; another is his failure.
+                        Ok(0) => break,
+                        Ok(length) => drop(count.fetch_add(length as u64, Ordering::Relaxed)),
+                        Err(error) => ensure!(error.kind() == ErrorKind::WouldBlock, "reading: {error}"),
+                    }
                 }
                 Ok(())
             });
             senders.start(&topology.clients, move |stop| {
                 let piece = vec![7; 64 << 10];
                 while !stop.load(Ordering::Relaxed) {
-                    drop(sender.write(&piece));
+                    if let Err(error) = sender.write(&piece) {
+                        ensure!(error.kind() == ErrorKind::WouldBlock, "writing: {error}");
+                    }
                 }
                 Ok(())
             });
@@ -377,15 +384,16 @@ fn streams(effort: Effort, weights: &[u32], connections: usize, found: &mut Samp
     }
     sleep(Duration::from_secs(1));
     let seen = || counts.iter().map(|count| count.load(Ordering::Relaxed) as f64).collect::<Vec<_>>();
-    let before = seen();
+    let (began, before) = (Instant::now(), seen());
     sleep(Duration::from_secs(effort.seconds.into()));
-    let came: Vec<f64> = seen().iter().zip(&before).map(|(now, before)| now - before).collect();
+    let (took, after) = (began.elapsed(), seen());
+    let came: Vec<f64> = after.iter().zip(&before).map(|(after, before)| after - before).collect();
     senders.end()?;
     sink.end()?;
     let each = if connections == 1 { "connection" } else { "connections" };
     let case = format!("TCP, {connections} {each} a class, weights {}", named(weights));
     found.shares(&case, "dispatcher", weights, &came, false);
-    let used = came.iter().sum::<f64>() * 8.0 / f64::from(effort.seconds) / BANDWIDTH as f64 * 100.0;
+    let used = came.iter().sum::<f64>() * 8.0 / took.as_secs_f64() / BANDWIDTH as f64 * 100.0;
     found.add(&case, "dispatcher", "of the bandwidth, payload", "%", used);
     Ok(())
 }
