@@ -4,6 +4,10 @@ use std::{
     error::Error,
     future::poll_fn,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     task::{Context, Poll, ready},
 };
 
@@ -76,25 +80,29 @@ fn reason(error: &(dyn Error + 'static)) -> Reason {
     Reason::INTERNAL_ERROR
 }
 
-/// The body of a request or an answer that is received. Dropped before its end, the stream is reset.
+/// Whose body it is that is received.
+pub(crate) enum Of {
+    /// A request's; and what is told that all of it has come, where it has one.
+    Request(Option<Arc<AtomicBool>>),
+    /// An answer's; and what sends the body of its request, where that has one.
+    Answer(Option<AbortOnDropHandle<()>>),
+}
+
+/// The body of a request or an answer that is received. Dropped before its end, the stream is reset, a request's with its
+/// last part.
 pub(crate) struct Incoming {
     stream: RecvStream,
     /// What is left of it, if the peer said so.
     left: Option<u64>,
     /// All data was read; trailers may follow.
     read: bool,
-    /// Sends the body of the request that this answers, where there is one.
-    sending: Option<AbortOnDropHandle<()>>,
+    of: Of,
 }
 
 impl Incoming {
-    pub(crate) fn new(
-        headers: &HeaderMap,
-        stream: RecvStream,
-        sending: Option<AbortOnDropHandle<()>>,
-    ) -> Self {
+    pub(crate) fn new(headers: &HeaderMap, stream: RecvStream, of: Of) -> Self {
         let left = if stream.is_end_stream() { Some(0) } else { length(headers) };
-        Self { stream, left, read: false, sending }
+        Self { stream, left, read: false, of }
     }
 
     /// What the stream's error means. One without a fault tells that nothing more of the request is wanted
@@ -108,11 +116,14 @@ impl Incoming {
 
 impl Drop for Incoming {
     fn drop(&mut self) {
-        // An answer may be whole before the request is.
-        if self.stream.is_end_stream()
-            && let Some(sending) = self.sending.take()
-        {
-            drop(sending.detach());
+        if !self.stream.is_end_stream() {
+            return;
+        }
+        match &mut self.of {
+            Of::Request(Some(whole)) => whole.store(true, Relaxed),
+            // An answer may be whole before the request is.
+            Of::Answer(sending) => drop(sending.take().map(AbortOnDropHandle::detach)),
+            Of::Request(None) => {}
         }
     }
 }

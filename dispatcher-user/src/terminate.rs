@@ -39,6 +39,7 @@ mod connection;
 pub(crate) mod counts;
 mod forwarded;
 mod http2;
+mod lingering;
 mod relay;
 mod request;
 pub(crate) mod secure;

@@ -32,9 +32,11 @@ use tokio_util::either::Either;
 
 use super::{
     All, Followed, Front, Reached, Site, Terminator,
-    counts::{Counts, Open, Refusal},
+    counts::{Counts, Refusal},
     forwarded::Told,
-    http2, lock, relay, request, seconds,
+    http2,
+    lingering::Lingering,
+    lock, relay, request, seconds,
     sending::Flows,
     session::Recent,
 };
@@ -65,7 +67,7 @@ pub(super) struct Client {
     pub(super) server_name: Option<String>,
     /// What backends are told of it.
     pub(super) told: Told,
-    open: Open,
+    counts: Arc<Counts>,
     /// The session of the last request.
     pub(super) recent: Recent,
     /// Those under way.
@@ -81,7 +83,7 @@ pub(super) struct Client {
 
 impl Client {
     pub(super) fn counts(&self) -> &Counts {
-        self.open.counts()
+        &self.counts
     }
 
     /// What it goes by now.
@@ -224,12 +226,12 @@ fn serve_by(shared: &Arc<Shared>, front: Followed, vip: SocketAddr, stream: StdS
     drop(runtime.spawn(async move {
         let _seat = seat;
         let stream = match prepare(stream) {
-            Ok(stream) => stream,
+            Ok(stream) => Lingering::new(stream, Arc::clone(&shared), open),
             Err(error) => return log::warn!("{vip}: {address}: {error}; it is not served"),
         };
         match front {
-            Front::Terminate(site) => serve(shared, site, vip, stream, address, open).await,
-            Front::Relay(relay) => relay::serve(shared, relay, vip, stream, address, open).await,
+            Front::Terminate(site) => serve(shared, site, vip, stream, address, counts).await,
+            Front::Relay(relay) => relay::serve(shared, relay, vip, stream, address, counts).await,
         }
     }));
 }
@@ -248,9 +250,9 @@ async fn serve(
     shared: Arc<Shared>,
     site: watch::Receiver<Arc<Site>>,
     vip: SocketAddr,
-    stream: TcpStream,
+    stream: Lingering,
     address: SocketAddr,
-    open: Open,
+    counts: Arc<Counts>,
 ) {
     let mut closing = shared.terminator.closing.subscribe();
     let now = Arc::clone(&site.borrow());
@@ -274,11 +276,11 @@ async fn serve(
                 (Either::Right(stream), http2)
             }
             Ok(Err(error)) => {
-                open.counts().refuse(Refusal::Handshake);
+                counts.refuse(Refusal::Handshake);
                 return log::debug!("{address}: handshake: {error}");
             }
             Err(_) => {
-                open.counts().refuse(Refusal::HandshakeTimeout);
+                counts.refuse(Refusal::HandshakeTimeout);
                 return log::debug!("{address}: no handshake within {limit} s");
             }
         }
@@ -292,7 +294,7 @@ async fn serve(
         clear,
         server_name,
         told: Told::of(address.ip(), clear),
-        open,
+        counts,
         recent: Recent::default(),
         requests: AtomicU32::new(0),
         id: getrandom::u64().unwrap_or_default(),
@@ -323,7 +325,8 @@ async fn serve(
     } else {
         let answer = |request: Request<Incoming>| Box::pin(request::answer(Arc::clone(&client), request));
         let mut server = http1::Builder::new();
-        server.timer(TokioTimer::new()).header_read_timeout(idle_limit).max_buf_size(HEADER as usize);
+        server.timer(TokioTimer::new()).header_read_timeout(idle_limit);
+        server.max_header_size(HEADER as usize).max_buf_size(HEADER as usize);
         let connection = server.serve_connection(TokioIo::new(stream), service_fn(answer)).with_upgrades();
         let work = until(connection, ended.next(), UpgradeableConnection::graceful_shutdown, last);
         work.await.unwrap_or(Ok(())).map_err(BoxError::from)
@@ -358,7 +361,7 @@ async fn until<C: Future, L: Future>(
 }
 
 /// Whether a client in clear begins with HTTP/2, without asking for it before.
-async fn begins_with_http2(stream: &TcpStream) -> bool {
+async fn begins_with_http2(stream: &Lingering) -> bool {
     let mut bytes = [0; PREFACE.len()];
     let mut moment = MOMENT;
     loop {

@@ -187,12 +187,6 @@ impl Counts {
 /// A client that is served.
 pub(super) struct Open(Arc<Counts>);
 
-impl Open {
-    pub(super) fn counts(&self) -> &Counts {
-        &self.0
-    }
-}
-
 impl Drop for Open {
     fn drop(&mut self) {
         self.0.open.fetch_sub(1, Relaxed);

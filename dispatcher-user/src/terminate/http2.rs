@@ -3,8 +3,12 @@
 use std::{
     future::{Future, poll_fn},
     pin::{Pin, pin},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -18,13 +22,16 @@ use hyper::{
     header::{CONTENT_LENGTH, DATE, HeaderValue},
 };
 use jiff::{Timestamp, fmt::rfc2822::DateTimePrinter};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::sleep,
+};
 
 use super::{
     connection::{Client, HEADER},
     request,
 };
-use crate::http2::{Incoming, pass};
+use crate::http2::{Incoming, Of, pass};
 
 /// Requests at a time.
 const STREAMS: u32 = 128;
@@ -36,6 +43,9 @@ const FAULTS: usize = 128;
 const WINDOWS: [u32; 2] = [256 << 10, 1 << 20];
 /// Bytes of one answer that are held for a client who does not read.
 const HELD: usize = 128 << 10;
+/// How long a client that was answered before it sent all has to see that, until it is told that no more is wanted: there
+/// are some (curl 7.88) that forget the answer when both come together.
+const PAUSE: Duration = Duration::from_millis(250);
 
 /// Serves a connection until it ends.
 pub(super) struct Serving<T> {
@@ -100,8 +110,11 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Future for Serving<T> {
 
 /// Answers a request, unless its client takes it back.
 async fn respond(client: Arc<Client>, request: Request<RecvStream>, mut reply: SendResponse<Bytes>) {
+    let (head, stream) = request.into_parts();
+    let received = (!stream.is_end_stream()).then(Arc::<AtomicBool>::default);
+    let request = Incoming::new(&head.headers, stream, Of::Request(received.clone()));
     let answered = {
-        let mut answer = pin!(request::answer(client, received(request)));
+        let mut answer = pin!(request::answer(client, Request::from_parts(head, request)));
         let answered = poll_fn(|context| match answer.as_mut().poll(context) {
             Poll::Ready(Ok(answer)) => Poll::Ready(Some(answer)),
             Poll::Pending => reply.poll_reset(context).map(|_| None),
@@ -130,10 +143,8 @@ async fn respond(client: Arc<Client>, request: Request<RecvStream>, mut reply: S
             reply.send_reset(Reason::INTERNAL_ERROR);
         }
     }
-}
-
-fn received(request: Request<RecvStream>) -> Request<Incoming> {
-    let (head, stream) = request.into_parts();
-    let incoming = Incoming::new(&head.headers, stream, None);
-    Request::from_parts(head, incoming)
+    if received.is_some_and(|received| !received.load(Relaxed)) {
+        // With the last that holds the stream it is reset.
+        sleep(PAUSE).await;
+    }
 }

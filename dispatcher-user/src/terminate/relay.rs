@@ -30,14 +30,14 @@ use tokio::{
     io::{
         AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf, copy_bidirectional_with_sizes,
     },
-    net::TcpStream,
     sync::watch,
     time::{Instant, timeout_at},
 };
 
 use super::{
     Reached, Relay,
-    counts::{Open, Refusal},
+    counts::{Counts, Refusal},
+    lingering::Lingering,
     session::{self, Binding},
 };
 use crate::{
@@ -62,9 +62,9 @@ pub(super) async fn serve(
     shared: Arc<Shared>,
     site: watch::Receiver<Arc<Relay>>,
     vip: SocketAddr,
-    mut stream: TcpStream,
+    mut stream: Lingering,
     address: SocketAddr,
-    open: Open,
+    counts: Arc<Counts>,
 ) {
     let relay = Arc::clone(&site.borrow());
     let name = &relay.service.name;
@@ -73,7 +73,7 @@ pub(super) async fn serve(
         Ok(Ok(first)) => first,
         Ok(Err(error)) => return log::debug!("{name} {address}: {error}"),
         Err(_) => {
-            open.counts().refuse(Refusal::Timeout);
+            counts.refuse(Refusal::Timeout);
             return log::debug!("{name} {address}: nothing to know it by within {} s", FIRST.as_secs());
         }
     };
@@ -86,7 +86,7 @@ pub(super) async fn serve(
     let (mut tunnel, backend, known) = match bound {
         Ok(bound) => bound,
         Err(problem) => {
-            open.counts().refuse(Refusal::NoBackend);
+            counts.refuse(Refusal::NoBackend);
             return log::debug!("{name} {address}: {problem}");
         }
     };
@@ -118,7 +118,7 @@ pub(super) async fn serve(
 }
 
 /// What a client says first: its whole hello, or what is surely none.
-async fn first_bytes(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
+async fn first_bytes(stream: &mut Lingering) -> io::Result<Vec<u8>> {
     let mut first = Vec::with_capacity(2048);
     loop {
         let enough = !first.is_empty() && tls::scan_client_hello(&first[..]) != Scan::Partial;

@@ -7,6 +7,7 @@ use std::{
 
 use dispatcher_tests::{
     http::{self, Noise},
+    system::Nginx,
     tls::HOST,
     topology::{Family, Place},
     town::until,
@@ -15,7 +16,7 @@ use dispatcher_tests::{
 use crate::{
     frames::{DATA, END_HEADERS, END_STREAM, Frames, HEADERS, RST_STREAM, WINDOW_UPDATE, block, request},
     mirror::{Answers, Manner, Mirror, Prepared, Seen},
-    scene::{COOKIE, PORT, Scene, Servers, memory, say},
+    scene::{COOKIE, ESTABLISHED, PORT, Scene, Servers, memory, say},
 };
 
 const LONG: u64 = 30_000_000;
@@ -195,6 +196,41 @@ fn interim_answers_do_not_pass_for_the_answer() {
     for version in ["--http1.1", "--http2"] {
         let answer = scene.curl("jar", Family::V4, &[version, "-D", "-"], "/0").expect("an answer");
         assert!(answer.contains(" 200") && answer.ends_with("\r\n\r\nok"), "{answer}");
+    }
+}
+
+/// Who is still sending hears it too, and not only that the connection is closed.
+#[test]
+fn an_answer_before_the_body_ends_arrives() {
+    for http2 in [false, true] {
+        let scene = Scene::before(&[COOKIE], |topology, authority| {
+            let places = topology.backends.iter().enumerate();
+            let all = places.map(|(i, place)| {
+                let name = format!("b{}", i + 1);
+                // It takes a body of 1 MB, its default.
+                match http2 {
+                    true => Nginx::with_http2(&place.netns, &name, PORT, authority),
+                    false => Nginx::start(&place.netns, &name, PORT, authority),
+                }
+            });
+            Ok(Servers::Nginx { _running: all.collect::<anyhow::Result<_>>()? })
+        });
+        let scene = scene.unwrap_or_else(|error| panic!("setting the scene: {error:#}"));
+        until("tunnels are established", || scene.tunnels().len() == 3 * ESTABLISHED);
+        for length in [2_000_000, LONG] {
+            let file = scene.folder.path().join("body");
+            std::fs::File::create(&file).and_then(|file| file.set_len(length)).expect("written");
+            let body = format!("@{}", file.display());
+            for number in 0..8 {
+                let version = ["--http1.1", "--http2"][number / 4];
+                let expect = ["Expect:", "Expect: 100-continue"][number / 2 % 2];
+                let arguments =
+                    [version, "-H", expect, "-o", "/dev/null", "-w", "%{http_code}", "--data-binary", &body];
+                let answer = scene.curl("none", Family::BOTH[number % 2], &arguments, "/");
+                let what = format!("{length} bytes, {version}, {expect}, HTTP/2 behind: {http2}");
+                assert_eq!(answer.unwrap_or_else(|error| panic!("{what}: {error:#}")), "413", "{what}");
+            }
+        }
     }
 }
 

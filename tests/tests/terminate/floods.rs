@@ -1,7 +1,7 @@
 //! Clients that are slow, or send what costs us more than them.
 
 use std::{
-    io::{ErrorKind, Read as _, Write as _},
+    io::{self, ErrorKind, Read as _, Write as _},
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -66,10 +66,19 @@ fn who_takes_his_time_is_not_waited_for() {
     let mut line = scene.connect(Family::V6, 0);
     let began = Instant::now();
     line.write_all(b"GET / HTTP/1.1\r\n").expect("sent");
-    while line.write_all(b"X: 1\r\n").and_then(|()| line.flush()).is_ok() {
+    line.stream().sock.set_read_timeout(Some(Duration::from_millis(200))).expect("a limit");
+    let waits = |error: &io::Error| matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut);
+    while line.read(&mut [0; 64]).is_err_and(|error| waits(&error)) {
         assert!(began.elapsed() < Duration::from_secs(5), "it is open after {:?}", began.elapsed());
-        std::thread::sleep(Duration::from_millis(200));
+        line.write_all(b"X: 1\r\n").and_then(|()| line.flush()).expect("what comes now is thrown away");
     }
+    let dribbles = std::thread::spawn(move || {
+        line.stream().sock.set_read_timeout(None).expect("no limit");
+        while line.write_all(b"X: 1\r\n").and_then(|()| line.flush()).is_ok() {
+            assert!(began.elapsed() < Duration::from_secs(45), "it is taken after {:?}", began.elapsed());
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    });
     // After an answer.
     let mut line = scene.connect(Family::V6, 0);
     assert!(
@@ -96,6 +105,7 @@ fn who_takes_his_time_is_not_waited_for() {
         while frames.read().is_some() {}
         assert!(soon.contains(&began.elapsed()), "{} bytes: {:?}", bytes.len(), began.elapsed());
     }
+    dribbles.join().expect("it is waited for, but not for ever");
     is_served(&scene);
 }
 

@@ -1,0 +1,159 @@
+//! How a client's connection ends.
+//!
+//! Linux answers with RST what arrives at a socket that is closed, and the client loses what it has not read yet: the
+//! answer to an upload that still goes on, a TLS alert, the last answer before the daemon ends. So only what we send is
+//! ended at first, and what comes is thrown away until the client ends too (RFC 9112 section 9.6).
+
+use std::{
+    future::poll_fn,
+    io::{self, IoSlice},
+    mem::MaybeUninit,
+    net::Shutdown,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use socket2::SockRef;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    runtime::Handle,
+    time::{Instant, timeout_at},
+};
+
+use super::counts::Open;
+use crate::state::Shared;
+
+/// A client that sends nothing for so long has got what there was, or is gone.
+const QUIET: Duration = Duration::from_secs(5);
+/// The same once the daemon ends: nobody is served meanwhile.
+const QUIET_AT_END: Duration = Duration::from_millis(500);
+/// A client that does not stop sending is waited for no longer.
+const LONGEST: Duration = Duration::from_secs(30);
+/// What is thrown away at a time, bytes.
+const PIECE: usize = 16 << 10;
+
+/// A client's connection, which may be dropped at any time: it ends as above, and takes a client's place until then.
+pub(super) struct Lingering(Option<Held>);
+
+struct Held {
+    stream: TcpStream,
+    /// The client has ended, or the connection has failed.
+    over: bool,
+    shared: Arc<Shared>,
+    _open: Open,
+}
+
+impl Lingering {
+    pub(super) fn new(stream: TcpStream, shared: Arc<Shared>, open: Open) -> Self {
+        Self(Some(Held { stream, over: false, shared, _open: open }))
+    }
+
+    /// What comes next, which stays there.
+    pub(super) async fn peek(&self, bytes: &mut [u8]) -> io::Result<usize> {
+        match &self.0 {
+            Some(held) => held.stream.peek(bytes).await,
+            None => Err(gone()),
+        }
+    }
+
+    fn held(&mut self) -> io::Result<&mut Held> {
+        self.0.as_mut().ok_or_else(gone)
+    }
+
+    fn stream(&mut self) -> io::Result<Pin<&mut TcpStream>> {
+        self.held().map(|held| Pin::new(&mut held.stream))
+    }
+}
+
+/// Only while it is dropped.
+fn gone() -> io::Error {
+    io::ErrorKind::NotConnected.into()
+}
+
+impl Drop for Lingering {
+    fn drop(&mut self) {
+        // Outside of a runtime there is nobody to wait.
+        if let (Some(held), Ok(runtime)) = (self.0.take().filter(|held| !held.over), Handle::try_current()) {
+            runtime.spawn(held.linger());
+        }
+    }
+}
+
+impl Held {
+    async fn linger(mut self) {
+        let mut closing = self.shared.terminator.closing.subscribe();
+        if SockRef::from(&self.stream).shutdown(Shutdown::Write).is_err() {
+            return;
+        }
+        let end = Instant::now() + LONGEST;
+        while Instant::now() < end {
+            let quiet = if *closing.borrow() { QUIET_AT_END } else { QUIET };
+            tokio::select! {
+                read = timeout_at(end.min(Instant::now() + quiet), self.discard()) => match read {
+                    Ok(Ok(count)) if count > 0 => {}
+                    _ => return,
+                },
+                // The sender is as old as what we hold.
+                _ = closing.changed() => {}
+            }
+        }
+    }
+
+    /// Reads once; how much that was.
+    async fn discard(&mut self) -> io::Result<usize> {
+        poll_fn(|context| {
+            let mut room = [MaybeUninit::uninit(); PIECE];
+            let mut bytes = ReadBuf::uninit(&mut room);
+            ready!(Pin::new(&mut self.stream).poll_read(context, &mut bytes))?;
+            Poll::Ready(Ok(bytes.filled().len()))
+        })
+        .await
+    }
+}
+
+impl AsyncRead for Lingering {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let held = self.held()?;
+        let before = bytes.filled().len();
+        let read = ready!(Pin::new(&mut held.stream).poll_read(context, bytes));
+        held.over |= read.is_err() || (bytes.filled().len() == before && bytes.remaining() > 0);
+        Poll::Ready(read)
+    }
+}
+
+impl AsyncWrite for Lingering {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.stream()?.poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.stream()?.poll_write_vectored(context, pieces)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream()?.poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream()?.poll_shutdown(context)
+    }
+}
