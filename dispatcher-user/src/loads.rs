@@ -8,7 +8,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use dispatcher_common::flow::{FLAG_FIN, FLAG_FIN_PEER, FLAG_TO_BACKEND, Flow, FlowKey, is_closed};
+use dispatcher_common::{
+    flow::{FLAG_FIN, FLAG_FIN_PEER, FLAG_TO_BACKEND, Flow, FlowKey, is_closed},
+    qos::CLASSES_MAX,
+};
 
 /// Seconds for which a connection that one side alone has closed counts as load, from when it was seen so first.
 const HALF_CLOSED: u32 = 60;
@@ -45,6 +48,9 @@ impl Tenures {
     }
 }
 
+/// Connections of each class, by its number.
+pub(crate) type Load = [u32; CLASSES_MAX];
+
 /// Connections that one side alone has closed.
 #[derive(Debug, Default)]
 pub(crate) struct Closing(HashMap<FlowKey, Seen>);
@@ -58,15 +64,15 @@ struct Seen {
 }
 
 impl Closing {
-    /// How many of these connections, all that are open, are load of each backend, by index. Those that are not named
-    /// any more are forgotten.
+    /// How many of these connections, all that are open, are load of each backend, by its index, and of each class there, by
+    /// its number. Those that are not named any more are forgotten.
     pub(crate) fn count(
         &mut self,
         open: impl Iterator<Item = (FlowKey, Flow)>,
         now: u32,
-    ) -> BTreeMap<u32, u64> {
+    ) -> BTreeMap<u32, Load> {
         let before = std::mem::take(&mut self.0);
-        let mut by_index = BTreeMap::new();
+        let mut by_index = BTreeMap::<u32, Load>::new();
         for (key, flow) in open {
             if flow.flags & (FLAG_FIN | FLAG_FIN_PEER) != 0 {
                 let seen = before.get(&key).filter(|seen| seen.created == flow.created);
@@ -76,7 +82,10 @@ impl Closing {
                     continue;
                 }
             }
-            *by_index.entry(flow.backend).or_insert(0) += 1;
+            let load = by_index.entry(flow.backend).or_default();
+            if let Some(count) = load.get_mut(flow.class() as usize) {
+                *count += 1;
+            }
         }
         by_index
     }
@@ -134,7 +143,7 @@ mod tests {
         let (client, server) = ((key(2), closing(FLAG_FIN, 5)), (key(3), closing(FLAG_FIN_PEER, 6)));
         let mut load = |flows: &[(FlowKey, Flow)], now| {
             let counted = seen.count(flows.iter().copied(), now);
-            (counted.get(&3).copied().unwrap_or(0), seen.0.len())
+            (counted.get(&3).map_or(0, |load| load.iter().sum::<u32>()), seen.0.len())
         };
         assert_eq!(load(&[open, client], 1000), (2, 1), "however old it is");
         assert_eq!(load(&[open, client, server], 1030), (3, 2));

@@ -8,7 +8,8 @@
 //! - `fair::Queue` says whose turn it is: start-time fair queueing over classes, then clients.
 //! - `gate::Gate` lets so many requests at a time to one backend; `limit::Adaptive` may say how many.
 //! - `pace::Pacer` releases hellos to one backend.
-//! - `most::Most` keeps classes from what others do not lend, and to their ceilings, at a gate.
+//! - `most::Most` keeps classes from what others do not lend, and to their ceilings, of so many at a time; `rates::Rates` of
+//!   so many a second.
 //! - `book::Book` counts.
 //!
 //! A backend without limits has neither, and costs nothing but a look at a flag. All time is monotonic: a clock
@@ -36,6 +37,7 @@ mod gate;
 mod limit;
 mod most;
 mod pace;
+mod rates;
 
 use self::pace::Pacer;
 pub(crate) use self::{
@@ -248,10 +250,10 @@ impl Qos {
             && lock(&self.pacers).values().any(|pacer| pacer.limits().max_connections > 0)
     }
 
-    /// Takes note of the connections that backends have.
-    pub(crate) fn count(&self, load: impl Fn(u32) -> u64) {
+    /// Takes note of the connections that backends have, by class.
+    pub(crate) fn count(&self, load: impl Fn(u32) -> BTreeMap<u16, u32>) {
         if self.paced.load(Relaxed) {
-            lock(&self.pacers).iter_mut().for_each(|(backend, pacer)| pacer.count(load(*backend)));
+            lock(&self.pacers).iter_mut().for_each(|(backend, pacer)| pacer.count(&load(*backend)));
         }
     }
 

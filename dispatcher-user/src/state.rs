@@ -20,7 +20,7 @@ use crate::{
     discovery::Discovery,
     events::Counts,
     health::Suspects,
-    loads::{Closing, Tenures},
+    loads::{Closing, Load, Tenures},
     policing::Policing,
     qos::Qos,
     reconcile::{self, Actual, Desired, Pool, Reach, Unhealthy},
@@ -242,11 +242,21 @@ impl Shared {
             let mut closing = self.closing.lock().unwrap_or_else(PoisonError::into_inner);
             closing.count(self.open_flows(), monotonic_seconds())
         };
+        let classes = self.dataplane.class_ids();
+        let classes = classes.map_err(|error| log::warn!("{error}")).unwrap_or_default();
         self.reconcile(|state| {
             let actual = &state.actual;
+            let known = by_index.iter().filter_map(|(index, load)| Some((actual.backend_id(*index)?, load)));
+            let by_id: BTreeMap<u32, &Load> = known.collect();
             state.loads =
-                by_index.iter().filter_map(|(index, n)| Some((actual.backend_id(*index)?, *n))).collect();
-            self.qos.count(|backend| state.loads.get(&backend).copied().unwrap_or(0));
+                by_id.iter().map(|(id, load)| (*id, load.iter().copied().map(u64::from).sum())).collect();
+            self.qos.count(|backend| {
+                let mut by_class = BTreeMap::new();
+                for (class, count) in classes.iter().zip(by_id.get(&backend).copied().into_iter().flatten()) {
+                    *by_class.entry(*class).or_insert(0) += count;
+                }
+                by_class
+            });
             let times = actual.backend_indexes().filter_map(|(id, index)| {
                 let times = self.dataplane.backend_times(index);
                 times.map_err(|error| log::warn!("{error}")).ok().map(|times| (id, times))

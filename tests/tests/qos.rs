@@ -486,6 +486,17 @@ fn known_sessions_that_wait_for_their_turn_stay_at_home() {
 
 #[test]
 fn connections_that_wait_come_in_by_the_weights_of_their_classes() {
+    assert_hellos_share(CLASSES, 75.0);
+}
+
+#[test]
+fn a_ceiling_holds_for_connections_that_wait() {
+    assert_hellos_share(&CLASSES.replacen("weight = 3", "weight = 3\nceil = 40", 1), 40.0);
+}
+
+/// The part of the first class, percent, of connections that wait for a rate, while both classes want more.
+#[track_caller]
+fn assert_hellos_share(classes: &str, gold_due: f64) {
     let topology = Topology::new(Plan { backends: 1, ..Plan::default() }).expect("namespaces");
     let authority = Authority::new().expect("certificates");
     let place = &topology.backends[0];
@@ -494,7 +505,7 @@ fn connections_that_wait_come_in_by_the_weights_of_their_classes() {
         .with("miss = \"daemon\"")
         .with(&by_client(&topology))
         .with("limits = { connections_per_second = 60, over = \"hold\" }");
-    let text = config(&topology, "native", &[service]) + CLASSES;
+    let text = config(&topology, "native", &[service]) + classes;
     let daemon = Daemon::start_with(&topology.dispatcher, &text).expect("dispatcherd");
     /// Ends the clients, also when the test fails.
     struct End<'s>(&'s AtomicBool);
@@ -528,10 +539,41 @@ fn connections_that_wait_come_in_by_the_weights_of_their_classes() {
         let after = read();
         drop(end);
         let [gold, bronze] = [0, 1].map(|class| (after[class] - before[class]) as f64);
-        assert_share(gold / (gold + bronze) * 100.0, 75.0);
+        assert_share(gold / (gold + bronze) * 100.0, gold_due);
     });
     let shares: Vec<api::QosShare> = daemon.ask(&["qos"]).expect("shares");
     let of = |class: &str| shares.iter().find(|one| one.class == class).expect("it was used");
-    assert!(of("gold").admitted > 2 * of("bronze").admitted, "{shares:?}");
+    let (gold, bronze) = (of("gold").admitted as f64, of("bronze").admitted as f64);
+    assert!((gold / (gold + bronze) * 100.0 - gold_due).abs() < 12.0, "{shares:?}");
     assert_eq!(daemon.drops().expect("counters"), []);
+}
+
+#[test]
+fn connections_that_a_class_keeps_for_itself_are_nobody_elses() {
+    let topology = Topology::new(Plan { backends: 1, ..Plan::default() }).expect("namespaces");
+    let authority = Authority::new().expect("certificates");
+    let place = &topology.backends[0];
+    let _server = Server::start(&place.netns, "b1", PORT, &authority, Manners::default()).expect("a server");
+    let service =
+        web().with("miss = \"daemon\"").with(&by_client(&topology)).with("limits = { max_connections = 5 }");
+    let text = config(&topology, "native", &[service])
+        + &CLASSES.replacen("weight = 3", "weight = 3\nlend = false", 1);
+    let _daemon = Daemon::start_with(&topology.dispatcher, &text).expect("dispatcherd");
+    let user = User::new(&authority, Version::Tls13).expect("a user").forgetful();
+    let connect = |class: usize, family: Family| {
+        let (from, to) = (topology.client(family, class), SocketAddr::new(family.vip(), PORT));
+        user.connect(&topology.clients, from, to)
+    };
+    // Three of five are kept: weights are 3, 1 and the default class's 1.
+    let others: Vec<_> =
+        Family::BOTH.map(|family| connect(1, family).expect("those that are not kept")).into_iter().collect();
+    // Those that were let in, and those that were counted.
+    for family in Family::BOTH {
+        assert!(connect(1, family).is_err(), "a connection of the others");
+        std::thread::sleep(Duration::from_millis(1200));
+    }
+    let kept: Vec<_> = (0..3).map(|turn| connect(0, Family::BOTH[turn % 2]).expect("its own")).collect();
+    assert!(connect(0, Family::V4).is_err(), "there are five");
+    drop((others, kept));
+    until("there is room again", || connect(1, Family::V6).is_ok());
 }

@@ -135,14 +135,14 @@ pub(crate) struct Class {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = within(PRIORITY))]
     pub(super) priority: Number,
-    /// Others may use what it leaves of its share. Of hellos that wait in the daemon they always may.
+    /// Others may use what it leaves of its share.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) lend: Option<bool>,
-    /// The most that it takes beyond its share, percent of a backend's rate or requests at a time.
+    /// The most that it takes beyond its share, percent of a backend's rate, or of its requests or connections at a time.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = within(PERCENT))]
     pub(super) borrow_limit: Number,
-    /// The most that it takes in all, percent of a backend's rate or requests at a time.
+    /// The most that it takes in all, percent of a backend's rate, or of its requests or connections at a time.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(transform = within(CEIL))]
     pub(super) ceil: Number,

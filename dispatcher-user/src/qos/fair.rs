@@ -181,6 +181,11 @@ impl<T> Queue<T> {
         self.classes.get(&class).map_or(0, |kind| kind.len)
     }
 
+    /// The classes of which something waits.
+    pub(crate) fn classes(&self) -> impl Iterator<Item = u16> {
+        self.classes.iter().filter(|(_, kind)| kind.len > 0).map(|(id, _)| *id)
+    }
+
     /// The class as which something counts: 0 for one that is not there.
     pub(crate) fn class(&self, class: u16) -> u16 {
         if self.classes.contains_key(&class) { class } else { 0 }

@@ -1,4 +1,4 @@
-//! How many requests at a time each class may have, beside its weight: no more than its `ceil`, no more than
+//! How many requests or connections at a time each class may have, beside its weight: no more than its `ceil`, no more than
 //! `borrow_limit` beyond its share, and nothing of what classes with `lend = false` keep free for themselves.
 //!
 //! Shares are parts of the whole by the weights. What is kept is rounded down, so that all that is kept is never more than

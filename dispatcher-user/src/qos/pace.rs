@@ -2,7 +2,7 @@
 //! connections. There is no clock here: whoever calls says what time it is, in time that only goes forward.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     net::IpAddr,
     time::Duration,
 };
@@ -13,12 +13,12 @@ use super::{
     Class, ClassStatus, Limits,
     book::{Book, Loss},
     fair::{Queue, Ticket},
+    most::Most,
+    rates::Rates,
 };
 
 /// A hello that has waited for so long is refused: its place in the data path will soon be another's.
 pub(super) const PATIENCE: Duration = Duration::from_millis(2500);
-/// What was not used of the rate is kept for so long.
-const BURST: Duration = Duration::from_millis(100);
 
 /// A hello that the data path holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -43,34 +43,57 @@ pub(super) struct Pacer {
     ends: VecDeque<(Duration, FlowKey, Ticket)>,
     /// Those that are not let in, and were not told so yet.
     refused: Vec<Held>,
-    /// When the next one is due by the rate alone.
-    due: Duration,
-    /// Connections when they were counted, and those released since then.
-    load: u64,
-    released: u64,
+    room: Room,
+}
+
+/// What the backend has room for.
+#[derive(Default)]
+struct Room {
+    rates: Rates,
+    most: Most,
+    /// Connections at a time; 0: no limit.
+    whole: u32,
+    /// Connections of each class: those that were counted, and those released since then.
+    load: BTreeMap<u16, u32>,
+}
+
+impl Room {
+    /// From when on one of a class may go, as many connections as there are; none where others must end before.
+    fn ready(&self, class: u16) -> Option<Duration> {
+        let Self { rates, most, whole, load } = self;
+        let of = |class| load.get(&class).copied().unwrap_or(0);
+        let room = *whole == 0 || most.allows(class, load.values().sum(), *whole, of);
+        room.then(|| rates.ready(class)).flatten()
+    }
+
+    fn take(&mut self, class: u16, now: Duration) {
+        self.rates.take(class, now);
+        *self.load.entry(class).or_insert(0) += 1;
+    }
 }
 
 impl Pacer {
     pub(super) fn new(classes: &[Class], limits: Limits) -> Self {
-        let mut book = Book::default();
-        book.set(classes);
-        Self {
+        let mut pacer = Self {
             limits,
             queue: Queue::new(classes),
-            book,
+            book: Book::default(),
             flows: HashMap::new(),
             ends: VecDeque::new(),
             refused: Vec::new(),
-            due: Duration::ZERO,
-            load: 0,
-            released: 0,
-        }
+            room: Room::default(),
+        };
+        pacer.set(classes, limits);
+        pacer
     }
 
     pub(super) fn set(&mut self, classes: &[Class], limits: Limits) {
         self.limits = limits;
         self.queue.set(classes);
         self.book.set(classes);
+        self.room.most.set(classes);
+        self.room.rates.set(classes, limits.connections_per_second);
+        self.room.whole = limits.max_connections;
     }
 
     pub(super) const fn limits(&self) -> Limits {
@@ -82,9 +105,13 @@ impl Pacer {
         self.queue.len() + self.refused.len()
     }
 
-    /// Takes note of the connections that the backend has.
-    pub(super) fn count(&mut self, load: u64) {
-        (self.load, self.released) = (load, 0);
+    /// Takes note of the connections that the backend has, by class.
+    pub(super) fn count(&mut self, load: &BTreeMap<u16, u32>) {
+        self.room.load.clear();
+        for (class, count) in load {
+            // As one of the default class counts what is of none that there is.
+            *self.room.load.entry(self.queue.class(*class)).or_insert(0) += count;
+        }
     }
 
     /// Lets a hello wait. One that waits already stays in its place.
@@ -124,26 +151,17 @@ impl Pacer {
         self.refused.push(Held { refused: true, ..held });
     }
 
-    fn has_room(&self) -> bool {
-        self.limits.max_connections == 0 || self.load + self.released < u64::from(self.limits.max_connections)
-    }
-
     /// The next that may go now, after those that are refused.
     pub(super) fn release(&mut self, now: Duration) -> Option<Held> {
         self.end(now);
         if let Some(held) = self.refused.pop() {
             return Some(held);
         }
-        let rate = self.limits.connections_per_second;
-        if !self.has_room() || rate != 0 && self.due > now + BURST {
-            return None;
-        }
-        let (class, (since, held)) = self.queue.pop(|_| true)?;
+        let Self { queue, room, .. } = self;
+        let (class, (since, held)) =
+            queue.pop(|class| room.ready(class).is_some_and(|ready| ready <= now))?;
+        room.take(class, now);
         self.flows.remove(&held.flow);
-        if rate != 0 {
-            self.due = self.due.max(now) + Duration::from_secs(1) / rate;
-        }
-        self.released += 1;
         self.book.admit(class, Some(now.saturating_sub(since)), now);
         self.book.end(class);
         Some(held)
@@ -151,8 +169,7 @@ impl Pacer {
 
     /// When to look again; none where nothing waits, or only for connections to end.
     pub(super) fn next(&self) -> Option<Duration> {
-        let paced = self.queue.len() > 0 && self.has_room();
-        paced.then(|| self.due.saturating_sub(BURST))
+        self.queue.classes().filter_map(|class| self.room.ready(class)).min()
     }
 
     pub(super) fn read(&mut self, now: Duration) -> (u32, Vec<ClassStatus>) {
@@ -163,8 +180,6 @@ impl Pacer {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
 
     fn class(id: u16, weight: u32) -> Class {
@@ -221,6 +236,39 @@ mod tests {
     }
 
     #[test]
+    fn classes_keep_to_what_they_may_have() {
+        let classes = [Class { ceil: 20, ..class(0, 9) }, Class { lend: false, ..class(1, 1) }];
+        let mut pacer = Pacer::new(&classes, limits(1000, 0));
+        let mut counts = [0_u64; 2];
+        let mut number = 0;
+        for ms in 0..10_000 {
+            for id in 0..2 {
+                pacer.hold(at(ms), id, CLIENT, Held { slot: id.into(), ..held(number) });
+                number += 1;
+            }
+            for slot in all(&mut pacer, at(ms)) {
+                counts[slot as usize] += 1;
+            }
+            assert!(pacer.next().is_none_or(|next| next > at(ms)), "somebody could go");
+        }
+        assert!(counts[0].abs_diff(2000) <= 21 && counts[1].abs_diff(8000) <= 82, "{counts:?}");
+        // Of eight connections at a time one has six; of those that count nobody's are the default class's.
+        let classes = [class(0, 1), Class { lend: false, ..class(1, 3) }];
+        let mut pacer = Pacer::new(&classes, limits(0, 8));
+        for number in 0..8 {
+            pacer.hold(at(0), 0, CLIENT, held(number));
+        }
+        assert_eq!(all(&mut pacer, at(0)), [0, 1]);
+        assert_eq!(pacer.next(), None);
+        pacer.count(&BTreeMap::from([(0, 1), (9, 1), (1, 5)]));
+        assert!(all(&mut pacer, at(1)).is_empty());
+        pacer.count(&BTreeMap::from([(0, 1), (1, 5)]));
+        assert_eq!(all(&mut pacer, at(1)), [2]);
+        pacer.set(&[class(0, 1), class(1, 3)], limits(0, 8));
+        assert_eq!(all(&mut pacer, at(1)), [3]);
+    }
+
+    #[test]
     fn a_pause_gives_a_small_burst_only() {
         let mut pacer = Pacer::new(&[class(0, 1)], limits(50, 0));
         for number in 0..100 {
@@ -243,15 +291,15 @@ mod tests {
     #[test]
     fn connections_that_are_there_count() {
         let mut pacer = Pacer::new(&[class(0, 1)], limits(0, 3));
-        pacer.count(2);
+        pacer.count(&BTreeMap::from([(0, 2)]));
         for number in 0..4 {
             pacer.hold(at(0), 0, CLIENT, held(number));
         }
         assert_eq!(all(&mut pacer, at(0)), [0]);
         assert_eq!(pacer.next(), None, "it waits for connections to end");
-        pacer.count(1);
+        pacer.count(&BTreeMap::from([(0, 1)]));
         assert_eq!(all(&mut pacer, at(1)), [1, 2]);
-        pacer.count(5);
+        pacer.count(&BTreeMap::from([(0, 5)]));
         assert!(all(&mut pacer, at(2)).is_empty());
         pacer.set(&[class(0, 1)], limits(0, 0));
         assert_eq!(all(&mut pacer, at(3)), [3]);
@@ -260,14 +308,14 @@ mod tests {
     #[test]
     fn what_waits_for_too_long_is_refused() {
         let mut pacer = Pacer::new(&[class(0, 1)], limits(0, 1));
-        pacer.count(1);
+        pacer.count(&BTreeMap::from([(0, 1)]));
         pacer.hold(at(0), 0, CLIENT, held(1));
         pacer.hold(at(100), 0, CLIENT, Held { slot: 7, ..held(1) });
         pacer.hold(at(100), 0, CLIENT, held(2));
         assert_eq!(pacer.waiting(), 2, "one flow waits once");
-        pacer.count(0);
+        pacer.count(&BTreeMap::new());
         assert_eq!(pacer.release(at(200)), Some(Held { slot: 7, ..held(1) }), "where it is kept by now");
-        pacer.count(1);
+        pacer.count(&BTreeMap::from([(0, 1)]));
         assert!(all(&mut pacer, at(2599)).is_empty());
         assert_eq!(pacer.waiting(), 1);
         assert_eq!(both(&mut pacer, at(2600)), [vec![], vec![2]]);
@@ -281,7 +329,7 @@ mod tests {
     fn no_more_wait_than_there_is_room_for() {
         let classes = [class(0, 1), class(1, 1)];
         let mut pacer = Pacer::new(&classes, Limits { queue: 3, ..limits(0, 1) });
-        pacer.count(1);
+        pacer.count(&BTreeMap::from([(0, 1)]));
         for number in 0..4 {
             pacer.hold(at(0), 0, CLIENT, held(number));
         }
