@@ -46,7 +46,7 @@ use syscall::Link;
 
 pub(crate) use capacity::MAX_BACKENDS;
 pub use capacity::{Capacities, memory_bytes};
-pub use pins::remove as remove_pins;
+pub use pins::{has_file_system, remove as remove_pins};
 pub use qos::{ClassCount, ClassSetting, Limits, NameClass, NetworkClass};
 pub use sessions::{Sessions, Swept};
 pub use table::{Cells, Table};

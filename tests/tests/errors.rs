@@ -185,6 +185,13 @@ fn checking_changes_nothing() {
     assert!(said.contains("1 service, 3 backends: good"), "{said}");
     let links = topology.dispatcher.execute("ip", &["-details", "link"]).expect("links");
     assert!(!links.contains("xdp"), "{links}");
+    let pinned = folder.path().join("pins");
+    let text =
+        config(&topology, "native", &[web()]).replacen("pin = \"none\"", &format!("pin = {pinned:?}"), 1);
+    folder.write("dispatcher.toml", &text).expect("a file");
+    let refused = topology.dispatcher.execute(&program.to_string_lossy(), &["--check", "--config", &file]);
+    let said = refused.expect_err("no place for pins").to_string();
+    assert!(said.contains("no BPF file system is mounted there; mount one") && !pinned.exists(), "{said}");
 }
 
 #[test]

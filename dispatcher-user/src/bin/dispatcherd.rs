@@ -7,7 +7,7 @@ use clap::{ArgGroup, Parser};
 use dispatcher_user::{
     config::{Config, Interface},
     daemon::{self, Options},
-    dataplane::AttachMode,
+    dataplane::{self, AttachMode},
     logging,
     reload::Source,
 };
@@ -33,7 +33,7 @@ struct Args {
     /// The control socket, instead of the configuration's
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
-    /// Check the configuration, change nothing
+    /// Check the configuration, and whether its folder of pins can be used, change nothing
     #[arg(long, requires = "config")]
     check: bool,
     /// error, warn, info, debug or trace
@@ -97,6 +97,9 @@ fn run(args: Args) -> Result<()> {
         }
     };
     if args.check {
+        if let Some(folder) = &config.pin {
+            dataplane::has_file_system(folder)?;
+        }
         println!("{}: good", config.summary());
         return Ok(());
     }

@@ -429,11 +429,14 @@ fn namespace() -> Result<u64, Error> {
     fs::metadata(path).map(|found| found.ino()).map_err(failed(path, "looking at"))
 }
 
-/// Sees to it that the folder is in a BPF file system: where none is mounted at the usual place, it is.
-fn find_file_system(folder: &Path) -> Result<(), Error> {
+/// Whether the folder is in a BPF file system, or one can be mounted at the usual place; false in the latter case.
+///
+/// # Errors
+/// Where neither is so: what is wrong and what to do.
+pub fn has_file_system(folder: &Path) -> Result<bool, Error> {
     let there = folder.ancestors().find(|one| one.exists()).unwrap_or(Path::new("/"));
     if is_bpf(there) {
-        return Ok(());
+        return Ok(true);
     }
     let none = |reason: String| Err(Error::NoFileSystem { folder: folder.to_owned(), reason });
     if !folder.starts_with(MOUNT_POINT) {
@@ -443,6 +446,14 @@ fn find_file_system(folder: &Path) -> Result<(), Error> {
         return none(format!(
             "no BPF file system is mounted there, and this process has a mount namespace of its own (`ip netns exec` makes one), with which a new mount would end; start it with `nsenter --net=/run/netns/NAME`, or mount one before at another place (`mount -t bpf bpf FOLDER`), not under {MOUNT_POINT}"
         ));
+    }
+    Ok(false)
+}
+
+/// Sees to it that the folder is in a BPF file system: where none is mounted at the usual place, it is.
+fn find_file_system(folder: &Path) -> Result<(), Error> {
+    if has_file_system(folder)? {
+        return Ok(());
     }
     // One after the other, or the second mount would hide what the first one's owner has pinned.
     let place = File::open(MOUNT_POINT);
@@ -457,9 +468,10 @@ fn find_file_system(folder: &Path) -> Result<(), Error> {
     let result = unsafe { libc::mount(kind.as_ptr(), place.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
     if result != 0 {
         let error = io::Error::last_os_error();
-        return none(format!(
+        let reason = format!(
             "no BPF file system is mounted there, and mounting one failed ({error}); as root: `mount -t bpf bpf {MOUNT_POINT}`"
-        ));
+        );
+        return Err(Error::NoFileSystem { folder: folder.to_owned(), reason });
     }
     log::info!("mounted a BPF file system at {MOUNT_POINT}");
     Ok(())
