@@ -190,7 +190,7 @@ fn checking_changes_nothing() {
         config(&topology, "native", &[web()]).replacen("pin = \"none\"", &format!("pin = {pinned:?}"), 1);
     folder.write("dispatcher.toml", &text).expect("a file");
     let refused = topology.dispatcher.execute(&program.to_string_lossy(), &["--check", "--config", &file]);
-    let said = refused.expect_err("no place for pins").to_string();
+    let said = format!("{:#}", refused.expect_err("no place for pins"));
     assert!(said.contains("no BPF file system is mounted there; mount one") && !pinned.exists(), "{said}");
 }
 
