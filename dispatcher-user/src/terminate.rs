@@ -153,6 +153,8 @@ pub(crate) struct Site {
     tls: Arc<ServerConfig>,
     /// Contents of the files of certificates and keys.
     files: Vec<Vec<u8>>,
+    /// When each certificate ends, seconds since 1970.
+    ends: Vec<(PathBuf, i64)>,
     way: Arc<Way>,
     log: Option<access::Log>,
 }
@@ -285,11 +287,12 @@ impl Terminator {
             let own = Arc::new(service.clone());
             let front = match &service.terminate {
                 Some(terminate) => {
-                    let (tls, files) = certificates::server(name, terminate)?;
+                    let certificates::Shown { tls, files, ends } = certificates::server(name, terminate)?;
                     Ready::Terminate(Arc::new(Site {
                         cookie: service.cookie().unwrap_or(config::DEFAULT_COOKIE).to_owned(),
                         tls,
                         files,
+                        ends,
                         way: certificates::way(name, tunnels, Carries::Requests, old)?,
                         log: terminate.access_log.as_ref().map(|file| open(name, file)).transpose()?,
                         terminate: terminate.clone(),
@@ -367,6 +370,19 @@ impl Terminator {
         let services: Vec<_> =
             lock(&self.fronts).values().map(|front| Arc::clone(front.now().service())).collect();
         services.iter().map(|service| (service.name.clone(), self.counts(service.id).read())).collect()
+    }
+
+    /// The certificates of each service, by its name: their files, and when they end, seconds since 1970.
+    pub(crate) fn certificates(&self) -> Vec<(String, PathBuf, i64)> {
+        let fronts: Vec<_> = lock(&self.fronts).values().map(Running::now).collect();
+        let mut all = Vec::new();
+        for front in &fronts {
+            if let Front::Terminate(site) = front {
+                let ends = site.ends.iter().cloned();
+                all.extend(ends.map(|(file, end)| (site.service.name.clone(), file, end)));
+            }
+        }
+        all
     }
 
     /// Takes note of the backends that can be reached.

@@ -1,6 +1,6 @@
 //! Metrics, in the text format of OpenMetrics. Names are stable; docs/operations.md has a table of them.
 
-use std::{fmt, io, net::TcpListener as StdListener, sync::Arc, time::Duration};
+use std::{fmt, io, net::TcpListener as StdListener, path::PathBuf, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -60,6 +60,8 @@ struct Snapshot {
     sessions: [u64; 2],
     /// Of services that the daemon serves itself.
     served: Vec<(String, Counted)>,
+    /// Service, file and end of each certificate.
+    certificates: Vec<(String, PathBuf, i64)>,
     tunnels: Vec<Status>,
     /// Of classes, with the times that they waited.
     shares: Vec<(api::QosShare, Histogram)>,
@@ -79,6 +81,7 @@ impl Snapshot {
             health: checked(shared),
             sessions: shared.counts.sessions(),
             served: shared.terminator.counted(),
+            certificates: shared.terminator.certificates(),
             tunnels: shared.terminator.tunnels.backends(),
             shares: read_shares(shared)?,
         })
@@ -181,6 +184,14 @@ impl Snapshot {
         for (service, counted) in &self.served {
             let labels = [("service", service.as_str())];
             ConstGauge::new(counted.open as f64).encode(family.encode_family(&labels)?)?;
+        }
+        let help = "When a certificate that clients are shown ends, seconds since 1970";
+        let name = "certificate_not_after_timestamp_seconds";
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (service, file, end) in &self.certificates {
+            let file = file.to_string_lossy();
+            let labels = [("service", service.as_str()), ("file", &*file)];
+            ConstGauge::new(*end as f64).encode(family.encode_family(&labels)?)?;
         }
         let help = "Connections of clients that the daemon ended, by the reason";
         let mut family = encoder.encode_descriptor("clients_refused", help, None, MetricType::Counter)?;

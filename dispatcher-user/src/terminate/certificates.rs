@@ -1,10 +1,11 @@
 //! Certificates, keys and roots from files, and the TLS configurations made of them.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
 
+use jiff::Timestamp;
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
     client::{Resumption, verify_server_name},
@@ -14,6 +15,7 @@ use rustls::{
     sign::CertifiedKey,
     version,
 };
+use x509_parser::time::ASN1Time;
 
 use super::{Error, Way, seconds};
 use crate::{
@@ -28,17 +30,32 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(aws_lc_rs::default_provider())
 }
 
-/// The configuration toward clients, and the contents of its files.
-pub(super) fn server(
-    service: &str,
-    terminate: &Terminate,
-) -> Result<(Arc<ServerConfig>, Vec<Vec<u8>>), Error> {
+/// What clients are shown.
+pub(super) struct Shown {
+    pub(super) tls: Arc<ServerConfig>,
+    /// Contents of the files of certificates and keys.
+    pub(super) files: Vec<Vec<u8>>,
+    /// When each certificate ends, seconds since 1970.
+    pub(super) ends: Vec<(PathBuf, i64)>,
+}
+
+/// What a service shows to clients. Certificates that no client takes today are warned of.
+pub(super) fn server(service: &str, terminate: &Terminate) -> Result<Shown, Error> {
     let broken =
         |error: rustls::Error| Error::Tls { service: service.to_owned(), problem: error.to_string() };
-    let (mut keys, mut files) = (Vec::new(), Vec::new());
+    let (mut keys, mut files, mut ends) = (Vec::new(), Vec::new(), Vec::new());
     for pair in &terminate.certificates {
         let (chain, key, texts) = load(service, pair)?;
         files.extend(texts);
+        if let Some((begins, end)) = chain.first().and_then(|certificate| valid(certificate)) {
+            if let Some(why) = invalid(begins, end, Timestamp::now()) {
+                log::warn!(
+                    "service {service}: {}: {why}: clients will not accept it",
+                    pair.certificate.display()
+                );
+            }
+            ends.push((pair.certificate.clone(), end.as_second()));
+        }
         let refused = |error: rustls::Error| {
             if matches!(error, rustls::Error::InconsistentKeys(_)) {
                 let problem = "it is not the key of the certificate beside it; give the one that is";
@@ -59,7 +76,23 @@ pub(super) fn server(
         .with_cert_resolver(Arc::new(Certificates(keys)));
     config.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
     config.ticketer = aws_lc_rs::Ticketer::new().map_err(broken)?;
-    Ok((Arc::new(config), files))
+    Ok(Shown { tls: Arc::new(config), files, ends })
+}
+
+/// From when to when a certificate is valid (RFC 5280 section 4.1.2.5).
+fn valid(certificate: &[u8]) -> Option<(Timestamp, Timestamp)> {
+    let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    let validity = certificate.validity();
+    let at = |time: ASN1Time| Timestamp::from_second(time.timestamp()).ok();
+    Some((at(validity.not_before)?, at(validity.not_after)?))
+}
+
+/// Why it is not valid now, if so.
+fn invalid(begins: Timestamp, end: Timestamp, now: Timestamp) -> Option<String> {
+    if now > end {
+        return Some(format!("it has expired ({end})"));
+    }
+    (now < begins).then(|| format!("it is not valid before {begins}"))
 }
 
 /// How tunnels are made: `old` goes on if it is the same.

@@ -71,6 +71,28 @@ fn each_name_gets_its_certificate() {
 }
 
 #[test]
+fn a_certificate_that_has_expired_is_warned_of() {
+    let mut scene = Scene::mirrors(Manner::HTTP1, &[COOKIE]);
+    let file = scene.folder.path().join("web.pem");
+    let metric = |scene: &Scene, end: &str| {
+        let metrics = scene.daemon.told(&["metrics"]).expect("metrics");
+        let labels = format!("{{service=\"shop\",file=\"{}\"}}", file.display());
+        let line = format!("dispatcher_certificate_not_after_timestamp_seconds{labels} {end}");
+        assert!(metrics.lines().any(|one| one == line), "{line}: {metrics}");
+    };
+    // Until the year 4096, rcgen's default.
+    metric(&scene, "67090118400.0");
+    assert!(!scene.daemon.process().log().contains("web.pem"), "{}", scene.daemon.process().log());
+    let expired = scene.authority.issue_for("expired", HOST, true).expect("a certificate");
+    scene.folder.write("web.pem", &expired.certificate_pem).expect("written");
+    scene.folder.write("web.key", &expired.key_pem).expect("written");
+    let _: api::Reload = scene.daemon.ask(&["reload"]).expect("reloaded");
+    metric(&scene, "1580515200.0");
+    let warning = format!("service shop: {}: it has expired (2020-02-01T00:00:00Z)", file.display());
+    until("it is warned of", || scene.daemon.process().log().contains(&warning));
+}
+
+#[test]
 fn a_reload_of_certificates_leaves_a_download_alone() {
     const LENGTH: u64 = 20_000_000;
     let scene = Scene::mirrors(Manner::HTTP2, &[COOKIE]);
