@@ -42,7 +42,8 @@ pub const SECOND: u64 = 1 << 30;
 /// Buckets hold what comes in a quarter of a second, but at least so much: the longest frame that there can be.
 ///
 /// TCP that has lost frames may send nothing for 200 ms (RFC 6298 section 2.4, as Linux has it). With buckets that run
-/// over sooner, others have used by then what was its own. What runs over is kept for a quarter of that time only.
+/// over sooner, others have used by then what was its own. What runs over is kept for a quarter of that time only, where
+/// several want it.
 pub const LEAST_BYTES: i64 = 65_536 << FRACTION;
 /// The same of connections: one.
 pub const LEAST_CONNECTIONS: i64 = (CONNECTION << FRACTION) as i64;
@@ -338,10 +339,10 @@ pub const fn depth(rate: u64, least: i64) -> i64 {
 }
 
 /// What is kept of what ran over, and what a class holds at most when it is given of that: what comes in a quarter of
-/// the time. More would be given to whoever asks first, for seconds.
+/// the time. More would be given to whoever asks first, for seconds. For a class that is alone it is no less than of its own.
 #[inline(always)]
-const fn kept(rate: u64, least: i64) -> i64 {
-    depth(rate >> 2, least)
+const fn kept(rate: u64, least: i64, alone: bool) -> i64 {
+    depth(if alone { rate } else { rate >> 2 }, least)
 }
 
 /// What runs into a bucket in a time of `ticks` of 1024 ns. `FRACTION` is 10, so rate * ticks * 2^10 / 2^30 * 2^10 is
@@ -372,9 +373,9 @@ impl Buckets {
         if (0..STEP_NS).contains(&elapsed) {
             return 0;
         }
-        let turned = now.wrapping_sub(self.turned);
-        if turned > HUNGER_NS {
-            self.hungry = if turned > 2 * HUNGER_NS { 0 } else { self.hungry << 16 };
+        // Who wanted more counts as such until others do, however long that takes.
+        if now.wrapping_sub(self.turned) > HUNGER_NS && self.hungry & 0xffff != 0 {
+            self.hungry <<= 16;
             self.turned = now;
         }
         if elapsed < 0 {
@@ -421,9 +422,14 @@ impl Buckets {
     }
 
     /// Gives out what ran over, to classes whose shares have this sum.
+    ///
+    /// While one class alone wants more there is nobody to be fair to, and it may be TCP: it finds as much as if the rate
+    /// were its own.
     #[inline(always)]
     pub fn share(&mut self, rates: &Rates, weights: u64) {
-        let (hungry, pool) = (self.all_hungry(), at_most(self.shared, kept(rates.whole, rates.least)));
+        let hungry = self.all_hungry();
+        let alone = hungry != 0 && hungry & hungry.wrapping_sub(1) == 0;
+        let pool = at_most(self.shared, kept(rates.whole, rates.least, alone));
         self.shared = pool;
         if weights == 0 || pool <= 0 {
             return;
@@ -437,7 +443,7 @@ impl Buckets {
             let part = (rate.own << 16) / weights;
             let mut given = ((pool as u64 >> FRACTION).wrapping_mul(part) >> (16 - FRACTION)) as i64;
             given = at_most(given, bucket.borrow);
-            given = at_most(given, kept(rate.own, rates.least).wrapping_sub(bucket.own));
+            given = at_most(given, kept(rate.own, rates.least, alone).wrapping_sub(bucket.own));
             if given > 0 {
                 bucket.own = bucket.own.wrapping_add(given);
                 bucket.borrow = bucket.borrow.wrapping_sub(given);
@@ -640,6 +646,15 @@ mod tests {
         let [heavy, light] = sent_of(&rates, pausing, 500 * MS..1500 * MS);
         assert_near("with its pause", heavy, 10e6 * 8.0 / 9.0);
         assert_near("the other", light, 10e6 / 9.0);
+    }
+
+    #[test]
+    fn who_is_alone_has_all_whatever_his_pauses() {
+        let rates = rates(&[(8, 1, 100, 100), (1, 1, 100, 100)]);
+        // A fifth of a second of nothing, then twice of what there is.
+        let pausing = |now: u64| if now / MS % 500 < 200 { [0, 0] } else { [0, 50_000] };
+        let [_, light] = sent_of(&rates, pausing, 1000 * MS..6000 * MS);
+        assert_near("in five seconds", light, 50e6);
     }
 
     #[test]

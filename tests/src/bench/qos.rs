@@ -96,7 +96,9 @@ pub fn run(quick: bool, only: Option<Part>) -> Result<Report> {
                     Part::Bandwidth => bandwidth(effort, weights, &mut found)?,
                     Part::Streams => {
                         for connections in STREAMS {
-                            streams(effort, weights, connections, &mut found)?;
+                            streams(effort, weights, 0, connections, &mut found)?;
+                            // Only the last class, which has the least.
+                            streams(effort, weights, weights.len() - 1, connections, &mut found)?;
                         }
                     }
                     Part::Requests => requests(effort, weights, &mut found)?,
@@ -335,8 +337,15 @@ fn bandwidth(effort: Effort, weights: &[u32], found: &mut Samples) -> Result<()>
     Ok(())
 }
 
-/// (a) for TCP, which makes room when it loses frames: connections of each class that always have something to send.
-fn streams(effort: Effort, weights: &[u32], connections: usize, found: &mut Samples) -> Result<()> {
+/// (a) and (b) for TCP, which makes room when it loses frames: connections that always have something to send, of the
+/// classes from one on.
+fn streams(
+    effort: Effort,
+    weights: &[u32],
+    first: usize,
+    connections: usize,
+    found: &mut Samples,
+) -> Result<()> {
     let topology = place()?;
     let service = Service::new("sink", TCP)
         .with("mode = \"l4\"")
@@ -348,7 +357,7 @@ fn streams(effort: Effort, weights: &[u32], connections: usize, found: &mut Samp
     let listener = sockets::listen(&place.netns, TCP)?;
     let counts: Vec<Arc<AtomicU64>> = weights.iter().map(|_| Arc::default()).collect();
     let (mut sink, mut senders) = (Workers::default(), Workers::default());
-    for (number, count) in counts.iter().enumerate() {
+    for (number, count) in counts.iter().enumerate().skip(first) {
         let from = topology.client(Family::V4, number);
         for _ in 0..connections {
             let mut sender = sockets::connect(&topology.clients, from, SocketAddr::new(VIP[0], TCP))?;
@@ -391,8 +400,11 @@ fn streams(effort: Effort, weights: &[u32], connections: usize, found: &mut Samp
     senders.end()?;
     sink.end()?;
     let each = if connections == 1 { "connection" } else { "connections" };
-    let case = format!("TCP, {connections} {each} a class, weights {}", named(weights));
-    found.shares(&case, "dispatcher", weights, &came, false);
+    let what = if first == 0 { "a class" } else { "of one class alone" };
+    let case = format!("TCP, {connections} {each} {what}, weights {}", named(weights));
+    if first == 0 {
+        found.shares(&case, "dispatcher", weights, &came, false);
+    }
     let used = came.iter().sum::<f64>() * 8.0 / took.as_secs_f64() / BANDWIDTH as f64 * 100.0;
     found.add(&case, "dispatcher", "of the bandwidth, payload", "%", used);
     Ok(())
