@@ -42,7 +42,7 @@ const FAULTS: usize = 128;
 /// Bytes of bodies that a client may send ahead of a backend that does not read: in one request, and in all.
 const WINDOWS: [u32; 2] = [256 << 10, 1 << 20];
 /// Bytes of one answer that are held for a client who does not read.
-const HELD: usize = 128 << 10;
+const HELD: usize = 64 << 10;
 /// How long a client that was answered before it sent all has to see that, until it is told that no more is wanted: there
 /// are some (curl 7.88) that forget the answer when both come together.
 const PAUSE: Duration = Duration::from_millis(250);
