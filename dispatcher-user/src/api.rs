@@ -195,9 +195,9 @@ pub struct Service {
     pub protocol: Protocol,
     /// Mode.
     pub mode: Mode,
-    /// Who decides on a miss.
+    /// Who decides on a miss. Of no meaning for services that the daemon serves itself.
     pub miss: Miss,
-    /// `client` or `dispatcher`.
+    /// `client` or `dispatcher`. As `miss`: backends of those always see the dispatcher.
     pub source: String,
     /// `off` or `v2`.
     pub proxy_protocol: String,
@@ -237,8 +237,8 @@ pub struct Backend {
     pub reason: Option<String>,
     /// Weight.
     pub weight: u32,
-    /// Share of the load-balancing tables, 0 to 1.
-    pub share: f64,
+    /// Share of the load-balancing tables, 0 to 1; none of services that the daemon serves itself.
+    pub share: Option<f64>,
     /// Connections that are open; only where one backend is asked for.
     #[serde(default)]
     pub open: Option<u64>,

@@ -574,7 +574,7 @@ fn read_backends(shared: &Shared, id: Option<u32>) -> Result<Vec<api::Backend>, 
                 let (condition, reason) = reconcile::status(&desired, &state.actual, backend);
                 let reason = reason.or_else(|| failing.get(&backend.id).cloned());
                 let deadline = state.deadlines.get(&backend.id).map(|at| at.saturating_sub(now));
-                let share = state.actual.share(&vips, index);
+                let share = (!service.mode.is_local()).then(|| state.actual.share(&vips, index));
                 found.push((service, backend, index, condition, reason, share, deadline));
             }
         }

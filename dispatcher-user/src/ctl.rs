@@ -1061,8 +1061,8 @@ fn services(services: &[api::Service]) -> Sheet {
             list(&one.vips),
             word(&one.protocol),
             word(&one.mode),
-            word(&one.miss),
-            one.source.clone(),
+            passed_up(one, word(&one.miss)),
+            passed_up(one, one.source.clone()),
             word(&one.balance),
             if one.refused_options.is_empty() { "-".to_owned() } else { one.refused_options.join(",") },
             one.backends.to_string(),
@@ -1070,6 +1070,11 @@ fn services(services: &[api::Service]) -> Sheet {
         ]
     };
     table(&header, 8, &["refused", "source", "miss", "balance", "mode"], services.iter().map(row))
+}
+
+/// What only the data path has, of a service whose packets are passed up to the daemon.
+fn passed_up(service: &api::Service, text: String) -> String {
+    if service.mode.is_local() { "-".to_owned() } else { text }
 }
 
 fn backends(backends: &[api::Backend]) -> Sheet {
@@ -1106,7 +1111,7 @@ fn backends(backends: &[api::Backend]) -> Sheet {
             state(one),
             one.reason.clone().unwrap_or_else(|| "-".to_owned()),
             one.weight.to_string(),
-            format!("{:.1}%", one.share * 100.0),
+            one.share.map_or_else(|| "-".to_owned(), |share| format!("{:.1}%", share * 100.0)),
             one.open.map_or_else(|| "-".to_owned(), |open| open.to_string()),
             one.connections.to_string(),
             one.hits.to_string(),

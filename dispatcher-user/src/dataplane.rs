@@ -26,7 +26,7 @@ use dispatcher_common::{
     http,
     reason::{REASONS_MAX, Reason},
     service::{Backend, BackendStats, BackendTimes, Frontend, VipKey},
-    stash::{EMITTED, Slot},
+    stash::{EMITTED, STAGE_HELD, Slot},
 };
 
 mod anchor;
@@ -768,6 +768,17 @@ impl Dataplane {
         // A second one is as good as the first.
         drop(self.anchor.set(anchor));
         Ok(())
+    }
+
+    /// True when the hello of a flow is still held there: its client has not left. Also where that cannot be known.
+    pub fn holds(&self, slot: u32, flow: &FlowKey) -> bool {
+        match self.stash().get(slot) {
+            Ok(slot) => slot.key == *flow && slot.stage == STAGE_HELD,
+            Err(error) => {
+                log::warn!("{error}");
+                true
+            }
+        }
     }
 
     /// Answers held hellos with the daemon's picks.

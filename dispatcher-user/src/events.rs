@@ -133,7 +133,8 @@ fn answer(shared: &Shared, picker: &mut Picker, held: &mut RingBuf<MapData>) -> 
         }
     }
     let mut refused = 0;
-    for (backend, held) in shared.qos.release(RELEASES_AT_ONCE - releases.len()) {
+    let waits = |held: &Held| shared.dataplane.holds(held.slot, &held.flow);
+    for (backend, held) in shared.qos.release(RELEASES_AT_ONCE - releases.len(), waits) {
         let Held { frontend, slot, flow, refused: lost } = held;
         if lost {
             refused += 1;

@@ -32,10 +32,15 @@ fn json(level: Level, target: &str, message: String) -> serde_json::Result<Strin
     serde_json::to_string(&Line { time, level: level.as_str().to_ascii_lowercase(), target, message })
 }
 
-/// Starts logging. Libraries speak when something is wrong; the level is for us and our BPF programs.
+/// Starts logging. Libraries speak when something is wrong, rustls from debug on; the level is for us and our BPF programs.
 pub fn start(level: LevelFilter, format: Format) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(level.min(LevelFilter::Warn)).filter_module("dispatcher", level);
+    // It warns of what peers send, as often as they do.
+    builder.filter_module(
+        "rustls",
+        if level > LevelFilter::Info { LevelFilter::Warn } else { LevelFilter::Error },
+    );
     if format == Format::Json {
         builder.format(|out, record| {
             let line = json(record.level(), record.target(), record.args().to_string())?;

@@ -250,6 +250,11 @@ impl Qos {
             && lock(&self.pacers).values().any(|pacer| pacer.limits().max_connections > 0)
     }
 
+    /// True when hellos wait for connections to end.
+    pub(crate) fn waits_for_ends(&self) -> bool {
+        self.paced.load(Relaxed) && lock(&self.pacers).values().any(Pacer::waits_for_ends)
+    }
+
     /// Takes note of the connections that backends have, by class.
     pub(crate) fn count(&self, load: impl Fn(u32) -> BTreeMap<u16, u32>) {
         if self.paced.load(Relaxed) {
@@ -268,8 +273,8 @@ impl Qos {
         true
     }
 
-    /// The hellos that may go now, with their backends' ids, at most so many.
-    pub(crate) fn release(&self, most: usize) -> Vec<(u32, Held)> {
+    /// The hellos that may go now, with their backends' ids, at most so many, of those that still wait.
+    pub(crate) fn release(&self, most: usize, waits: impl Fn(&Held) -> bool) -> Vec<(u32, Held)> {
         let mut all = Vec::new();
         if !self.paced.load(Relaxed) {
             return all;
@@ -277,7 +282,7 @@ impl Qos {
         let now = self.began.elapsed();
         for (backend, pacer) in lock(&self.pacers).iter_mut() {
             while all.len() < most
-                && let Some(held) = pacer.release(now)
+                && let Some(held) = pacer.release(now, &waits)
             {
                 all.push((*backend, held));
             }
@@ -377,15 +382,15 @@ mod tests {
         for slot in 0..3 {
             assert!(qos.hold(1, || 0, CLIENT, held(slot)));
         }
-        assert_eq!(qos.release(255), [(1, held(0)), (1, held(1))]);
+        assert_eq!(qos.release(255, |_| true), [(1, held(0)), (1, held(1))]);
         let due = qos.next().expect("it is due");
         assert_eq!(due.saturating_duration_since(Instant::now()).as_millis(), 100);
         tokio::time::sleep_until(due).await;
-        assert_eq!(qos.release(0), []);
+        assert_eq!(qos.release(0, |_| true), []);
         // Without the limit, what still waits goes at once.
         assert!(qos.hold(1, || 0, CLIENT, held(4)));
         qos.set(&[], []);
-        assert_eq!(qos.release(255).len(), 2);
+        assert_eq!(qos.release(255, |_| true).len(), 2);
         assert!(qos.next().is_none());
         qos.set(&[], []);
         assert!(qos.snapshot().is_empty());

@@ -37,6 +37,7 @@ mod certificates;
 mod class;
 mod connection;
 pub(crate) mod counts;
+mod draining;
 mod forwarded;
 mod http2;
 mod lingering;
@@ -498,6 +499,21 @@ fn renewed(former: &Ready, front: &Ready) -> Vec<String> {
         lines.push(format!("~ service {name}: tunnels: their files of certificates have changed"));
     }
     lines
+}
+
+/// Checks the files of certificates, keys and roots that a configuration names, and changes nothing.
+///
+/// # Errors
+/// As a start would end with.
+pub fn check(config: &Config) -> Result<(), Error> {
+    for service in &config.services {
+        let Some(tunnels) = &service.tunnels else { continue };
+        if let Some(terminate) = &service.terminate {
+            certificates::server(&service.name, terminate)?;
+        }
+        certificates::way(&service.name, tunnels, Carries::Requests, None)?;
+    }
+    Ok(())
 }
 
 fn open(service: &str, path: &Path) -> Result<access::Log, Error> {

@@ -192,6 +192,13 @@ fn checking_changes_nothing() {
     let refused = topology.dispatcher.execute(&program.to_string_lossy(), &["--check", "--config", &file]);
     let said = format!("{:#}", refused.expect_err("no place for pins"));
     assert!(said.contains("no BPF file system is mounted there; mount one") && !pinned.exists(), "{said}");
+    let web = web()
+        .with("mode = \"terminate\"")
+        .with("terminate.certificates = [{ certificate = \"/nowhere/web.pem\" }]");
+    folder.write("dispatcher.toml", &config(&topology, "native", &[web])).expect("a file");
+    let refused = topology.dispatcher.execute(&program.to_string_lossy(), &["--check", "--config", &file]);
+    let said = format!("{:#}", refused.expect_err("no such certificate"));
+    assert!(said.contains("/nowhere/web.pem"), "{said}");
 }
 
 #[test]

@@ -73,7 +73,7 @@ fn a_backend_that_stops_listening_is_left_until_it_is_back() {
     let reason = becomes(&stage, &home, "down");
     assert!(reason.contains("health: connecting: refused"), "{reason}");
     let before = backend(&stage, &home);
-    assert_eq!(before.share, 0.0);
+    assert_eq!(before.share, Some(0.0));
     for family in Family::BOTH {
         let identity = stage.visit(&user, family, 1);
         assert_ne!(identity.backend, home, "its sessions go elsewhere");
@@ -166,7 +166,7 @@ fn a_reload_brings_checks_changes_them_and_takes_them_away() {
 fn a_backend_that_comes_back_gets_a_growing_share() {
     let lines = "slow_start = \"15s\"\nhealth = { check = \"tls\", interval = \"1s\" }";
     let mut stage = stage(lines, Manners::default());
-    let share = |stage: &Stage| backend(stage, "b1").share;
+    let share = |stage: &Stage| backend(stage, "b1").share.expect("a share");
     assert!((share(&stage) - 1.0 / 3.0).abs() < 0.02, "nobody is spared at the start");
     let number = stop(&mut stage, "b1");
     becomes(&stage, "b1", "down");

@@ -375,6 +375,35 @@ impl Flood {
 }
 
 #[test]
+fn at_the_daemons_end_what_is_under_way_goes_on_for_a_while() {
+    let mut scene = Scene::new(Manners::default(), &[]);
+    let user = scene.user(Version::Tls13);
+    let connect = |client| {
+        let (from, to) = (scene.topology.client(Family::V4, client), SocketAddr::new(Family::V4.vip(), PORT));
+        user.connect(&scene.topology.clients, from, to).unwrap_or_else(|error| panic!("{error}"))
+    };
+    let (mut busy, mut idle) = (connect(0), connect(1));
+    for line in [&mut busy, &mut idle] {
+        dispatcher_tests::http::get(line, "/").expect("an answer");
+    }
+    scene.daemon.process().signal(libc::SIGTERM);
+    let began = Instant::now();
+    let ended = std::thread::spawn(move || {
+        let _ = std::io::Read::read(&mut idle, &mut [0; 64]);
+        began.elapsed()
+    });
+    for _ in 0..10 {
+        std::thread::sleep(Duration::from_millis(250));
+        dispatcher_tests::http::get(&mut busy, "/").expect("it is under way");
+    }
+    let ended = ended.join().expect("it ends");
+    assert!(ended < Duration::from_millis(2500), "who says nothing is not waited for: {ended:?}");
+    let status = scene.daemon.process().wait(Duration::from_secs(8)).expect("it ends");
+    assert!(status.success(), "{status}");
+    assert!(dispatcher_tests::http::get(&mut busy, "/").is_err());
+}
+
+#[test]
 fn who_says_nothing_is_not_waited_for() {
     let scene = Scene::new(Manners::default(), &[]);
     let from = scene.topology.client(Family::V4, 1);

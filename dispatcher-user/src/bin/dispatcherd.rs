@@ -10,6 +10,7 @@ use dispatcher_user::{
     dataplane::{self, AttachMode},
     logging,
     reload::Source,
+    terminate,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
@@ -33,7 +34,7 @@ struct Args {
     /// The control socket, instead of the configuration's
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
-    /// Check the configuration, and whether its folder of pins can be used, change nothing
+    /// Check the configuration, its certificates, and whether its folder of pins can be used; change nothing
     #[arg(long, requires = "config")]
     check: bool,
     /// error, warn, info, debug or trace
@@ -100,6 +101,7 @@ fn run(args: Args) -> Result<()> {
         if let Some(folder) = &config.pin {
             dataplane::has_file_system(folder)?;
         }
+        terminate::check(&config)?;
         println!("{}: good", config.summary());
         return Ok(());
     }

@@ -480,7 +480,7 @@ impl Text<'_> {
     pub(super) fn check_idle(&self, raw: &raw::File, config: &Config) -> Result<(), Error> {
         for (raw, service) in raw.service.iter().zip(&config.services) {
             let Some(limits) = &raw.limits else { continue };
-            let (connections, requests) = (service.limits_connections(), service.limits_requests());
+            let requests = service.limits_requests();
             let resets = service.protocol == Protocol::Udp && service.queueing.over == Over::Reset;
             let adapts = service.queueing.adaptive;
             let queue = if service.mode == Mode::Terminate {
@@ -492,7 +492,7 @@ impl Text<'_> {
                 (
                     span(&limits.over),
                     "over",
-                    connections,
+                    service.limits_any(|limits| limits.connections_per_second > 0),
                     "goes with connections_per_second only, of the service or of a backend; set that, or remove it",
                 ),
                 (
@@ -908,6 +908,12 @@ mod tests {
                 "[service.limits]\nbandwidth = \"1Gbit/s\"\nover = \"drop\"".to_owned(),
                 "",
                 7,
+                "service.limits.over: goes with connections_per_second only, of the service or of a backend",
+            ),
+            (
+                "miss = \"daemon\"\n[service.limits]\nmax_connections = 9\nover = \"drop\"".to_owned(),
+                "",
+                8,
                 "service.limits.over: goes with connections_per_second only, of the service or of a backend",
             ),
             (

@@ -124,15 +124,16 @@ impl Snapshot {
                 ConstCounter::new(read(one)).encode(family.encode_family(&labels(one))?)?;
             }
         }
-        let gauges: [(&str, &str, Read<f64>); 2] = [
-            ("weight", "Configured weight", |one| f64::from(one.weight)),
+        let gauges: [(&str, &str, Read<Option<f64>>); 2] = [
+            ("weight", "Configured weight", |one| Some(f64::from(one.weight))),
             ("share", "Share of the load-balancing tables, 0 to 1", |one| one.share),
         ];
         for (name, help, read) in gauges {
             let name = format!("backend_{name}");
             let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Gauge)?;
             for one in &self.backends {
-                ConstGauge::new(read(one)).encode(family.encode_family(&labels(one))?)?;
+                let Some(value) = read(one) else { continue };
+                ConstGauge::new(value).encode(family.encode_family(&labels(one))?)?;
             }
         }
         type Part = fn(&BackendTimes) -> &Histogram;

@@ -192,7 +192,7 @@ pub(super) fn backend(state: &str, open: u64, left: Option<u64>) -> api::Backend
         deadline_seconds: left,
         reason: None,
         weight: 1,
-        share: 0.0,
+        share: None,
         open: Some(open),
         connections: 3,
         hits: 0,

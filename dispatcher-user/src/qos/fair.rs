@@ -216,11 +216,24 @@ impl<T> Queue<T> {
         self.serve(class);
     }
 
+    /// The class that is served next, among those that may have more.
+    fn turn(&self, may: impl Fn(u16) -> bool) -> Option<u16> {
+        let waiting = self.classes.iter().filter(|(id, kind)| kind.len > 0 && may(**id));
+        waiting.min_by_key(|(_, kind)| (Reverse(kind.level), kind.start)).map(|(id, _)| *id)
+    }
+
+    /// What [`pop`](Self::pop) takes next.
+    pub(crate) fn first(&self, may: impl Fn(u16) -> bool) -> Option<(Ticket, &T)> {
+        let class = self.turn(may)?;
+        let kind = self.classes.get(&class)?;
+        let (_, _, client) = *kind.turns.first()?;
+        let (number, item) = kind.clients.get(&client)?.items.first_key_value()?;
+        Some((Ticket { class, client, number: *number }, item))
+    }
+
     /// Takes what is served next, with its class, among classes that may have more.
     pub(crate) fn pop(&mut self, may: impl Fn(u16) -> bool) -> Option<(u16, T)> {
-        let waiting = self.classes.iter().filter(|(id, kind)| kind.len > 0 && may(**id));
-        let (class, _) = waiting.min_by_key(|(_, kind)| (Reverse(kind.level), kind.start))?;
-        let class = *class;
+        let class = self.turn(may)?;
         let item = self.classes.get_mut(&class)?.pop()?;
         self.len -= 1;
         self.serve(class);

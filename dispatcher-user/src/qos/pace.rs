@@ -151,20 +151,32 @@ impl Pacer {
         self.refused.push(Held { refused: true, ..held });
     }
 
-    /// The next that may go now, after those that are refused.
-    pub(super) fn release(&mut self, now: Duration) -> Option<Held> {
+    /// The next that may go now, after those that are refused. Those whose client does not wait any more take nobody's turn.
+    pub(super) fn release(&mut self, now: Duration, waits: impl Fn(&Held) -> bool) -> Option<Held> {
         self.end(now);
         if let Some(held) = self.refused.pop() {
             return Some(held);
         }
         let Self { queue, room, .. } = self;
-        let (class, (since, held)) =
-            queue.pop(|class| room.ready(class).is_some_and(|ready| ready <= now))?;
+        let may = |class| room.ready(class).is_some_and(|ready| ready <= now);
+        while let Some((ticket, (_, held))) = queue.first(may)
+            && !waits(held)
+        {
+            let Some((class, (_, held))) = queue.cancel(ticket) else { break };
+            self.flows.remove(&held.flow);
+            self.book.lose(class, Loss::Cancelled);
+        }
+        let (class, (since, held)) = queue.pop(may)?;
         room.take(class, now);
         self.flows.remove(&held.flow);
         self.book.admit(class, Some(now.saturating_sub(since)), now);
         self.book.end(class);
         Some(held)
+    }
+
+    /// True when something waits for connections to end.
+    pub(super) fn waits_for_ends(&self) -> bool {
+        self.queue.classes().any(|class| self.room.ready(class).is_none())
     }
 
     /// When to look again; none where nothing waits, or only for connections to end.
@@ -202,7 +214,7 @@ mod tests {
 
     /// Those that are released at a time, and those that are refused.
     fn both(pacer: &mut Pacer, now: Duration) -> [Vec<u32>; 2] {
-        let all: Vec<Held> = std::iter::from_fn(|| pacer.release(now)).collect();
+        let all: Vec<Held> = std::iter::from_fn(|| pacer.release(now, |_| true)).collect();
         [false, true]
             .map(|refused| all.iter().filter(|held| held.refused == refused).map(|held| held.slot).collect())
     }
@@ -306,6 +318,27 @@ mod tests {
     }
 
     #[test]
+    fn who_left_takes_nobodys_turn() {
+        let classes = [class(0, 1), class(1, 1)];
+        let mut pacer = Pacer::new(&classes, limits(10, 1));
+        for number in 0..8 {
+            pacer.hold(at(0), 0, CLIENT, held(number));
+        }
+        pacer.hold(at(0), 1, CLIENT, held(8));
+        pacer.hold(at(0), 0, CLIENT, held(9));
+        let mut released = |now: u64| -> Vec<u32> {
+            pacer.count(&BTreeMap::new());
+            let one = || pacer.release(at(now), |held| held.slot > 7).map(|held| held.slot);
+            std::iter::from_fn(one).collect()
+        };
+        assert_eq!(released(0), [9], "there is one place, and one turn of each");
+        assert_eq!(released(100), [8]);
+        let (queued, read) = pacer.read(at(100));
+        assert_eq!((queued, read[0].cancelled, read[0].admitted, read[1].admitted), (0, 8, 1, 1));
+        assert!(pacer.flows.is_empty());
+    }
+
+    #[test]
     fn what_waits_for_too_long_is_refused() {
         let mut pacer = Pacer::new(&[class(0, 1)], limits(0, 1));
         pacer.count(&BTreeMap::from([(0, 1)]));
@@ -314,12 +347,16 @@ mod tests {
         pacer.hold(at(100), 0, CLIENT, held(2));
         assert_eq!(pacer.waiting(), 2, "one flow waits once");
         pacer.count(&BTreeMap::new());
-        assert_eq!(pacer.release(at(200)), Some(Held { slot: 7, ..held(1) }), "where it is kept by now");
+        assert_eq!(
+            pacer.release(at(200), |_| true),
+            Some(Held { slot: 7, ..held(1) }),
+            "where it is kept by now"
+        );
         pacer.count(&BTreeMap::from([(0, 1)]));
         assert!(all(&mut pacer, at(2599)).is_empty());
         assert_eq!(pacer.waiting(), 1);
         assert_eq!(both(&mut pacer, at(2600)), [vec![], vec![2]]);
-        assert_eq!(pacer.release(at(2600)), None, "it is told once");
+        assert_eq!(pacer.release(at(2600), |_| true), None, "it is told once");
         let (queued, classes) = pacer.read(at(2600));
         assert_eq!((queued, classes[0].late, classes[0].admitted, classes[0].in_flight), (0, 1, 1, 0));
         assert!(pacer.flows.is_empty() && pacer.ends.is_empty());

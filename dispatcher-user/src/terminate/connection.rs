@@ -14,8 +14,6 @@ use std::{
 
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use hyper::{
-    Request,
-    body::Incoming,
     server::conn::http1::{self, UpgradeableConnection},
     service::service_fn,
 };
@@ -33,9 +31,10 @@ use tokio_util::either::Either;
 use super::{
     All, Followed, Front, Reached, Site, Terminator,
     counts::{Counts, Refusal},
+    draining::Draining,
     forwarded::Told,
     http2,
-    lingering::Lingering,
+    lingering::{Ending, Lingering},
     lock, relay, request, seconds,
     sending::Flows,
     session::Recent,
@@ -51,6 +50,8 @@ use crate::{
 const KEEPALIVE: Duration = Duration::from_secs(60);
 /// Longest header of a request, bytes; of HTTP/1.1 also what is read ahead, and held for a client who does not read.
 pub(super) const HEADER: u32 = 64 << 10;
+/// How long what a client has sent may take to come once it is told to go.
+pub(super) const GRACE: Duration = Duration::from_secs(1);
 /// How HTTP/2 begins where it was not agreed on before (RFC 9113 section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How long until more of it may have come: twice as long each time, as there may be many who never say more.
@@ -268,7 +269,11 @@ async fn serve(
     } else {
         let acceptor = TlsAcceptor::from(Arc::clone(&now.tls));
         let limit = now.terminate.handshake_timeout;
-        match timeout(seconds(limit), acceptor.accept(stream)).await {
+        let handshake = tokio::select! {
+            done = timeout(seconds(limit), acceptor.accept(stream)) => done,
+            _ = closing.wait_for(|closing| *closing) => return,
+        };
+        match handshake {
             Ok(Ok(stream)) => {
                 let tls = stream.get_ref().1;
                 let http2 = tls.alpn_protocol() == Some(b"h2");
@@ -308,22 +313,23 @@ async fn serve(
             // The daemon ends, or the service does.
             _ = closing.wait_for(|closing| *closing) => {}
             () = async { while site.changed().await.is_ok() {} } => {}
-            () = idle(&client) => {}
+            () = idle(&client, None) => {}
         }
     };
     // Which asks those only when they have something to say, not at each turn of the connection.
     let mut ended = FuturesUnordered::from_iter([ended]);
     // It does not take part in that.
     let last = || async {
-        sleep(idle_limit).await;
-        idle(&client).await;
+        sleep(GRACE).await;
+        idle(&client, Some(GRACE)).await;
     };
+    let stream = Ending::new(stream);
     let result = if http2 {
         let connection = http2::Serving::new(Arc::clone(&client), stream);
         let work = until(connection, ended.next(), http2::Serving::graceful_shutdown, last);
         gather(work).await.unwrap_or(Ok(())).map_err(BoxError::from)
     } else {
-        let answer = |request: Request<Incoming>| Box::pin(request::answer(Arc::clone(&client), request));
+        let answer = |request| Box::pin(request::answer(Arc::clone(&client), Draining::wrap(request)));
         let mut server = http1::Builder::new();
         server.timer(TokioTimer::new()).header_read_timeout(idle_limit);
         server.max_header_size(HEADER as usize).max_buf_size(HEADER as usize);
@@ -376,24 +382,27 @@ async fn begins_with_http2(stream: &Lingering) -> bool {
     }
 }
 
-/// Ready when no request has come for as long as the service allows. Answers that nobody takes, or that do not go on, for
-/// too long are cut.
-async fn idle(client: &Client) {
+/// Ready when no request has come for as long as the service allows, or for `rest`. Answers that nobody takes, or that do not
+/// go on, for too long are cut.
+async fn idle(client: &Client, rest: Option<Duration>) {
     loop {
         let (limit, stalled) = {
             let terminate = &client.view().site.terminate;
             (seconds(terminate.idle_timeout), seconds(terminate.response_timeout))
         };
+        let rest = rest.unwrap_or(limit);
         let busy = client.requests.load(Ordering::Acquire) > 0;
         if busy {
             client.flows.cut(limit, stalled);
+            sleep(limit.min(stalled) / 4).await;
+            continue;
         }
         let rests = Duration::from_millis(client.rests.load(Ordering::Relaxed));
-        let rested = if busy { Duration::ZERO } else { coarse().saturating_sub(rests) };
-        if rested >= limit {
+        let rested = coarse().saturating_sub(rests);
+        if rested >= rest {
             return;
         }
         // By then a request may have come, and its answer have stalled.
-        sleep((limit - rested).min(stalled)).await;
+        sleep((rest - rested).min(stalled)).await;
     }
 }

@@ -17,7 +17,7 @@ use h2::{
     server::{Builder, Connection, Handshake, SendResponse},
 };
 use hyper::{
-    Request, Response,
+    Request, Response, StatusCode,
     body::Body as _,
     header::{CONTENT_LENGTH, DATE, HeaderValue},
 };
@@ -29,6 +29,7 @@ use tokio::{
 
 use super::{
     connection::{Client, HEADER},
+    counts::Refusal,
     request,
 };
 use crate::http2::{Incoming, Of, pass};
@@ -66,7 +67,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
         let mut builder = Builder::new();
         builder
             .max_concurrent_streams(STREAMS)
-            .max_header_list_size(HEADER)
+            // What is beyond that h2 answers with 431, too, but does not tell.
+            .max_header_list_size(2 * HEADER)
             .max_pending_accept_reset_streams(RESETS)
             .max_local_error_reset_streams(Some(FAULTS))
             .initial_window_size(WINDOWS[0])
@@ -99,13 +101,29 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Future for Serving<T> {
             };
             match ready!(connection.poll_accept(context)) {
                 Some(asked) => {
-                    let (request, reply) = asked?;
+                    let (request, mut reply) = asked?;
+                    if header(&request) > HEADER as usize {
+                        self.client.counts().refuse(Refusal::TooLarge);
+                        let mut answer = Response::new(());
+                        *answer.status_mut() = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
+                        if let Err(error) = reply.send_response(answer, true) {
+                            log::debug!("an answer cannot be sent: {error}");
+                        }
+                        continue;
+                    }
                     tokio::spawn(respond(Arc::clone(&self.client), request, reply));
                 }
                 None => return Poll::Ready(Ok(())),
             }
         }
     }
+}
+
+/// Length of a request's header, as RFC 9113 section 6.5.2 has it; of its target about.
+fn header(request: &Request<RecvStream>) -> usize {
+    let target = request.uri().path_and_query().map_or(0, |target| target.as_str().len());
+    let fields = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len() + 32);
+    target + fields.sum::<usize>()
 }
 
 /// Answers a request, unless its client takes it back.

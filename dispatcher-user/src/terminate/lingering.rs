@@ -17,23 +17,50 @@ use std::{
 
 use socket2::SockRef;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     net::TcpStream,
     runtime::Handle,
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 
 use super::counts::Open;
 use crate::state::Shared;
 
 /// A client that sends nothing for so long has got what there was, or is gone.
-const QUIET: Duration = Duration::from_secs(5);
+pub(super) const QUIET: Duration = Duration::from_secs(5);
 /// The same once the daemon ends: nobody is served meanwhile.
 const QUIET_AT_END: Duration = Duration::from_millis(500);
 /// A client that does not stop sending is waited for no longer.
-const LONGEST: Duration = Duration::from_secs(30);
+pub(super) const LONGEST: Duration = Duration::from_secs(30);
 /// What is thrown away at a time, bytes.
 const PIECE: usize = 16 << 10;
+
+/// What is spoken over a client's connection, by TLS or in clear. Dropped before, it says that it ends: TLS must
+/// (RFC 8446 section 6.1).
+pub(super) struct Ending<S: AsyncWrite + Unpin + Send + 'static> {
+    /// None once it is dropped.
+    stream: Option<S>,
+    said: bool,
+}
+
+impl<S: AsyncWrite + Unpin + Send + 'static> Ending<S> {
+    pub(super) fn new(stream: S) -> Self {
+        Self { stream: Some(stream), said: false }
+    }
+
+    fn stream(&mut self) -> io::Result<Pin<&mut S>> {
+        self.stream.as_mut().map(Pin::new).ok_or_else(gone)
+    }
+}
+
+impl<S: AsyncWrite + Unpin + Send + 'static> Drop for Ending<S> {
+    fn drop(&mut self) {
+        if let (false, Some(mut stream), Ok(runtime)) = (self.said, self.stream.take(), Handle::try_current())
+        {
+            runtime.spawn(async move { drop(timeout(QUIET, stream.shutdown()).await) });
+        }
+    }
+}
 
 /// A client's connection, which may be dropped at any time: it ends as above, and takes a client's place until then.
 pub(super) struct Lingering(Option<Held>);
@@ -56,6 +83,14 @@ impl Lingering {
         match &self.0 {
             Some(held) => held.stream.peek(bytes).await,
             None => Err(gone()),
+        }
+    }
+
+    /// Fails when the client has taken nothing of what there is for him for so long, be it that he vanished or does not read.
+    pub(super) fn give_up_after(&self, time: Duration) {
+        let Some(held) = &self.0 else { return };
+        if let Err(error) = SockRef::from(&held.stream).set_tcp_user_timeout(Some(time)) {
+            log::debug!("a client's connection: {error}");
         }
     }
 
@@ -155,5 +190,47 @@ impl AsyncWrite for Lingering {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.stream()?.poll_shutdown(context)
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> AsyncRead for Ending<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.stream()?.poll_read(context, bytes)
+    }
+}
+
+impl<S: AsyncWrite + Unpin + Send + 'static> AsyncWrite for Ending<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.stream()?.poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.stream()?.poll_write_vectored(context, pieces)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.as_ref().is_some_and(S::is_write_vectored)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream()?.poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let ended = ready!(self.stream()?.poll_shutdown(context));
+        self.said = true;
+        Poll::Ready(ended)
     }
 }

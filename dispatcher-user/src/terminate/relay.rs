@@ -11,7 +11,10 @@ use std::{
     io,
     net::SocketAddr,
     pin::{Pin, pin},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -31,11 +34,12 @@ use tokio::{
         AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf, copy_bidirectional_with_sizes,
     },
     sync::watch,
-    time::{Instant, timeout_at},
+    time::{Instant, sleep, timeout_at},
 };
 
 use super::{
-    Reached, Relay,
+    FAREWELL, Reached, Relay,
+    connection::GRACE,
     counts::{Counts, Refusal},
     lingering::Lingering,
     session::{self, Binding},
@@ -48,6 +52,8 @@ use crate::{
 
 /// Within which a client must have said what it is known by.
 const FIRST: Duration = Duration::from_secs(10);
+/// A client that takes nothing of what there is for him for so long has gone.
+const STALLED: Duration = Duration::from_secs(600);
 /// How long a connection waits for a tunnel.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Tunnels that one connection is offered to.
@@ -68,6 +74,7 @@ pub(super) async fn serve(
 ) {
     let relay = Arc::clone(&site.borrow());
     let name = &relay.service.name;
+    stream.give_up_after(STALLED);
     let first = match timeout_at(Instant::now() + FIRST, first_bytes(&mut stream)).await {
         Ok(Ok(first)) if first.is_empty() => return,
         Ok(Ok(first)) => first,
@@ -103,17 +110,30 @@ pub(super) async fn serve(
     let answer = Answer { bytes: Vec::new(), offer: Offer::of(&first) };
     let learner =
         reached.take().map(|reached| Learner { shared: &shared, relay: &relay, reached, backend, known });
-    let mut tunnel = Learning { tunnel, answer: learner.map(|learner| (answer, learner)) };
+    let passed = AtomicU64::new(0);
+    let answer = learner.map(|learner| (answer, learner));
+    let mut tunnel = Learning { tunnel, answer, passed: &passed };
     let mut closing = shared.terminator.closing.subscribe();
     let mut watched = site.clone();
+    let told_to_end = async {
+        tokio::select! {
+            _ = closing.wait_for(|closing| *closing) => {}
+            () = async { while watched.changed().await.is_ok() {} } => {}
+        }
+        // What is under way may go on for as long as requests may.
+        let end = Instant::now() + FAREWELL;
+        let mut before = None;
+        while Instant::now() < end && before.replace(passed.load(Relaxed)) != Some(passed.load(Relaxed)) {
+            sleep(GRACE).await;
+        }
+    };
     tokio::select! {
         ended = copy_bidirectional_with_sizes(&mut stream, &mut tunnel, PIECE, PIECE) => {
             if let Err(error) = ended {
                 log::debug!("{name} {address}: {error}");
             }
         }
-        _ = closing.wait_for(|closing| *closing) => {}
-        () = async { while watched.changed().await.is_ok() {} } => {}
+        () = told_to_end => {}
     }
 }
 
@@ -386,6 +406,8 @@ impl Learner<'_> {
 struct Learning<'l> {
     tunnel: Stream,
     answer: Option<(Answer, Learner<'l>)>,
+    /// Counts how often something passed, either way.
+    passed: &'l AtomicU64,
 }
 
 impl AsyncRead for Learning<'_> {
@@ -396,6 +418,7 @@ impl AsyncRead for Learning<'_> {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         ready!(pin!(&mut self.tunnel).poll_read(context, buffer))?;
+        self.passed.fetch_add(1, Relaxed);
         let Some((answer, learner)) = &mut self.answer else { return Poll::Ready(Ok(())) };
         answer.bytes.extend_from_slice(buffer.filled().get(before..).unwrap_or_default());
         let taught = answer.teaches();
@@ -413,7 +436,9 @@ impl AsyncWrite for Learning<'_> {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        pin!(&mut self.tunnel).poll_write(context, bytes)
+        let written = ready!(pin!(&mut self.tunnel).poll_write(context, bytes));
+        self.passed.fetch_add(1, Relaxed);
+        Poll::Ready(written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {

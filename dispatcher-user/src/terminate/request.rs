@@ -480,6 +480,10 @@ async fn pass_on(
         if way.tries >= TRIES || !(unsent || received.repeatable) {
             // Why is for the operator.
             log::debug!("{}: {} (request {id})", view.site.service.name, crate::one_line(&*error));
+            if *client.shared.terminator.closing.borrow() {
+                // It was no fault of the backend's.
+                return Err(failure(StatusCode::SERVICE_UNAVAILABLE, "the dispatcher is being stopped"));
+            }
             return Err(failure(StatusCode::BAD_GATEWAY, "the connection to the backend failed"));
         }
         client.counts().retry();

@@ -234,6 +234,33 @@ fn an_answer_before_the_body_ends_arrives() {
     }
 }
 
+/// The rest of the body is no reason to end the connection, on which the next request comes.
+#[test]
+fn after_an_early_answer_the_connection_goes_on() {
+    for manner in [Manner::HTTP1, Manner::HTTP2] {
+        let scene = Scene::mirrors(manner, &[COOKIE]);
+        for (length, chunked) in [(5_000, false), (5_000, true), (3_000_000, false)] {
+            let mut line = scene.connect(Family::V4, 0);
+            let head = if chunked {
+                format!("Transfer-Encoding: chunked\r\n\r\n{length:x}")
+            } else {
+                format!("Content-Length: {length}\r\n")
+            };
+            let begin = format!("POST /early HTTP/1.1\r\nHost: {HOST}\r\n{head}\r\n");
+            let half = "y".repeat(length / 2);
+            let (status, body) = say(&mut line, &(begin + &half)).expect("an early answer");
+            assert!(status.contains("401") && body == "no", "{status}: {body}");
+            // Until the server's word that it wants no more has come, too.
+            std::thread::sleep(Duration::from_millis(100));
+            let end = if chunked { "\r\n0\r\n\r\n" } else { "" };
+            let rest = format!("{half}{end}GET / HTTP/1.1\r\nHost: {HOST}\r\n\r\n");
+            let (status, _) =
+                say(&mut line, &rest).unwrap_or_else(|error| panic!("{length} {chunked}: {error:#}"));
+            assert!(status.contains("200"), "{length} {chunked}: {status}");
+        }
+    }
+}
+
 /// What servers say that cannot be passed on: the client learns that, and no more.
 #[test]
 fn bad_answers_become_502() {

@@ -362,6 +362,14 @@ fn refusals_are_counted() {
     let acts: Vec<(&str, Act<'_>)> = vec![
         ("malformed", Box::new(|| drop(say_it(&format!("{head}X A: 1\r\n\r\n"))))),
         ("too_large", Box::new(|| drop(say_it(&format!("{head}{}\r\n", "x: 1\r\n".repeat(200)))))),
+        (
+            "too_large",
+            Box::new(|| {
+                let mut frames = Frames::open(&scene);
+                frames.ask(1, &[("x", &"y".repeat(80 << 10))]);
+                assert_eq!(frames.end(1), End::Status(431));
+            }),
+        ),
         ("timeout", Box::new(|| drop(say_it(&head)))),
         (
             "handshake",

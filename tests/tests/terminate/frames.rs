@@ -125,7 +125,17 @@ impl Frames {
 
     /// Sends a request of which nothing more is to come.
     pub(crate) fn ask(&mut self, stream: u32, more: &[(&str, &str)]) {
-        self.send(HEADERS, WHOLE, stream, &request("GET", "/", more));
+        self.whole(stream, &request("GET", "/", more));
+    }
+
+    /// Sends a header of which nothing more is to come, in as many frames as it takes.
+    pub(crate) fn whole(&mut self, stream: u32, block: &[u8]) {
+        let mut pieces = block.chunks(16 << 10).enumerate().peekable();
+        while let Some((number, piece)) = pieces.next() {
+            let last = if pieces.peek().is_none() { END_HEADERS } else { 0 };
+            let first = if number == 0 { END_STREAM } else { 0 };
+            self.send(if number == 0 { HEADERS } else { CONTINUATION }, first | last, stream, piece);
+        }
     }
 
     /// The next frame; none if nothing comes, or the connection was closed. Settings and pings are acknowledged.

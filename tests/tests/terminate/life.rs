@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     io::{Read as _, Write as _},
+    net::SocketAddr,
     sync::{
         Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -14,6 +15,7 @@ use std::{
 use anyhow::{Result, ensure};
 use dispatcher_tests::{
     http::{self, Noise},
+    sockets,
     tls::HOST,
     topology::Family,
     town::until,
@@ -21,13 +23,14 @@ use dispatcher_tests::{
 use dispatcher_user::api;
 
 use crate::{
+    frames::{Frames, PREFACE, SETTINGS, frame},
     mirror::{Manner, Mirror, Seen},
     scene::{COOKIE, ESTABLISHED, PORT, Scene, Servers, say},
 };
 
 #[test]
 fn each_name_gets_its_certificate() {
-    let scene = Scene::mirrors(Manner::HTTP2, &[COOKIE]);
+    let mut scene = Scene::mirrors(Manner::HTTP2, &[COOKIE]);
     let pair = |server: &str, name: &str| {
         let own = scene.authority.issue_for(server, name, false).expect("a certificate");
         let both = format!("{}{}", own.certificate_pem, own.key_pem);
@@ -57,6 +60,8 @@ fn each_name_gets_its_certificate() {
         (Some("wild.test"), "first"),
         (Some("other.test"), "last"),
         (Some("unknown.test"), "first"),
+        // No name, but some clients send it.
+        (Some("192.0.2.7"), "first"),
         (None, "first"),
     ] {
         let mut arguments = vec!["10", "openssl", "s_client", "-connect", &to];
@@ -68,6 +73,8 @@ fn each_name_gets_its_certificate() {
         let line = said.lines().find(|line| line.starts_with("subject")).unwrap_or_default();
         assert!(line.ends_with(&format!("CN = {subject}")), "{name:?}: {line}");
     }
+    let log = scene.daemon.process().log();
+    assert!(!log.contains("rustls"), "what clients send is no news: {log}");
 }
 
 #[test]
@@ -268,6 +275,27 @@ fn at_its_end_the_daemon_waits_for_requests_but_not_for_ever() {
     assert!((Duration::from_secs(4)..Duration::from_secs(8)).contains(&after), "{after:?}");
     let status = scene.daemon.process().wait(Duration::from_secs(5)).expect("it ends");
     assert!(status.success(), "{status}");
+}
+
+/// Nothing of theirs is under way, though none of them closes.
+#[test]
+fn at_its_end_the_daemon_does_not_wait_for_who_asks_nothing() {
+    let mut scene = Scene::mirrors(Manner::HTTP1, &[COOKIE]);
+    let (from, to) = (scene.topology.client(Family::V4, 0), SocketAddr::new(Family::V4.vip(), PORT));
+    let _silent = sockets::connect(&scene.topology.clients, from, to).expect("connected");
+    let _idle = scene.connect(Family::V4, 1);
+    let mut half = scene.connect(Family::V6, 2);
+    half.write_all(b"GET / HT").and_then(|()| half.flush()).expect("sent");
+    // It answers no PING.
+    let mut frames = Frames::silent(&scene).mute();
+    frames.write(&[PREFACE, &frame(SETTINGS, 0, 0, &[])].concat());
+    std::thread::sleep(Duration::from_millis(300));
+    let began = Instant::now();
+    scene.daemon.process().signal(libc::SIGTERM);
+    let status = scene.daemon.process().wait(Duration::from_secs(10)).expect("it ends");
+    assert!(status.success() && began.elapsed() < Duration::from_secs(4), "{status} {:?}", began.elapsed());
+    let mut rest = Vec::new();
+    half.read_to_end(&mut rest).expect("TLS was ended as it should");
 }
 
 #[test]

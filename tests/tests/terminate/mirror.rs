@@ -219,6 +219,11 @@ async fn answer(desk: Arc<Desk>, request: Request<Incoming>) -> Result<Answer, h
     };
     let path = head.uri.path().to_owned();
     let number = |prefix: &str| path.strip_prefix(prefix).and_then(|number| number.parse::<u64>().ok());
+    if path == "/early" {
+        let mut answer = Response::new(full("no"));
+        *answer.status_mut() = StatusCode::UNAUTHORIZED;
+        return Ok(answer);
+    }
     if path == "/stall" {
         sleep(Duration::from_secs(6)).await;
     }

@@ -6,8 +6,8 @@ use dispatcher_tests::{tls::HOST, topology::Family};
 
 use crate::{
     frames::{
-        COMPRESSION_ERROR, CONTINUATION, DATA, END_HEADERS, END_STREAM, End, Frames, HEADERS, PROTOCOL_ERROR,
-        WHOLE, block, request,
+        COMPRESSION_ERROR, DATA, END_HEADERS, END_STREAM, End, Frames, HEADERS, PROTOCOL_ERROR, WHOLE, block,
+        request,
     },
     mirror::Manner,
     scene::{COOKIE, Scene, say},
@@ -275,12 +275,7 @@ fn http2_cannot_carry_what_http1_would_take_for_more() {
         let mut problems = Vec::new();
         for (what, block, allowed) in &rows {
             let mut frames = Frames::open(&scene);
-            let mut pieces = block.chunks(16 << 10).enumerate().peekable();
-            while let Some((number, piece)) = pieces.next() {
-                let last = if pieces.peek().is_none() { END_HEADERS } else { 0 };
-                let first = if number == 0 { END_STREAM } else { 0 };
-                frames.send(if number == 0 { HEADERS } else { CONTINUATION }, first | last, 1, piece);
-            }
+            frames.whole(1, block);
             let end = frames.end(1);
             // Of what is malformed it may also be the connection that ends (RFC 9113 section 8.1.1).
             let also =

@@ -97,7 +97,7 @@ fn backend(name: &str, state: &str) -> api::Backend {
         state: state.into(),
         reason: None,
         weight: 3,
-        share: 0.25,
+        share: Some(0.25),
         connections: 10,
         hits: 1,
         misses: 2,
@@ -189,7 +189,9 @@ fn snapshot(backends: Vec<api::Backend>) -> Snapshot {
         connections_over: 12,
     };
     let shares = vec![(share, Histogram::default())];
-    Snapshot { status, counters, backends, times, health, sessions: [77, 5], served, tunnels, shares }
+    let certificates = vec![("shop".into(), "/etc/shop.pem".into(), 1_580_515_200)];
+    let sessions = [77, 5];
+    Snapshot { status, counters, backends, times, health, sessions, served, certificates, tunnels, shares }
 }
 
 fn value(samples: &BTreeMap<String, Vec<Sample>>, name: &str, labels: &[(&str, &str)]) -> f64 {
@@ -218,6 +220,11 @@ fn clients_requests_and_tunnels_are_there() {
         ("dispatcher_requests_total", &[shop, ("way", "tunnel"), ("code", "5xx")], 2.0),
         ("dispatcher_requests_retried_total", &[shop], 3.0),
         ("dispatcher_request_seconds_count", &[shop], 0.0),
+        (
+            "dispatcher_certificate_not_after_timestamp_seconds",
+            &[shop, ("file", "/etc/shop.pem")],
+            1_580_515_200.0,
+        ),
         ("dispatcher_tunnels", &backend, 4.0),
         ("dispatcher_tunnels_failing", &backend, 1.0),
         ("dispatcher_tunnel_handshakes_total", &backend, 6.0),
