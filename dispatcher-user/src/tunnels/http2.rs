@@ -28,7 +28,7 @@ const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// A tunnel whose peer does not answer that within this time ends.
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of one answer that a peer may send ahead of a client who does not read.
-const WINDOW: u32 = 128 << 10;
+pub(super) const WINDOW: u32 = 128 << 10;
 /// Bytes of all answers together: as many as can be, as else who does not read keeps the others from theirs.
 const WINDOWS: u32 = (1 << 31) - 1;
 /// Bytes of one request that are held for a peer who does not read.

@@ -1014,7 +1014,8 @@ async fn who_does_not_read_keeps_nobody_else_waiting() {
     for _ in 0..8 {
         unread.push(send(lease(&tunnels).await, "/flood").await.unwrap());
     }
-    until("all that may come has come", || tunnels.list()[0].received >= 8 * (256 << 10)).await;
+    until("all that may come has come", || tunnels.list()[0].received >= 8 * u64::from(super::http2::WINDOW))
+        .await;
     port(lease(&tunnels).await, "/").await;
     assert_eq!((tunnels.list().len(), tunnels.list()[0].in_flight), (1, unread.len()));
 }
