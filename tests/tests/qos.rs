@@ -2,6 +2,7 @@
 //! in the daemon until backends can take them (`miss = "daemon"`).
 
 use std::{
+    io::Write as _,
     net::{IpAddr, SocketAddr, TcpStream},
     process::Command,
     sync::{
@@ -546,6 +547,36 @@ fn assert_hellos_share(classes: &str, gold_due: f64) {
     let (gold, bronze) = (of("gold").admitted as f64, of("bronze").admitted as f64);
     assert!((gold / (gold + bronze) * 100.0 - gold_due).abs() < 12.0, "{shares:?}");
     assert_eq!(daemon.drops().expect("counters"), []);
+}
+
+#[test]
+fn hellos_of_clients_that_left_take_no_place() {
+    let topology = Topology::new(Plan { backends: 1, ..Plan::default() }).expect("namespaces");
+    let authority = Authority::new().expect("certificates");
+    let place = &topology.backends[0];
+    let _server = Server::start(&place.netns, "b1", PORT, &authority, Manners::default()).expect("a server");
+    let service = web().with("miss = \"daemon\"").with("limits = { max_connections = 1 }");
+    let daemon = Daemon::start_with(&topology.dispatcher, &config(&topology, "native", &[service]));
+    let daemon = daemon.expect("dispatcherd");
+    let user = User::new(&authority, Version::Tls13).expect("a user").forgetful();
+    let ends = |family: Family| (topology.client(family, 0), SocketAddr::new(family.vip(), PORT));
+    let connect = |family| user.connect(&topology.clients, ends(family).0, ends(family).1);
+    let first = connect(Family::V4).expect("it is alone");
+    let shares = || -> Vec<api::QosShare> { daemon.ask(&["qos"]).expect("shares") };
+    let leavers: Vec<_> = (0..6_u8)
+        .map(|number| {
+            let (from, to) = ends(Family::V4);
+            let mut stream = sockets::connect(&topology.clients, from, to).expect("a connection");
+            stream.write_all(&client_hello(&[number; 32], 0)).expect("sent");
+            stream
+        })
+        .collect();
+    until("they wait", || shares().iter().map(|one| one.queued).sum::<u64>() == 6);
+    drop((leavers, first));
+    // Of the same client they come first.
+    let _patient = connect(Family::V4).expect("there is room");
+    let sum = |read: fn(&api::QosShare) -> u64| shares().iter().map(read).sum::<u64>();
+    assert_eq!((sum(|one| one.cancelled), sum(|one| one.admitted), sum(|one| one.late)), (6, 2, 0));
 }
 
 #[test]
