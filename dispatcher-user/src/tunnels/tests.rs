@@ -1087,10 +1087,10 @@ async fn waiting_is_bounded_and_says_why_it_failed() {
     until("attempts fail", || tunnels.backends()[0].failed >= 1).await;
     let error = loop {
         let short = Duration::from_millis(1);
-        match tunnels.wait(BACKEND, Preference::New, short).await.map(drop).unwrap_err() {
-            // The next attempt has ended just then.
-            Unavailable::Failing { .. } => {}
-            error => break error,
+        let error = tunnels.wait(BACKEND, Preference::New, short).await.map(drop).unwrap_err();
+        // Else the next attempt has ended just then.
+        if !matches!(error, Unavailable::Failing { .. }) {
+            break error;
         }
     };
     let text = error.to_string();
