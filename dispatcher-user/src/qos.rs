@@ -322,6 +322,11 @@ const fn is_paced(limits: &Limits) -> bool {
     limits.connections_per_second > 0 || limits.max_connections > 0
 }
 
+/// A weight of 0 is one of 1: the configuration refuses it.
+fn weight(class: &Class) -> u64 {
+    class.weight.max(1).into()
+}
+
 /// What the locks protect is whole between statements, so that a panic elsewhere does not spoil it.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

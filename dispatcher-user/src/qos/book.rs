@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use dispatcher_common::service::Histogram;
 
-use super::{Class, ClassStatus};
+use super::{Class, ClassStatus, weight};
 
 /// Seconds over which shares are counted.
 const SECONDS: usize = 4;
@@ -81,7 +81,7 @@ pub(super) enum Loss {
 impl Book {
     pub(super) fn set(&mut self, classes: &[Class]) {
         self.classes = classes.to_vec();
-        self.weights = classes.iter().map(|one| u64::from(one.weight.max(1))).sum();
+        self.weights = classes.iter().map(weight).sum();
         for class in classes {
             self.counts.entry(class.id).or_default().credit = SLACK * self.weights;
         }
@@ -93,7 +93,7 @@ impl Book {
         self.recent.add(second);
         for one in &self.classes {
             let counts = self.counts.entry(one.id).or_default();
-            counts.credit = (counts.credit + u64::from(one.weight.max(1))).min(SLACK * self.weights);
+            counts.credit = (counts.credit + weight(one)).min(SLACK * self.weights);
         }
         let counts = self.counts.entry(class).or_default();
         counts.recent.add(second);

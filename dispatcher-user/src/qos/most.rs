@@ -4,7 +4,7 @@
 //! Shares are parts of the whole by the weights. What is kept is rounded down, so that all that is kept is never more than
 //! there is, and what a class may have is rounded up: at least one.
 
-use super::Class;
+use super::{Class, weight};
 
 /// The classes' settings.
 #[derive(Debug, Default)]
@@ -39,10 +39,6 @@ impl Most {
             own < percent(class.ceil).min(share + percent(class.borrow_limit)).max(1)
         })
     }
-}
-
-fn weight(class: &Class) -> u64 {
-    class.weight.max(1).into()
 }
 
 #[cfg(test)]

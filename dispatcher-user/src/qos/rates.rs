@@ -6,7 +6,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use super::Class;
+use super::{Class, weight};
 
 /// What was not used is kept for so long.
 const BURST: Duration = Duration::from_millis(100);
@@ -98,10 +98,6 @@ impl Rates {
         let from = own.kept.as_mut().filter(|kept| kept.ready() <= now).or(self.shared.as_mut());
         from.into_iter().chain(&mut own.most).for_each(|rate| rate.take(now));
     }
-}
-
-fn weight(class: &Class) -> u64 {
-    class.weight.max(1).into()
 }
 
 #[cfg(test)]

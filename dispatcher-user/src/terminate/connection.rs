@@ -30,11 +30,11 @@ use tokio_util::either::Either;
 
 use super::{
     All, Followed, Front, Reached, Site, Terminator,
-    counts::{Counts, Refusal},
+    counts::{Counts, Open, Refusal},
     draining::Draining,
     forwarded::Told,
     http2,
-    lingering::{Ending, Lingering},
+    lingering::Lingering,
     lock, relay, request, seconds,
     sending::Flows,
     session::Recent,
@@ -227,12 +227,15 @@ fn serve_by(shared: &Arc<Shared>, front: Followed, vip: SocketAddr, stream: StdS
     drop(runtime.spawn(async move {
         let _seat = seat;
         let stream = match prepare(stream) {
-            Ok(stream) => Lingering::new(stream, Arc::clone(&shared), open),
+            Ok(stream) => stream,
             Err(error) => return log::warn!("{vip}: {address}: {error}; it is not served"),
         };
         match front {
-            Front::Terminate(site) => serve(shared, site, vip, stream, address, counts).await,
-            Front::Relay(relay) => relay::serve(shared, relay, vip, stream, address, counts).await,
+            Front::Terminate(site) => serve(shared, site, vip, stream, address, counts, open).await,
+            Front::Relay(relay) => {
+                let stream = Lingering::new(Either::Left(stream), Arc::clone(&shared), open);
+                relay::serve(shared, relay, vip, stream, address, counts).await;
+            }
         }
     }));
 }
@@ -251,9 +254,10 @@ async fn serve(
     shared: Arc<Shared>,
     site: watch::Receiver<Arc<Site>>,
     vip: SocketAddr,
-    stream: Lingering,
+    stream: TcpStream,
     address: SocketAddr,
     counts: Arc<Counts>,
+    open: Open,
 ) {
     let mut closing = shared.terminator.closing.subscribe();
     let now = Arc::clone(&site.borrow());
@@ -270,7 +274,7 @@ async fn serve(
         let acceptor = TlsAcceptor::from(Arc::clone(&now.tls));
         let limit = now.terminate.handshake_timeout;
         let handshake = tokio::select! {
-            done = timeout(seconds(limit), acceptor.accept(stream)) => done,
+            done = timeout(seconds(limit), acceptor.accept(stream).into_fallible()) => done,
             _ = closing.wait_for(|closing| *closing) => return,
         };
         match handshake {
@@ -280,8 +284,10 @@ async fn serve(
                 server_name = tls.server_name().map(str::to_ascii_lowercase);
                 (Either::Right(stream), http2)
             }
-            Ok(Err(error)) => {
+            Ok(Err((error, stream))) => {
                 counts.refuse(Refusal::Handshake);
+                // It is told why.
+                drop(Lingering::new(Either::Left(stream), shared, open));
                 return log::debug!("{address}: handshake: {error}");
             }
             Err(_) => {
@@ -292,6 +298,7 @@ async fn serve(
     };
     let idle_limit = seconds(now.terminate.idle_timeout);
     drop(now);
+    let stream = Lingering::new(stream, Arc::clone(&shared), open);
     let client = Arc::new(Client {
         watching: Mutex::new(Watching::new(&shared.terminator, site.clone())),
         shared,
@@ -323,7 +330,6 @@ async fn serve(
         sleep(GRACE).await;
         idle(&client, Some(GRACE)).await;
     };
-    let stream = Ending::new(stream);
     let result = if http2 {
         let connection = http2::Serving::new(Arc::clone(&client), stream);
         let work = until(connection, ended.next(), http2::Serving::graceful_shutdown, last);
@@ -367,7 +373,7 @@ async fn until<C: Future, L: Future>(
 }
 
 /// Whether a client in clear begins with HTTP/2, without asking for it before.
-async fn begins_with_http2(stream: &Lingering) -> bool {
+async fn begins_with_http2(stream: &TcpStream) -> bool {
     let mut bytes = [0; PREFACE.len()];
     let mut moment = MOMENT;
     loop {

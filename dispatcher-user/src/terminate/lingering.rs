@@ -8,7 +8,6 @@ use std::{
     future::poll_fn,
     io::{self, IoSlice},
     mem::MaybeUninit,
-    net::Shutdown,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -22,6 +21,8 @@ use tokio::{
     runtime::Handle,
     time::{Instant, timeout, timeout_at},
 };
+use tokio_rustls::server::TlsStream;
+use tokio_util::either::Either;
 
 use super::counts::Open;
 use crate::state::Shared;
@@ -35,96 +36,71 @@ pub(super) const LONGEST: Duration = Duration::from_secs(30);
 /// What is thrown away at a time, bytes.
 const PIECE: usize = 16 << 10;
 
-/// What is spoken over a client's connection, by TLS or in clear. Dropped before, it says that it ends: TLS must
-/// (RFC 8446 section 6.1).
-pub(super) struct Ending<S: AsyncWrite + Unpin + Send + 'static> {
-    /// None once it is dropped.
-    stream: Option<S>,
-    said: bool,
-}
-
-impl<S: AsyncWrite + Unpin + Send + 'static> Ending<S> {
-    pub(super) fn new(stream: S) -> Self {
-        Self { stream: Some(stream), said: false }
-    }
-
-    fn stream(&mut self) -> io::Result<Pin<&mut S>> {
-        self.stream.as_mut().map(Pin::new).ok_or_else(gone)
-    }
-}
-
-impl<S: AsyncWrite + Unpin + Send + 'static> Drop for Ending<S> {
-    fn drop(&mut self) {
-        if let (false, Some(mut stream), Ok(runtime)) = (self.said, self.stream.take(), Handle::try_current())
-        {
-            runtime.spawn(async move { drop(timeout(QUIET, stream.shutdown()).await) });
-        }
-    }
-}
+/// What is spoken with a client, in clear or by TLS.
+pub(super) type Spoken = Either<TcpStream, TlsStream<TcpStream>>;
 
 /// A client's connection, which may be dropped at any time: it ends as above, and takes a client's place until then.
 pub(super) struct Lingering(Option<Held>);
 
 struct Held {
-    stream: TcpStream,
-    /// The client has ended, or the connection has failed.
+    stream: Spoken,
+    /// We have ended.
+    said: bool,
+    /// The client has ended.
     over: bool,
     shared: Arc<Shared>,
     _open: Open,
 }
 
 impl Lingering {
-    pub(super) fn new(stream: TcpStream, shared: Arc<Shared>, open: Open) -> Self {
-        Self(Some(Held { stream, over: false, shared, _open: open }))
-    }
-
-    /// What comes next, which stays there.
-    pub(super) async fn peek(&self, bytes: &mut [u8]) -> io::Result<usize> {
-        match &self.0 {
-            Some(held) => held.stream.peek(bytes).await,
-            None => Err(gone()),
-        }
+    pub(super) fn new(stream: Spoken, shared: Arc<Shared>, open: Open) -> Self {
+        Self(Some(Held { stream, said: false, over: false, shared, _open: open }))
     }
 
     /// Fails when the client has taken nothing of what there is for him for so long, be it that he vanished or does not read.
     pub(super) fn give_up_after(&self, time: Duration) {
         let Some(held) = &self.0 else { return };
-        if let Err(error) = SockRef::from(&held.stream).set_tcp_user_timeout(Some(time)) {
+        if let Err(error) = SockRef::from(held.socket()).set_tcp_user_timeout(Some(time)) {
             log::debug!("a client's connection: {error}");
         }
     }
 
     fn held(&mut self) -> io::Result<&mut Held> {
-        self.0.as_mut().ok_or_else(gone)
+        // None only while it is dropped.
+        self.0.as_mut().ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 
-    fn stream(&mut self) -> io::Result<Pin<&mut TcpStream>> {
+    fn stream(&mut self) -> io::Result<Pin<&mut Spoken>> {
         self.held().map(|held| Pin::new(&mut held.stream))
     }
-}
-
-/// Only while it is dropped.
-fn gone() -> io::Error {
-    io::ErrorKind::NotConnected.into()
 }
 
 impl Drop for Lingering {
     fn drop(&mut self) {
         // Outside of a runtime there is nobody to wait.
-        if let (Some(held), Ok(runtime)) = (self.0.take().filter(|held| !held.over), Handle::try_current()) {
+        let waits = self.0.take().filter(|held| !(held.said && held.over));
+        if let (Some(held), Ok(runtime)) = (waits, Handle::try_current()) {
             runtime.spawn(held.linger());
         }
     }
 }
 
 impl Held {
+    fn socket(&self) -> &TcpStream {
+        match &self.stream {
+            Either::Left(clear) => clear,
+            Either::Right(tls) => tls.get_ref().0,
+        }
+    }
+
     async fn linger(mut self) {
         let mut closing = self.shared.terminator.closing.subscribe();
-        if SockRef::from(&self.stream).shutdown(Shutdown::Write).is_err() {
+        // TLS has a word for it, too (RFC 8446 section 6.1).
+        if !self.said && !matches!(timeout(QUIET, self.stream.shutdown()).await, Ok(Ok(()))) {
             return;
         }
         let end = Instant::now() + LONGEST;
-        while Instant::now() < end {
+        while !self.over && Instant::now() < end {
             let quiet = if *closing.borrow() { QUIET_AT_END } else { QUIET };
             tokio::select! {
                 read = timeout_at(end.min(Instant::now() + quiet), self.discard()) => match read {
@@ -137,12 +113,16 @@ impl Held {
         }
     }
 
-    /// Reads once; how much that was.
+    /// Reads once from the socket, whatever it is; how much that was.
     async fn discard(&mut self) -> io::Result<usize> {
+        let socket = match &mut self.stream {
+            Either::Left(clear) => clear,
+            Either::Right(tls) => tls.get_mut().0,
+        };
         poll_fn(|context| {
             let mut room = [MaybeUninit::uninit(); PIECE];
             let mut bytes = ReadBuf::uninit(&mut room);
-            ready!(Pin::new(&mut self.stream).poll_read(context, &mut bytes))?;
+            ready!(Pin::new(&mut *socket).poll_read(context, &mut bytes))?;
             Poll::Ready(Ok(bytes.filled().len()))
         })
         .await
@@ -158,7 +138,7 @@ impl AsyncRead for Lingering {
         let held = self.held()?;
         let before = bytes.filled().len();
         let read = ready!(Pin::new(&mut held.stream).poll_read(context, bytes));
-        held.over |= read.is_err() || (bytes.filled().len() == before && bytes.remaining() > 0);
+        held.over |= read.is_ok() && bytes.filled().len() == before && bytes.remaining() > 0;
         Poll::Ready(read)
     }
 }
@@ -181,7 +161,7 @@ impl AsyncWrite for Lingering {
     }
 
     fn is_write_vectored(&self) -> bool {
-        true
+        self.0.as_ref().is_some_and(|held| held.stream.is_write_vectored())
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -189,48 +169,9 @@ impl AsyncWrite for Lingering {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.stream()?.poll_shutdown(context)
-    }
-}
-
-impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> AsyncRead for Ending<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        self.stream()?.poll_read(context, bytes)
-    }
-}
-
-impl<S: AsyncWrite + Unpin + Send + 'static> AsyncWrite for Ending<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        self.stream()?.poll_write(context, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        pieces: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.stream()?.poll_write_vectored(context, pieces)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.as_ref().is_some_and(S::is_write_vectored)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.stream()?.poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let ended = ready!(self.stream()?.poll_shutdown(context));
-        self.said = true;
+        let held = self.held()?;
+        let ended = ready!(Pin::new(&mut held.stream).poll_shutdown(context));
+        held.said |= ended.is_ok();
         Poll::Ready(ended)
     }
 }
