@@ -677,7 +677,9 @@ pub struct Problem {
 #[must_use]
 pub fn to_hex(bytes: &[u8]) -> String {
     let digit = |half: u8| char::from(b"0123456789abcdef"[usize::from(half & 15)]);
-    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(*byte)]).collect()
+    let mut text = String::with_capacity(2 * bytes.len());
+    text.extend(bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(*byte)]));
+    text
 }
 
 /// The reverse of [`to_hex`]; colons between bytes are allowed, as OpenSSL prints some identifiers.

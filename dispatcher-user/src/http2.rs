@@ -81,7 +81,7 @@ fn reason(error: &(dyn Error + 'static)) -> Reason {
 }
 
 /// Whose body it is that is received.
-pub(crate) enum Of {
+enum Of {
     /// A request's; and what is told that all of it has come, where it has one.
     Request(Option<Arc<AtomicBool>>),
     /// An answer's; and what sends the body of its request, where that has one.
@@ -96,13 +96,33 @@ pub(crate) struct Incoming {
     left: Option<u64>,
     /// All data was read; trailers may follow.
     read: bool,
+    /// Nothing follows, which the stream, that others share, need not be asked again.
+    over: bool,
     of: Of,
 }
 
 impl Incoming {
-    pub(crate) fn new(headers: &HeaderMap, stream: RecvStream, of: Of) -> Self {
-        let left = if stream.is_end_stream() { Some(0) } else { length(headers) };
-        Self { stream, left, read: false, of }
+    /// A client's; and what will be told that all of it has come, where there is more than a header.
+    pub(crate) fn request(headers: &HeaderMap, stream: RecvStream) -> (Self, Option<Arc<AtomicBool>>) {
+        let mut request = Self::new(headers, stream, Of::Request(None));
+        let whole = (!request.over).then(Arc::<AtomicBool>::default);
+        request.of = Of::Request(whole.clone());
+        (request, whole)
+    }
+
+    /// A backend's; `sending` sends the body of its request, where that has one.
+    pub(crate) fn answer(
+        headers: &HeaderMap,
+        stream: RecvStream,
+        sending: Option<AbortOnDropHandle<()>>,
+    ) -> Self {
+        Self::new(headers, stream, Of::Answer(sending))
+    }
+
+    fn new(headers: &HeaderMap, stream: RecvStream, of: Of) -> Self {
+        let over = stream.is_end_stream();
+        let left = if over { Some(0) } else { length(headers) };
+        Self { stream, left, read: false, over, of }
     }
 
     /// What the stream's error means. One without a fault tells that nothing more of the request is wanted
@@ -116,7 +136,7 @@ impl Incoming {
 
 impl Drop for Incoming {
     fn drop(&mut self) {
-        if !self.stream.is_end_stream() {
+        if !self.is_end_stream() {
             return;
         }
         match &mut self.of {
@@ -142,6 +162,7 @@ impl Body for Incoming {
                     // It cannot be more than what was taken.
                     let _ = self.stream.flow_control().release_capacity(data.len());
                     self.left = self.left.map(|left| left.saturating_sub(data.len() as u64));
+                    self.over = self.stream.is_end_stream();
                     return Poll::Ready(Some(Ok(Frame::data(data))));
                 }
                 Some(Err(error)) => return Poll::Ready(self.ended(error)),
@@ -155,7 +176,7 @@ impl Body for Incoming {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.stream.is_end_stream()
+        self.over || self.stream.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {

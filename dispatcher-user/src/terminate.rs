@@ -501,7 +501,8 @@ fn renewed(former: &Ready, front: &Ready) -> Vec<String> {
     lines
 }
 
-/// Checks the files of certificates, keys and roots that a configuration names, and changes nothing.
+/// Checks what a start needs of this machine beside the data path: files of certificates, keys and roots, places of access
+/// logs, addresses to listen on. Changes nothing.
 ///
 /// # Errors
 /// As a start would end with.
@@ -510,27 +511,47 @@ pub fn check(config: &Config) -> Result<(), Error> {
         let Some(tunnels) = &service.tunnels else { continue };
         if let Some(terminate) = &service.terminate {
             certificates::server(&service.name, terminate)?;
+            if let Some(path) = &terminate.access_log {
+                access::Log::check(path).map_err(|error| unwritten(&service.name, path, &error))?;
+            }
         }
         certificates::way(&service.name, tunnels, Carries::Requests, None)?;
+        for vip in service.listeners() {
+            // A daemon that runs has the port.
+            bind(SocketAddr::new(vip.ip(), 0)).map_err(|source| Error::Listen {
+                service: service.name.clone(),
+                vip,
+                source,
+            })?;
+        }
     }
     Ok(())
 }
 
 fn open(service: &str, path: &Path) -> Result<access::Log, Error> {
-    access::Log::open(path).map_err(|error| Error::File {
+    access::Log::open(path).map_err(|error| unwritten(service, path, &error))
+}
+
+fn unwritten(service: &str, path: &Path, error: &io::Error) -> Error {
+    Error::File {
         service: service.to_owned(),
         path: path.to_owned(),
         problem: format!("{error}; the access log must be in a folder in which the daemon may write"),
-    })
+    }
 }
 
-fn listen(vip: SocketAddr) -> io::Result<StdListener> {
+fn bind(vip: SocketAddr) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(vip), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     if vip.is_ipv6() {
         socket.set_only_v6(true)?;
     }
     socket.bind(&vip.into())?;
+    Ok(socket)
+}
+
+fn listen(vip: SocketAddr) -> io::Result<StdListener> {
+    let socket = bind(vip)?;
     socket.listen(BACKLOG)?;
     socket.set_nonblocking(true)?;
     Ok(socket.into())

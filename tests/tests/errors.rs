@@ -2,6 +2,7 @@
 
 use std::{
     os::unix::process::CommandExt as _,
+    path::Path,
     process::{Command, Stdio},
     time::Duration,
 };
@@ -10,7 +11,8 @@ use dispatcher_tests::{
     daemon::{Daemon, Folder, Process, UNPINNED, config, program},
     netns::{Netns, execute},
     stage::web,
-    topology::{Plan, Topology},
+    tls::Authority,
+    topology::{Plan, Topology, VIP},
 };
 
 /// Starts `dispatcherd` on a configuration that must be refused; what it says.
@@ -192,13 +194,31 @@ fn checking_changes_nothing() {
     let refused = topology.dispatcher.execute(&program.to_string_lossy(), &["--check", "--config", &file]);
     let said = format!("{:#}", refused.expect_err("no place for pins"));
     assert!(said.contains("no BPF file system is mounted there; mount one") && !pinned.exists(), "{said}");
-    let web = web()
-        .with("mode = \"terminate\"")
-        .with("terminate.certificates = [{ certificate = \"/nowhere/web.pem\" }]");
-    folder.write("dispatcher.toml", &config(&topology, "native", &[web])).expect("a file");
-    let refused = topology.dispatcher.execute(&program.to_string_lossy(), &["--check", "--config", &file]);
-    let said = format!("{:#}", refused.expect_err("no such certificate"));
-    assert!(said.contains("/nowhere/web.pem"), "{said}");
+    let own = Authority::new().and_then(|authority| authority.issue("front")).expect("a certificate");
+    let pem = folder.write("web.pem", &(own.certificate_pem + &own.key_pem)).expect("a file");
+    let ended = |pem: &Path, log: &Path| {
+        let service = web()
+            .with("mode = \"terminate\"")
+            .with(&format!("terminate.certificates = [{{ certificate = {pem:?} }}]"))
+            .with(&format!("terminate.access_log = {log:?}"));
+        config(&topology, "native", &[service])
+    };
+    let (log, nowhere) = (folder.path().join("access.jsonl"), Path::new("/nowhere/at.all"));
+    let good = ended(&pem, &log);
+    for (text, problem) in [
+        (ended(nowhere, &log), Some("/nowhere/at.all")),
+        (ended(&pem, nowhere), Some("the access log must be in a folder")),
+        (good.replace(&VIP[0].to_string(), "203.0.113.9"), Some("203.0.113.9")),
+        (good, None),
+    ] {
+        folder.write("dispatcher.toml", &text).expect("a file");
+        let said = topology.dispatcher.execute(&program.to_string_lossy(), &["--check", "--config", &file]);
+        match (said, problem) {
+            (Err(error), Some(problem)) => assert!(format!("{error:#}").contains(problem), "{error:#}"),
+            (said, problem) => assert!(said.is_ok() && problem.is_none(), "{problem:?}: {said:?}"),
+        }
+        assert!(!log.exists());
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ use crate::{
     process::{cargo, run_quietly, target_dir},
     setup,
     toolchain::Compiler,
+    train,
 };
 
 /// Build the BPF objects, then the daemon, the command line and the test programs (release)
@@ -26,7 +27,8 @@ pub(crate) struct Args {
     /// Host programs unoptimised, with all checks (target/debug)
     #[arg(long)]
     debug_host: bool,
-    /// The daemon and the command line as they are deployed: optimised as a whole, which takes minutes (target/dist)
+    /// The daemon and the command line as they are deployed: optimised as a whole, which takes minutes (target/dist),
+    /// and for what `cargo xtask train` saw, if that was run before
     #[arg(long, conflicts_with_all = ["bpf_only", "debug_host"])]
     dist: bool,
 }
@@ -205,9 +207,14 @@ fn host(objects: &Objects, profile: Profile) -> Result<()> {
             &["--profile=dist", "--bin=dispatcherd", "--bin=dispatcherctl", "--bin=dispatcher-bench"],
         ),
     };
+    let trained = train::flag().filter(|_| profile == Profile::Dist);
     stage(name, || {
         let mut command = cargo();
         command.arg("build").args(flags);
+        if let Some(flag) = &trained {
+            eprintln!("xtask: with {flag}");
+            command.env("CARGO_ENCODED_RUSTFLAGS", flag);
+        }
         run_quietly(objects.tell(&mut command), "the messages above are the compiler's")
     })
 }

@@ -11,6 +11,7 @@ mod run;
 mod setup;
 mod test;
 mod toolchain;
+mod train;
 
 use std::process::ExitCode;
 
@@ -26,7 +27,7 @@ New here?     cargo xtask run             (root) sets up, builds and shows the d
 Every day:    cargo xtask test --host     needs no root
               cargo xtask check           before a commit
               cargo xtask test            (root) everything, in network namespaces
-On a server:  cargo xtask build --dist
+On a server:  cargo xtask build --dist    after `cargo xtask train` (root), if it is to be fastest
               cargo xtask run --config dispatcher.toml       (root)
 
 Root with your own cargo:  sudo -E env \"PATH=$PATH\" cargo xtask ..."
@@ -44,6 +45,7 @@ enum Command {
     Test(test::Args),
     Check(check::Args),
     Bench(bench::Args),
+    Train(train::Args),
 }
 
 fn main() -> ExitCode {
@@ -64,6 +66,7 @@ fn run(command: Command) -> Result<()> {
         Command::Test(args) => test::main(&args),
         Command::Check(args) => check::main(&args),
         Command::Bench(args) => bench::main(&args),
+        Command::Train(args) => train::main(&args),
     }
 }
 

@@ -15,6 +15,7 @@ use std::{
 };
 
 use jiff::{Timestamp, Unit};
+use rustix::fs::Access;
 use serde::Serialize;
 
 /// Lines that wait to be written; more are lost rather than waited for.
@@ -40,6 +41,16 @@ impl Log {
         let work = move || write_all(file, &waiting, &name, &counter);
         let writer = thread::Builder::new().name("access-log".to_owned()).spawn(work)?;
         Ok(Self { path: path.to_owned(), lines: Some(lines), writer: Some(writer), lost })
+    }
+
+    /// Whether it could be opened; makes no file.
+    pub(super) fn check(path: &Path) -> io::Result<()> {
+        if path.exists() {
+            return OpenOptions::new().append(true).open(path).map(drop);
+        }
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let ways = Access::WRITE_OK | Access::EXEC_OK;
+        Ok(rustix::fs::access(folder.unwrap_or(Path::new(".")), ways)?)
     }
 
     pub(super) fn write(&self, line: &Line<'_>) {

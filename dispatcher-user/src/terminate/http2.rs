@@ -3,10 +3,7 @@
 use std::{
     future::{Future, poll_fn},
     pin::{Pin, pin},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::{Arc, atomic::Ordering::Relaxed},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -32,7 +29,7 @@ use super::{
     counts::Refusal,
     request,
 };
-use crate::http2::{Incoming, Of, pass};
+use crate::http2::{Incoming, pass};
 
 /// Requests at a time.
 const STREAMS: u32 = 128;
@@ -111,7 +108,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Future for Serving<T> {
                         }
                         continue;
                     }
-                    tokio::spawn(respond(Arc::clone(&self.client), request, reply));
+                    // Boxed, as tokio moves what it spawns, and all of it once more at its end.
+                    tokio::spawn(Box::pin(respond(Arc::clone(&self.client), request, reply)));
                 }
                 None => return Poll::Ready(Ok(())),
             }
@@ -129,8 +127,7 @@ fn header(request: &Request<RecvStream>) -> usize {
 /// Answers a request, unless its client takes it back.
 async fn respond(client: Arc<Client>, request: Request<RecvStream>, mut reply: SendResponse<Bytes>) {
     let (head, stream) = request.into_parts();
-    let received = (!stream.is_end_stream()).then(Arc::<AtomicBool>::default);
-    let request = Incoming::new(&head.headers, stream, Of::Request(received.clone()));
+    let (request, received) = Incoming::request(&head.headers, stream);
     let answered = {
         let mut answer = pin!(request::answer(client, Request::from_parts(head, request)));
         let answered = poll_fn(|context| match answer.as_mut().poll(context) {

@@ -2,11 +2,13 @@
 
 use std::{
     convert::Infallible,
+    error::Error,
     future::ready,
+    io, iter,
     pin::{Pin, pin},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU8, Ordering},
     },
     task::{self, Context, Poll},
     time::{Duration, Instant},
@@ -19,7 +21,7 @@ use hyper::{
     HeaderMap, Method, Request, Response, StatusCode, Uri, Version,
     body::{Body as _, Frame, SizeHint},
     header::{
-        CACHE_CONTROL, CONNECTION, CONTENT_TYPE, COOKIE, EXPECT, HOST, HeaderName, HeaderValue, RETRY_AFTER,
+        CACHE_CONTROL, CONNECTION, CONTENT_TYPE, COOKIE, HOST, HeaderName, HeaderValue, RETRY_AFTER,
         SET_COOKIE, TE, TRANSFER_ENCODING, UPGRADE,
     },
     http::{
@@ -59,28 +61,22 @@ const MOMENT: Duration = Duration::from_millis(10);
 /// How long a request waits for a tunnel.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Of one connection only (RFC 9110 section 7.6.1), beside those that `Connection` names.
-const HOP_BY_HOP: [HeaderName; 7] = [
-    CONNECTION,
-    // We answer it ourselves as soon as the body is wanted.
-    EXPECT,
-    HeaderName::from_static("keep-alive"),
-    HeaderName::from_static("proxy-connection"),
-    TE,
-    TRANSFER_ENCODING,
-    UPGRADE,
-];
-
 /// What a client is told when a request fails.
 struct Failure {
     status: StatusCode,
     problem: String,
     /// It may try again soon.
     again: bool,
+    /// It is told nothing: it is gone.
+    left: bool,
 }
 
+/// After these a connection of HTTP/1.1 ends.
+const ENDING: [StatusCode; 3] =
+    [StatusCode::BAD_REQUEST, StatusCode::REQUEST_TIMEOUT, StatusCode::NOT_IMPLEMENTED];
+
 fn failure(status: StatusCode, problem: impl Into<String>) -> Failure {
-    Failure { status, problem: problem.into(), again: false }
+    Failure { status, problem: problem.into(), again: false, left: false }
 }
 
 /// The body of a request as a client sends it.
@@ -111,13 +107,13 @@ pub(super) fn answer<B: FromClient>(
             Ok(ref mut received) => pass_on(&client, &mut view, received, &id, &mut way).await,
             Err(failure) => Err(failure),
         };
-        let (answer, error) = match passed {
-            Ok(answer) => (answer, None),
+        let (answer, error, left) = match passed {
+            Ok(answer) => (answer, None, false),
             Err(failure) => {
                 let Failure { status, problem, .. } = &failure;
                 let (service, from) = (&view.site.service.name, client.address);
                 log::debug!("{service} {from}: {status}: {problem} (request {id})");
-                (failure.page(&id, http1), Some(failure.problem))
+                (failure.page(&id, http1), Some(failure.problem), failure.left)
             }
         };
         let (status, now) = (answer.status(), Instant::now());
@@ -137,6 +133,7 @@ pub(super) fn answer<B: FromClient>(
             length,
             sent,
             complete,
+            left,
         });
         Ok(answer.map(|body| {
             let mut body = Watched { body, told, busy };
@@ -196,11 +193,13 @@ struct Record {
     length: Option<u64>,
     sent: u64,
     complete: bool,
+    /// There was nobody to send it to.
+    left: bool,
 }
 
 impl Record {
     fn write(&self, client: &Client) {
-        let Self { site, asked, id, status, error, began, took, way, length: _, sent, complete } = self;
+        let Self { site, asked, id, status, error, began, took, way, length: _, sent, complete, left } = self;
         let Some(log) = &site.log else { return };
         let reached = client.shared.terminator.reached(site.service.id);
         let name = reached.as_ref().and_then(|reached| reached.addresses.get(&way.backend));
@@ -229,36 +228,46 @@ impl Record {
             queued_ms: way.turn.map(|(_, queued)| ms(queued)),
             tunnel: Some(way.tunnel).filter(|tunnel| *tunnel != 0),
             tries: way.tries,
-            complete: *complete,
+            complete: *complete && !left,
             error: error.as_deref(),
             request_id: id,
         });
     }
 }
 
-/// When the last piece of a request's body was sent: until its end an answer is not due.
+/// How a request's body gets on: until its end an answer is not due.
 #[derive(Clone)]
-struct Progress(Arc<Mutex<Instant>>, Arc<AtomicBool>);
+struct Progress(Arc<Upload>);
+
+struct Upload {
+    /// When its last piece was sent.
+    last: Mutex<Instant>,
+    state: AtomicU8,
+}
+
+/// The backend has yet to ask for the next piece, or has all.
+const TAKEN: u8 = 0;
+/// The client has yet to send it.
+const AWAITED: u8 = 1;
+/// The client sent what cannot be read.
+const BROKEN: u8 = 2;
+/// The client is gone.
+const LEFT: u8 = 3;
 
 impl Default for Progress {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(Instant::now())), Arc::default())
+        Self(Arc::new(Upload { last: Mutex::new(Instant::now()), state: AtomicU8::new(TAKEN) }))
     }
 }
 
 impl Progress {
-    /// The same body, whose progress is noted, and whether it could be read.
+    /// The same body, whose progress is noted.
     fn watch(&self, body: impl FromClient) -> Body {
-        let (progress, broken) = (self.clone(), Arc::clone(&self.1));
-        let noted = body.map_frame(move |frame| {
-            *super::lock(&progress.0) = Instant::now();
-            frame
-        });
-        let noted = noted.map_err(move |error| {
-            broken.store(true, Ordering::Relaxed);
-            error.into()
-        });
-        noted.boxed_unsync()
+        Uploading { body: Box::pin(body), progress: self.clone() }.boxed_unsync()
+    }
+
+    fn state(&self) -> u8 {
+        self.0.state.load(Ordering::Relaxed)
     }
 
     /// Waits for something as long as there is progress, and `limit` longer.
@@ -267,16 +276,76 @@ impl Progress {
         limit: Duration,
         mut work: impl Future<Output = T> + Unpin,
     ) -> Result<T, Elapsed> {
-        *super::lock(&self.0) = Instant::now();
+        *super::lock(&self.0.last) = Instant::now();
         loop {
-            let due = *super::lock(&self.0) + limit;
+            let due = *super::lock(&self.0.last) + limit;
             match timeout_at(due.into(), &mut work).await {
-                Err(late) if *super::lock(&self.0) + limit <= Instant::now() => return Err(late),
+                Err(late) if *super::lock(&self.0.last) + limit <= Instant::now() => return Err(late),
                 Err(_) => {}
                 Ok(done) => return Ok(done),
             }
         }
     }
+}
+
+/// A body that tells how it gets on.
+struct Uploading<B> {
+    body: Pin<Box<B>>,
+    progress: Progress,
+}
+
+impl<B: FromClient> hyper::body::Body for Uploading<B> {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let polled = self.body.as_mut().poll_frame(context).map_err(Into::into);
+        let Upload { last, state } = &*self.progress.0;
+        let now = match &polled {
+            Poll::Pending => AWAITED,
+            Poll::Ready(Some(Err(error))) if left(&**error) => LEFT,
+            Poll::Ready(Some(Err(_))) => BROKEN,
+            Poll::Ready(frame) => {
+                if frame.is_some() {
+                    *super::lock(last) = Instant::now();
+                }
+                TAKEN
+            }
+        };
+        state.store(now, Ordering::Relaxed);
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// How connections end on which nothing was wrong but that they end.
+const GONE: [io::ErrorKind; 5] = [
+    io::ErrorKind::UnexpectedEof,
+    io::ErrorKind::ConnectionReset,
+    io::ErrorKind::ConnectionAborted,
+    io::ErrorKind::BrokenPipe,
+    io::ErrorKind::TimedOut,
+];
+
+/// Whether a body broke off because its client is gone, not because it could not be read.
+fn left(error: &(dyn Error + 'static)) -> bool {
+    let mut causes = iter::successors(Some(error), |&error| error.source());
+    causes.any(|cause| {
+        let hyper = cause.downcast_ref::<hyper::Error>();
+        hyper.is_some_and(|error| error.is_incomplete_message() || error.is_closed())
+            || cause.downcast_ref::<io::Error>().is_some_and(|error| GONE.contains(&error.kind()))
+            || cause.downcast_ref::<h2::Error>().is_some_and(|error| error.is_io() || error.is_reset())
+    })
 }
 
 /// A body whose request is under way until it has been read, or is dropped.
@@ -333,7 +402,7 @@ impl hyper::body::Body for Watched {
 
 impl Failure {
     fn page(&self, id: &str, http1: bool) -> Response<Body> {
-        let Self { status, problem, again } = self;
+        let Self { status, problem, again, .. } = self;
         let text = format!("{status}: {problem} (request {id})\n");
         let mut response =
             Response::new(Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed_unsync());
@@ -347,8 +416,8 @@ impl Failure {
         if *again {
             headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
         }
-        if http1 && matches!(*status, StatusCode::BAD_REQUEST | StatusCode::NOT_IMPLEMENTED) {
-            // What follows may have been meant as something else.
+        if http1 && ENDING.contains(status) {
+            // What follows may have been meant as something else, or as the rest.
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
         response
@@ -377,6 +446,13 @@ struct Received {
     confirmed: bool,
     /// Twice is as good as once.
     repeatable: bool,
+}
+
+impl Received {
+    /// How its body gets on.
+    fn uploads(&self) -> u8 {
+        self.progress.as_ref().map_or(TAKEN, Progress::state)
+    }
 }
 
 /// Looks at a request, and makes it one that can be passed on.
@@ -464,6 +540,12 @@ async fn pass_on(
                 return finish(client, view, response, received, binding, permit);
             }
             Ok(Err(error)) => error,
+            Err(_) if received.uploads() == AWAITED => {
+                return Err(failure(
+                    StatusCode::REQUEST_TIMEOUT,
+                    format!("nothing more of the request's body came within {} s", limit.as_secs()),
+                ));
+            }
             Err(_) => {
                 return Err(failure(
                     StatusCode::GATEWAY_TIMEOUT,
@@ -473,8 +555,10 @@ async fn pass_on(
         };
         let unsent = unprocessed.is_some();
         received.body = unprocessed;
-        let broken = |progress: &Progress| progress.1.load(Ordering::Relaxed);
-        if malformed || received.progress.as_ref().is_some_and(broken) {
+        if received.uploads() == LEFT {
+            return Err(Failure { left: true, ..failure(StatusCode::BAD_REQUEST, "the client left") });
+        }
+        if malformed || received.uploads() == BROKEN {
             return Err(failure(StatusCode::BAD_REQUEST, "the request's body cannot be read"));
         }
         if way.tries >= TRIES || !(unsent || received.repeatable) {
@@ -606,18 +690,31 @@ fn join_cookies(headers: &mut HeaderMap) {
     }
 }
 
+/// Whether a field is of one connection only (RFC 9110 section 7.6.1), beside those that `Connection` names.
+fn hop_by_hop(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        // `Expect` we answer ourselves as soon as the body is wanted.
+        "connection" | "expect" | "keep-alive" | "proxy-connection" | "te" | "transfer-encoding" | "upgrade"
+    )
+}
+
 /// Removes what is for one connection only.
 fn strip(headers: &mut HeaderMap) {
-    // Most have none of them, and keys are compared sooner than looked up.
-    let own: Vec<HeaderName> = headers.keys().filter(|name| HOP_BY_HOP.contains(name)).cloned().collect();
+    // Most have none or one of them.
+    let own: Vec<HeaderName> = headers.keys().filter(|name| hop_by_hop(name)).cloned().collect();
     if own.is_empty() {
         return;
     }
+    // What is said of the connection itself names no other field.
+    let options = [&b"keep-alive"[..], b"close"];
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
         .into_iter()
         .flat_map(|line| line.as_bytes().split(|byte| *byte == b','))
-        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
+        .map(<[u8]>::trim_ascii)
+        .filter(|name| !options.iter().any(|option| option.eq_ignore_ascii_case(name)))
+        .filter_map(|name| HeaderName::from_bytes(name).ok())
         .collect();
     for name in named.iter().chain(&own) {
         headers.remove(name);

@@ -1,6 +1,6 @@
 //! Sessions of requests: the cookie's value leads to backend and tunnel, by the same table as in the data path.
 
-use std::{net::IpAddr, sync::Mutex};
+use std::{iter, net::IpAddr, sync::Mutex};
 
 use dispatcher_common::{
     http,
@@ -10,6 +10,7 @@ use dispatcher_common::{
     },
 };
 use hyper::{HeaderMap, header::COOKIE, http::HeaderValue};
+use memchr::{memchr, memchr2};
 
 use super::{Reached, Site, lock};
 use crate::{
@@ -22,22 +23,31 @@ const ID: usize = 16;
 
 /// The value of a cookie in a request: of several the first that is not empty.
 pub(super) fn of_request<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h [u8]> {
-    let pairs =
-        headers.get_all(COOKIE).into_iter().flat_map(|line| line.as_bytes().split(|byte| *byte == b';'));
-    pairs.filter_map(|pair| value(pair, name)).find(|value| !value.is_empty())
+    let mut pairs = headers.get_all(COOKIE).into_iter().flat_map(|line| pairs(line.as_bytes()));
+    pairs.find_map(|pair| value(pair, name).filter(|value| !value.is_empty()))
+}
+
+/// What is between semicolons: lines of cookies can be long.
+fn pairs(line: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let mut rest = Some(line);
+    iter::from_fn(move || {
+        let line = rest?;
+        let end = memchr(b';', line);
+        rest = end.map(|end| &line[end + 1..]);
+        Some(&line[..end.unwrap_or(line.len())])
+    })
 }
 
 /// The value of a cookie that a response sets.
 pub(super) fn of_set_cookie<'h>(line: &'h HeaderValue, name: &str) -> Option<&'h [u8]> {
-    let pair = line.as_bytes().split(|byte| *byte == b';').next()?;
-    value(pair, name).filter(|value| !value.is_empty())
+    value(pairs(line.as_bytes()).next()?, name).filter(|value| !value.is_empty())
 }
 
 /// As in the data path, a value ends before a blank.
 pub(super) fn value<'h>(pair: &'h [u8], name: &str) -> Option<&'h [u8]> {
     let pair = pair.trim_ascii_start();
     let rest = pair.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
-    rest.split(|byte| matches!(byte, b' ' | b'\t')).next()
+    Some(&rest[..memchr2(b' ', b'\t', rest).unwrap_or(rest.len())])
 }
 
 /// The key of a session.

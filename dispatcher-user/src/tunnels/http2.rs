@@ -21,7 +21,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::tunnel::{Tunnel, Wire};
 use super::{Body, SendError};
 use crate::gather::gather;
-use crate::http2::{Incoming, Of, pass};
+use crate::http2::{Incoming, pass};
 
 /// A peer that says nothing for up to two of these is asked whether it lives.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
@@ -168,7 +168,7 @@ impl Asked {
             Ok(answer) => match ready!(Pin::new(answer).poll(cx)) {
                 Ok(answer) => {
                     let (head, stream) = answer.into_parts();
-                    let incoming = Incoming::new(&head.headers, stream, Of::Answer(self.sending.take()));
+                    let incoming = Incoming::answer(&head.headers, stream, self.sending.take());
                     return Poll::Ready(Ok(Response::from_parts(head, incoming)));
                 }
                 Err(error) => {

@@ -96,9 +96,9 @@ pub fn run(quick: bool, only: Option<Part>) -> Result<Report> {
                     Part::Bandwidth => bandwidth(effort, weights, &mut found)?,
                     Part::Streams => {
                         for connections in STREAMS {
-                            streams(effort, weights, 0, connections, &mut found)?;
-                            // Only the last class, which has the least.
-                            streams(effort, weights, weights.len() - 1, connections, &mut found)?;
+                            for who in [Senders::All, Senders::Kept, Senders::Last] {
+                                streams(effort, weights, who, connections, &mut found)?;
+                            }
                         }
                     }
                     Part::Requests => requests(effort, weights, &mut found)?,
@@ -337,21 +337,35 @@ fn bandwidth(effort: Effort, weights: &[u32], found: &mut Samples) -> Result<()>
     Ok(())
 }
 
-/// (a) and (b) for TCP, which makes room when it loses frames: connections that always have something to send, of the
-/// classes from one on.
+/// Who sends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Senders {
+    All,
+    /// All, and none may take what others leave.
+    Kept,
+    /// Only the last class, which has the least.
+    Last,
+}
+
+/// (a) and (b) for TCP, which makes room when it loses frames: connections that always have something to send.
 fn streams(
     effort: Effort,
     weights: &[u32],
-    first: usize,
+    who: Senders,
     connections: usize,
     found: &mut Samples,
 ) -> Result<()> {
+    let first = if who == Senders::Last { weights.len() - 1 } else { 0 };
     let topology = place()?;
     let service = Service::new("sink", TCP)
         .with("mode = \"l4\"")
         .with(&by_client(&topology, weights))
         .with(&format!("limits = {{ bandwidth = \"{}bit/s\" }}", BANDWIDTH));
-    let text = config(&topology, "native", &[service]) + &classes(weights);
+    let mut classes = classes(weights);
+    if who == Senders::Kept {
+        classes = classes.replace("\nweight", "\nborrow_limit = 0\nweight");
+    }
+    let text = config(&topology, "native", &[service]) + &classes;
     let _daemon = Daemon::start_with(&topology.dispatcher, &text)?;
     let place = topology.backends.first().context("a backend")?;
     let listener = sockets::listen(&place.netns, TCP)?;
@@ -400,9 +414,13 @@ fn streams(
     senders.end()?;
     sink.end()?;
     let each = if connections == 1 { "connection" } else { "connections" };
-    let what = if first == 0 { "a class" } else { "of one class alone" };
+    let what = match who {
+        Senders::All => "a class",
+        Senders::Kept => "a class that borrows nothing",
+        Senders::Last => "of one class alone",
+    };
     let case = format!("TCP, {connections} {each} {what}, weights {}", named(weights));
-    if first == 0 {
+    if who != Senders::Last {
         found.shares(&case, "dispatcher", weights, &came, false);
     }
     let used = came.iter().sum::<f64>() * 8.0 / took.as_secs_f64() / BANDWIDTH as f64 * 100.0;

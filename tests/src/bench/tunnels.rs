@@ -363,7 +363,7 @@ impl<'a> Variant<'a> {
     }
 
     /// As many threads as the daemon has, the session's server in a cookie, idle connections to servers that
-    /// any request may take and that nobody closes, certificates verified as the daemon does.
+    /// any request may take and that nobody closes, certificates verified and backends told of clients as the daemon does.
     fn haproxy(&self, http2: bool) -> String {
         let alpn = if http2 { "h2,http/1.1" } else { "http/1.1" };
         let places = (1..).zip(&self.topology.backends);
@@ -378,7 +378,11 @@ impl<'a> Variant<'a> {
              defaults\n    mode http\n    timeout connect 5s\n    timeout client 60s\n    timeout server 60s\n    \
              timeout http-keep-alive 60s\n    http-reuse always\n\
              frontend web\n    bind {}:{HTTPS} ssl crt {} alpn h2,http/1.1\n    option forwardfor\n    \
-             http-request set-header X-Forwarded-Proto https\n    default_backend servers\n\
+             http-request set-header X-Forwarded-Proto https\n    \
+             http-request set-header X-Forwarded-Host %[req.hdr(host)]\n    \
+             http-request set-header Forwarded for=%[src];host=\\\"%[req.hdr(host)]\\\";proto=https\n    \
+             unique-id-format %{{+X}}o%Ts%rt%ci%cp%pid\n    unique-id-header X-Request-ID\n    \
+             default_backend servers\n\
              backend servers\n    balance roundrobin\n    cookie SRV insert indirect nocache httponly secure\n    \
              default-server ssl verify required ca-file {} sni str({HOST}) verifyhost {HOST} alpn {alpn} \
              pool-max-conn -1 pool-low-conn {POOL} pool-purge-delay 60s\n{servers}",

@@ -1,11 +1,14 @@
 //! The access log.
 
-use std::path::Path;
+use std::{io::Write as _, path::Path};
 
-use dispatcher_tests::{daemon::Folder, topology::Family, town::until};
+use dispatcher_tests::{daemon::Folder, tls::HOST, topology::Family, town::until};
 use serde_json::Value;
 
-use crate::scene::{COOKIE, Scene};
+use crate::{
+    mirror::Manner,
+    scene::{COOKIE, Scene, say},
+};
 
 pub(crate) fn lines(path: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(path).unwrap_or_default();
@@ -67,4 +70,41 @@ fn each_request_has_a_line() {
     let _ = scene.visit("jar", Family::V4, &[], "/after");
     until("the new file has it", || lines(&path).len() == 1);
     assert_eq!((lines(&path)[0]["path"].as_str(), lines(&old).len()), (Some("/after"), 3));
+}
+
+#[test]
+fn uploads_that_break_off_are_told_apart() {
+    let folder = Folder::new().expect("a folder");
+    let path = folder.path().join("access.jsonl");
+    let log = format!("terminate.access_log = \"{}\"", path.display());
+    let scene = Scene::mirrors(Manner::HTTP1, &[COOKIE, &log, "terminate.response_timeout = \"1s\""]);
+    let head = format!("POST / HTTP/1.1\r\nHost: {HOST}\r\n");
+    // Who is gone gets no answer.
+    let mut line = scene.connect(Family::V4, 0);
+    write!(line, "{head}Content-Length: 10\r\n\r\nabc").expect("sent");
+    line.flush().expect("sent");
+    until("it is under way", || scene.tunnels().iter().any(|one| one.in_flight == 1));
+    drop(line);
+    until("a line", || lines(&path).len() == 1);
+    // Who says nothing that can be read, and who says nothing more, do.
+    for (rest, status) in
+        [("Transfer-Encoding: chunked\r\n\r\n3\r\nabcdef", "400"), ("Content-Length: 10\r\n\r\nabc", "408")]
+    {
+        let (said, body) =
+            say(&mut scene.connect(Family::V4, 0), &format!("{head}{rest}")).expect("an answer");
+        assert!(said.contains(status), "{said}: {body}");
+    }
+    until("three lines", || lines(&path).len() == 3);
+    let found: Vec<_> = lines(&path)
+        .into_iter()
+        .map(|line| (line["status"].as_u64(), line["complete"].as_bool(), line["error"].clone()))
+        .collect();
+    let expected = [
+        (400, false, "the client left"),
+        (400, true, "the request's body cannot be read"),
+        (408, true, "nothing more of the request's body came within 1 s"),
+    ];
+    for (found, (status, complete, error)) in found.iter().zip(expected) {
+        assert_eq!(*found, (Some(status), Some(complete), error.into()));
+    }
 }
