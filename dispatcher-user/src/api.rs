@@ -376,7 +376,8 @@ pub struct QosShare {
     pub late: u64,
     /// Whose client went away while they waited.
     pub cancelled: u64,
-    /// Half of those that waited did so for no longer, milliseconds; null where none has waited.
+    /// Half of those that waited did so for no longer, milliseconds, as `histogram_quantile` of Prometheus estimates it; null
+    /// where none has waited.
     pub wait_p50_ms: Option<f64>,
     /// The same for 99 of 100.
     pub wait_p99_ms: Option<f64>,

@@ -179,7 +179,7 @@ pub fn run(
 fn no_service(config: &Config) -> String {
     let vips = config.services.iter().flat_map(|one| {
         let protocol = report::protocol_name(one.protocol.number());
-        one.frontends().iter().map(move |vip| format!("{vip}/{protocol} ({})", one.name))
+        one.published().map(move |vip| format!("{vip}/{protocol} ({})", one.name))
     });
     let vips: Vec<String> = vips.collect();
     let more = vips.len().saturating_sub(VIPS_SHOWN);

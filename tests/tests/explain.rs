@@ -602,6 +602,44 @@ fn services_of_all_kinds() {
     }
 }
 
+/// What the daemon serves itself is told as a service's, too: the data path lets it pass.
+#[test]
+fn services_that_the_daemon_serves() {
+    const TERMINATE: &str = "mode = \"terminate\"\n[service.terminate]\n\
+        certificates = [{ certificate = \"/x.pem\", key = \"/x.key\" }]\n[service.clear]\nvip = \"192.0.2.10:80\"\nport = 8080\n\
+        [service.tunnels]\nserver_name = \"inside.example\"";
+    let hello = hello::client_hello(&[4; 32], 0);
+    let visit = |server| {
+        Scene::new(client(4001), address(server))
+            .open()
+            .says(&hello)
+            .answers(&hello::server_hello(&[4; 32], false))
+    };
+    for extra in [TERMINATE, "mode = \"relay\"\n[service.tunnels]\nserver_name = \"inside.example\""] {
+        let desk = Desk::with(extra);
+        let found = desk.json(&visit(VIP).frames());
+        let [line] = &found[..] else { panic!("{extra}: {found:#?}") };
+        assert_eq!(
+            (&line["service"], &line["reason"], &line["verdict"], &line["backend"]),
+            (&json!("web"), &json!("to_daemon"), &json!("pass"), &Value::Null),
+            "{extra}: {line:#}"
+        );
+        assert_eq!(steps(line), "1 to_daemon, 2 not_run, 3 to_daemon, 4 to_daemon, 5 not_run", "{extra}");
+        assert_eq!((&line["protocol"], &line["secure"]), (&json!("tls"), &json!(true)), "{extra}");
+        assert!(notes(line).contains("dispatcherctl sessions"), "{extra}: {line:#}");
+        assert_eq!(desk.hints(), "", "{extra}");
+        let text = desk.text(&visit(VIP).frames());
+        assert!(text.contains("web") && text.contains("pass: to_daemon"), "{extra}: {text}");
+    }
+    // In clear, on the address for that.
+    let desk = Desk::with(TERMINATE);
+    let asks = |server| Scene::new(client(4001), address(server)).open().says(b"GET / HTTP/1.1\r\n\r\n");
+    let found = desk.json(&asks("192.0.2.10:80").frames());
+    assert_eq!((&found[0]["service"], &found[0]["secure"]), (&json!("web"), &json!(false)), "{found:#?}");
+    desk.json(&asks("192.0.2.10:8080").frames());
+    assert!(desk.hints().contains("192.0.2.10:80/tcp (web)"), "{}", desk.hints());
+}
+
 #[test]
 fn a_server_that_speaks_first_is_lost_on_passthrough_and_served_by_l4() {
     let speaks = |server: &str| {

@@ -240,30 +240,41 @@ fn used(share: &api::QosShare) -> bool {
     waited + share.bytes + share.dropped_bytes + share.connections + share.connections_over > 0
 }
 
-/// The end of the bucket in which a part of all ends, milliseconds; of the last one its beginning.
+/// How long a part of all waited at most, milliseconds, as `histogram_quantile` of Prometheus has it: times are taken as spread
+/// evenly over their bucket, and those of the last one as its beginning.
 fn quantile(times: &Histogram, part: f64) -> Option<f64> {
-    let due = (times.count() as f64 * part).ceil() as u64;
-    let mut counted = 0;
-    let at = times.buckets.iter().position(|count| {
-        counted += count;
-        counted >= due && due > 0
-    })?;
-    let end = Histogram::end(at).or_else(|| Histogram::end(at.checked_sub(1)?))?;
-    Some(end as f64 / 1e6)
+    let due = times.count() as f64 * part;
+    let mut before = 0.0;
+    for (at, count) in times.buckets.iter().enumerate() {
+        let count = *count as f64;
+        if count > 0.0 && before + count >= due {
+            let from = at.checked_sub(1).and_then(Histogram::end).unwrap_or(0) as f64;
+            let to = Histogram::end(at).map_or(from, |end| end as f64);
+            return Some((from + (to - from) * ((due - before) / count)) / 1e6);
+        }
+        before += count;
+    }
+    None
 }
 
 #[cfg(test)]
 mod tests {
+    use dispatcher_common::service::BUCKETS;
+
     use super::*;
 
     #[test]
-    fn quantiles_are_the_ends_of_buckets() {
+    fn quantiles_are_within_their_buckets() {
         let mut times = Histogram::default();
         assert_eq!(quantile(&times, 0.5), None);
-        times.buckets[0] = 98;
-        times.buckets[10] = 2;
-        assert_eq!(quantile(&times, 0.5), Some(0.001_024));
-        assert_eq!(quantile(&times, 0.99), Some(1.048_576));
+        times.buckets[0] = 96;
+        times.buckets[10] = 4;
+        assert_eq!(quantile(&times, 0.48), Some(0.000_512));
+        assert_eq!(quantile(&times, 0.96), Some(0.001_024));
+        assert_eq!(quantile(&times, 0.99), Some(0.917_504));
+        assert_eq!(quantile(&times, 1.0), Some(1.048_576));
+        times.buckets[BUCKETS - 1] = 900;
+        assert_eq!(quantile(&times, 0.99), Some(4_294.967_296));
     }
 
     #[test]

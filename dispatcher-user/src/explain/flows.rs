@@ -70,9 +70,7 @@ pub(super) type Vips = HashMap<(SocketAddr, u8), usize>;
 pub(super) fn vips(config: &Config) -> Vips {
     let services = config.services.iter().enumerate();
     services
-        .flat_map(|(index, one)| {
-            one.frontends().iter().map(move |vip| ((*vip, one.protocol.number()), index))
-        })
+        .flat_map(|(index, one)| one.published().map(move |vip| ((vip, one.protocol.number()), index)))
         .collect()
 }
 

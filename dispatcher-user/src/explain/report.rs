@@ -168,7 +168,7 @@ impl Line {
 
     /// Nothing to tell in text but that it is not ours.
     fn passes(&self) -> bool {
-        matches!(self.why, Why::Reason(reason) if reason.kind() == Kind::Pass)
+        self.service.is_none() && matches!(self.why, Why::Reason(reason) if reason.kind() == Kind::Pass)
     }
 }
 

@@ -226,6 +226,9 @@ impl<'r> Runner<'r> {
             return self.as_it_is(flow, index, frame);
         };
         let (mode, waits) = (service.mode, service.miss == Miss::Daemon);
+        if mode.is_local() {
+            return self.to_daemon(flow, index, parsed.src == *client);
+        }
         let one = One { index, flow, frame, parsed, client: *client, vip: *server, mode };
         let talk = &mut self.talks[flow];
         if waits {
@@ -241,7 +244,6 @@ impl<'r> Runner<'r> {
         }
         match (mode, parsed.src == *client) {
             (Mode::L4, true) => self.direct(one),
-            // Flows to those that end TLS are of no service here.
             (Mode::Passthrough | Mode::Terminate | Mode::Relay, true) => self.client_says(one),
             (_, false) => self.server_says(one),
         }
@@ -252,6 +254,19 @@ impl<'r> Runner<'r> {
         let whole = self.flows.parsed[index].as_ref().map_or(!self.packets[index].cut, |one| one.whole);
         let why = if whole { self.machine.run(frame)?.why() } else { Why::Cut };
         self.talks[flow].results.push((Some(index), why));
+        Ok(())
+    }
+
+    /// A packet of a service that the daemon itself serves: what it answers never comes in at an interface.
+    fn to_daemon(&mut self, flow: usize, index: usize, from_client: bool) -> Result<(), Error> {
+        self.talks[flow].note(
+            "the daemon serves this service itself, and picks a backend for each request or connection: \
+             `dispatcherctl sessions` and the access log tell which",
+        );
+        if from_client {
+            return self.as_it_is(flow, index, &self.packets[index].frame);
+        }
+        self.talks[flow].results.push((Some(index), Why::NotRun));
         Ok(())
     }
 
