@@ -227,7 +227,7 @@ impl<'r> Runner<'r> {
         };
         let (mode, waits) = (service.mode, service.miss == Miss::Daemon);
         if mode.is_local() {
-            return self.to_daemon(flow, index, parsed.src == *client);
+            return self.served_by_daemon(flow, index, parsed.src == *client);
         }
         let one = One { index, flow, frame, parsed, client: *client, vip: *server, mode };
         let talk = &mut self.talks[flow];
@@ -258,7 +258,7 @@ impl<'r> Runner<'r> {
     }
 
     /// A packet of a service that the daemon itself serves: what it answers never comes in at an interface.
-    fn to_daemon(&mut self, flow: usize, index: usize, from_client: bool) -> Result<(), Error> {
+    fn served_by_daemon(&mut self, flow: usize, index: usize, from_client: bool) -> Result<(), Error> {
         self.talks[flow].note(
             "the daemon serves this service itself, and picks a backend for each request or connection: \
              `dispatcherctl sessions` and the access log tell which",
