@@ -58,6 +58,8 @@ const FULL: u64 = 1 << 19;
 const FAST: u64 = 1 << 32;
 /// Half of the time for which a class counts as one that wants more, nanoseconds.
 const HUNGER_NS: u64 = 1 << 23;
+/// The same of connections, which come one by one: clients who were refused pause before they come again.
+const HUNGER_CONNECTIONS_NS: u64 = 1 << 28;
 
 /// One class: value of `CLASSES`, index 0 is the default class.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -365,16 +367,22 @@ const fn at_most(a: i64, b: i64) -> i64 {
     if a < b { a } else { b }
 }
 
+#[inline(always)]
+const fn at_least(a: i64, b: i64) -> i64 {
+    if a > b { a } else { b }
+}
+
 impl Buckets {
     /// Sets the buckets' time. Returns how much passed, in ticks of 1024 ns; 0 if that is too little to fill them.
     #[inline(always)]
-    pub fn advance(&mut self, now: u64) -> u64 {
+    pub fn advance(&mut self, rates: &Rates, now: u64) -> u64 {
         let elapsed = now.wrapping_sub(self.filled) as i64;
         if (0..STEP_NS).contains(&elapsed) {
             return 0;
         }
         // Who wanted more counts as such until others do, however long that takes.
-        if now.wrapping_sub(self.turned) > HUNGER_NS && self.hungry & 0xffff != 0 {
+        let hunger = if rates.least == LEAST_CONNECTIONS { HUNGER_CONNECTIONS_NS } else { HUNGER_NS };
+        if now.wrapping_sub(self.turned) > hunger && self.hungry & 0xffff != 0 {
             self.hungry <<= 16;
             self.turned = now;
         }
@@ -399,7 +407,8 @@ impl Buckets {
         if rate.own == 0 {
             return 0;
         }
-        let full = depth(rate.own, rates.least);
+        // What it was given of others' may be more than that.
+        let full = at_least(depth(rate.own, rates.least), bucket.own);
         let mut own = bucket.own.wrapping_add(gained(rate.own, ticks));
         if own > full {
             if rate.lends != 0 {
@@ -443,7 +452,9 @@ impl Buckets {
             let part = (rate.own << 16) / weights;
             let mut given = ((pool as u64 >> FRACTION).wrapping_mul(part) >> (16 - FRACTION)) as i64;
             given = at_most(given, bucket.borrow);
-            given = at_most(given, kept(rate.own, rates.least, alone).wrapping_sub(bucket.own));
+            let due = rates.whole.wrapping_mul(part) >> 16;
+            let (own, due) = (kept(rate.own, rates.least, alone), kept(due, rates.least, false));
+            given = at_most(given, at_least(own, due).wrapping_sub(bucket.own));
             if given > 0 {
                 bucket.own = bucket.own.wrapping_add(given);
                 bucket.borrow = bucket.borrow.wrapping_sub(given);
@@ -459,7 +470,10 @@ impl Buckets {
         let class = rates.sharing(class);
         let (rate, bucket) = (&rates.classes[class], &mut self.classes[class]);
         let wanted = need.wrapping_add(rate.portion());
-        if bucket.own < wanted {
+        // Not only when nothing is left, or it would lose something each time until it is given more: what comes in 4 ms of
+        // the whole rate is more than a portion.
+        let reserve = at_most((rates.whole << 2) as i64, depth(rate.own, rates.least) >> 1);
+        if bucket.own < need.wrapping_add(reserve) {
             self.hungry |= 1 << class;
         }
         let mut tokens = at_most(at_most(bucket.own, bucket.ceil), wanted);
@@ -568,7 +582,7 @@ mod tests {
     const MS: u64 = 1_000_000;
 
     fn fill(buckets: &mut Buckets, rates: &Rates, now: u64) {
-        let ticks = buckets.advance(now);
+        let ticks = buckets.advance(rates, now);
         if ticks != 0 {
             let weights = (0..CLASSES_MAX as u32).map(|class| buckets.fill(rates, class, ticks)).sum();
             buckets.share(rates, weights);
@@ -678,6 +692,57 @@ mod tests {
         let [some, rest, _] = sent(&all, [1000 * 1000, 4_000, 0], 1000 * MS);
         assert_near("below its share", some, 1e6);
         assert_near("the rest", rest, 9e6);
+    }
+
+    /// However little its own share is beside those of classes that want nothing.
+    #[test]
+    fn who_wants_no_more_than_is_due_to_it_loses_nothing() {
+        for (idle, megabits) in [(1, 20), (100, 20), (10_000, 20), (10, 80), (10_000, 80), (100, 800)] {
+            let some = [(1, 1, 100, 100), (3, 1, 100, 100), (1, 1, 100, 100), (idle, 1, 100, 100)];
+            let rates = Rates::divided(bytes_rate(megabits * 1_000_000), LEAST_BYTES, &classes(&some));
+            // A frame each so many microseconds is all.
+            let frame = 8_000 / megabits;
+            for every in [frame * 5 / 2, frame * 5 / 3, frame * 3 / 2, frame] {
+                let offers = |_| [0, every * 1000, frame * 500];
+                let [_, heavy, light] = sent_of(&rates, offers, 2000 * MS..3000 * MS);
+                let all = megabits as f64 * 125e3;
+                let due = (1e9 / every as f64).min(all * 0.75);
+                let found = [heavy / all, light / all];
+                let near = (heavy - due).abs() < all / 50.0 && (light + due - all).abs() < all / 50.0;
+                assert!(near, "{idle} idle, {megabits} Mbit/s, a frame each {every} us: {found:?}");
+            }
+        }
+    }
+
+    /// Clients come one by one, and again some time after they were refused.
+    #[test]
+    fn connections_are_shared_by_weight_though_clients_pause() {
+        for (idle, rate) in [(1, 50), (8, 50), (100, 50), (10_000, 50), (1, 500), (100, 500), (10_000, 500)] {
+            let some = [(1, 1, 100, 100), (3, 1, 100, 100), (1, 1, 100, 100), (idle, 1, 100, 100)];
+            let rates = Rates::divided(connections_rate(rate), LEAST_CONNECTIONS, &classes(&some));
+            let (mut buckets, mut credits, mut let_in) = (Buckets::default(), [0; 3], [0.0; 3]);
+            // Four clients of each class, who try again after 1 ms or 50.
+            let mut due = [0, 1, 2, 3, 4, 5, 6, 7].map(|n| (n * 3 * MS, 1 + n as usize % 2));
+            for now in (0..10_000).map(|ms| ms * MS) {
+                for (at, class) in due.iter_mut().filter(|(at, _)| *at <= now) {
+                    fill(&mut buckets, &rates, 1000 * MS + now);
+                    let credit = &mut credits[*class];
+                    *credit += buckets.take(&rates, *class as u32, LEAST_CONNECTIONS - *credit);
+                    let enough = *credit >= LEAST_CONNECTIONS;
+                    if enough {
+                        *credit -= LEAST_CONNECTIONS;
+                        let_in[*class] += 1.0;
+                    }
+                    *at = now + if enough { MS } else { 50 * MS };
+                }
+            }
+            let (all, heavy) = (let_in[1] + let_in[2], let_in[1]);
+            let near = (0.95..1.1).contains(&(all / f64::from(rate) / 10.0));
+            assert!(
+                near && (0.73..0.77).contains(&(heavy / all)),
+                "{idle} idle, {rate} a second: {let_in:?}"
+            );
+        }
     }
 
     #[test]

@@ -184,11 +184,11 @@ extern "C" fn dispatcher_over(limited: u32, at: u32, cost: u64) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn dispatcher_fill(index: u32) -> u32 {
-    let Some(buckets) = buckets(index) else { return 0 };
+    let (Some(rates), Some(buckets)) = (RATES.get(index), buckets(index)) else { return 0 };
     if !Word::new(&mut buckets.lock).try_lock() {
         return 0;
     }
-    let ticks = buckets.advance(exact_ns());
+    let ticks = buckets.advance(rates, exact_ns());
     if ticks != 0 {
         let mut weights = 0_u64;
         for class in 0..CLASSES_MAX as u32 {

@@ -362,7 +362,7 @@ pub struct QosShare {
     /// of the bytes if the backend has a bandwidth, else of the connections. Null where there was nothing, and at the
     /// first look after a start.
     pub share_percent: Option<f64>,
-    /// Requests under way.
+    /// Requests under way, or connections where there is `max_connections`.
     pub in_flight: u64,
     /// Requests or hellos that wait.
     pub queued: u64,

@@ -677,6 +677,12 @@ impl Text<'_> {
         let wanted = wanted.unwrap_or_default();
         let message =
             error.message().trim().replace('\n', ", ").replace("expected i64", "expected a whole number");
+        let number = message.split_once("integer `").and_then(|(_, rest)| rest.split_once('`'));
+        let number = number.filter(|(_, rest)| rest.ends_with("expected a whole number"));
+        let message = match number {
+            Some((number, _)) => format!("{number} is beyond all bounds"),
+            None => message,
+        };
         let has = |text: &str| message.contains(text);
         let remedy = if message.starts_with("unknown field") {
             "; correct or remove it"
@@ -686,6 +692,8 @@ impl Text<'_> {
             "; remove one of them"
         } else if has("expected a whole number") {
             "; write it without quotes and fraction, such as 10"
+        } else if has("beyond all bounds") {
+            "; write a smaller number"
         } else if has("expected a boolean") {
             "; write true or false without quotes"
         } else if has("expected a string") && !has("list of strings") && wanted == "bandwidth" {

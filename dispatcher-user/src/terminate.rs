@@ -445,7 +445,8 @@ impl Terminator {
     }
 
     /// The balancer's choice among backends to which connections are established, or else among those to which
-    /// they are being made. What waits for a backend is load of it.
+    /// they are being made, or else among those where that has failed: they may be back. What waits for a backend is
+    /// load of it.
     fn pick(
         &self,
         qos: &Qos,
@@ -455,20 +456,13 @@ impl Terminator {
         client: IpAddr,
         avoid: &[u32],
     ) -> Option<Candidate> {
-        let mut candidates: Vec<Candidate> = Vec::new();
-        let mut waiting = Vec::new();
+        let mut tiers: [Vec<Candidate>; 3] = Default::default();
         for one in pool.candidates.iter().filter(|one| !avoid.contains(&one.id)) {
             let Load { established, in_flight, failing } = road.load(one.id);
-            let one = Candidate { load: in_flight as u64 + qos.waiting(one.id), ..*one };
-            if established > 0 {
-                candidates.push(one);
-            } else if !failing {
-                waiting.push(one);
-            }
+            let tier = if established > 0 { 0 } else { 1 + usize::from(failing) };
+            tiers[tier].push(Candidate { load: in_flight as u64 + qos.waiting(one.id), ..*one });
         }
-        if candidates.is_empty() {
-            candidates = waiting;
-        }
+        let candidates = tiers.into_iter().find(|tier| !tier.is_empty()).unwrap_or_default();
         let mut balancers = lock(&self.balancers);
         let new = || (service.balance, service.balance.balancer());
         let kept = balancers.entry(service.id).or_insert_with(new);

@@ -433,7 +433,7 @@ impl Text<'_> {
         }
         let over = self.choice(limits.over.as_ref(), "service.limits.over", &OVER)?.unwrap_or(default.over);
         if let (Some(span), Over::Hold, Miss::Table) = (span(&limits.over), over, miss) {
-            let problem = "\"hold\" goes with miss = \"daemon\" only: connections wait in the daemon; set that, or \"drop\" or \"reset\"";
+            let problem = "\"hold\" goes with mode = \"passthrough\" and miss = \"daemon\" only: connections wait in the daemon; set that, or \"drop\" or \"reset\"";
             return Err(self.error(span, "service.limits.over", problem));
         }
         let queue = match &limits.queue {
@@ -806,7 +806,12 @@ mod tests {
             ("", "limits = { connections_per_second = 0 }", "", "0 is out of range"),
             ("", "limits = { max_inflight = 5 }", "", "goes with mode = \"terminate\" only"),
             ("", "limits = { max_connections = 5 }", "", "goes with miss = \"daemon\" only"),
-            ("", "limits = { over = \"hold\" }", "", "goes with miss = \"daemon\" only"),
+            (
+                "",
+                "limits = { over = \"hold\" }",
+                "",
+                "goes with mode = \"passthrough\" and miss = \"daemon\" only",
+            ),
             ("", "", "limits = { max_inflight = 5 }", "service.backend.limits.max_inflight: goes with"),
         ] {
             let text = text(top, service, backend);

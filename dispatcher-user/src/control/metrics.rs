@@ -280,7 +280,9 @@ impl Snapshot {
                 one.share_percent.unwrap_or(0.0) / 100.0
             }),
             ("queued", "Requests and hellos that wait", |one| one.queued as f64),
-            ("in_flight", "Requests under way", |one| one.in_flight as f64),
+            ("in_flight", "Requests under way, or connections where there is max_connections", |one| {
+                one.in_flight as f64
+            }),
         ];
         for (name, help, read) in gauges {
             let name = format!("class_{name}");

@@ -185,8 +185,12 @@ impl Pacer {
     }
 
     pub(super) fn read(&mut self, now: Duration) -> (u32, Vec<ClassStatus>) {
-        let Self { queue, book, .. } = self;
-        (queue.len() as u32, book.read(now, |class| queue.waiting(class)))
+        let Self { queue, book, room, .. } = self;
+        let mut classes = book.read(now, |class| queue.waiting(class));
+        for one in classes.iter_mut().filter(|_| room.whole > 0) {
+            one.in_flight = room.load.get(&one.id).copied().unwrap_or(0);
+        }
+        (queue.len() as u32, classes)
     }
 }
 
@@ -334,6 +338,7 @@ mod tests {
     fn what_waits_for_too_long_is_refused() {
         let mut pacer = Pacer::new(&[class(0, 1)], limits(0, 1));
         pacer.count(&BTreeMap::from([(0, 1)]));
+        assert_eq!(pacer.read(at(0)).1[0].in_flight, 1, "connections that are there");
         pacer.hold(at(0), 0, CLIENT, held(1));
         pacer.hold(at(100), 0, CLIENT, Held { slot: 7, ..held(1) });
         pacer.hold(at(100), 0, CLIENT, held(2));
@@ -350,7 +355,7 @@ mod tests {
         assert_eq!(both(&mut pacer, at(2600)), [vec![], vec![2]]);
         assert_eq!(pacer.release(at(2600), |_| true), None, "it is told once");
         let (queued, classes) = pacer.read(at(2600));
-        assert_eq!((queued, classes[0].late, classes[0].admitted, classes[0].in_flight), (0, 1, 1, 0));
+        assert_eq!((queued, classes[0].late, classes[0].admitted, classes[0].in_flight), (0, 1, 1, 1));
         assert!(pacer.flows.is_empty() && pacer.ends.is_empty());
     }
 

@@ -790,9 +790,11 @@ async fn lease(
                 Some(entered.map_err(busy)?)
             }
         };
+        let mut failed = false;
         let waited = match pools.take(backend, wanted) {
             Some(lease) => Ok(lease),
             None => {
+                failed = pools.is_failing(backend);
                 let until = *until.get_or_insert_with(|| Instant::now() + PATIENCE);
                 road.wait(backend, wanted, until.saturating_duration_since(Instant::now())).await
             }
@@ -808,8 +810,13 @@ async fn lease(
                     return Err(unavailable("no tunnel to a backend was free in time".to_owned()));
                 }
                 avoid.push(backend);
-                let Some(other) = pick(avoid) else { return Ok(None) };
-                (backend, wanted) = (other, if key.is_some() { Preference::New } else { Preference::Any });
+                match pick(avoid) {
+                    Some(other) => backend = other,
+                    // It was the last whom to try again.
+                    None if failed => return Err(unavailable(nobody(road, reached))),
+                    None => return Ok(None),
+                }
+                wanted = if key.is_some() { Preference::New } else { Preference::Any };
                 continue;
             }
         };

@@ -22,8 +22,10 @@ pub(super) const MOST_WAITING: usize = 1024;
 const PARALLEL: usize = 8;
 /// The delay after the first failure is up to this; it doubles with each further one.
 const FIRST_DELAY: Duration = Duration::from_millis(100);
-/// The longest delay after a failure.
-const LONGEST_DELAY: Duration = Duration::from_secs(30);
+/// The longest delay after a failure, while nobody waits.
+const LONGEST_DELAY: Duration = Duration::from_secs(5);
+/// The longest while somebody does.
+const LONGEST_WAIT: Duration = Duration::from_millis(500);
 /// A tunnel that holds this long unused shows that the backend is well.
 const SETTLED: Duration = Duration::from_secs(1);
 /// Tunnels beyond the most that were needed within this time are retired.
@@ -362,8 +364,9 @@ impl Pool {
                 log::info!("{}: tunnels to {} are up again", self.target.name, self.target.address);
                 members.trouble = None;
             } else {
-                bound = usize::from(trouble.again <= now);
-                let again = (bound == 0).then_some(trouble.again);
+                let again = trouble.due(!members.waiting.is_empty());
+                bound = usize::from(again <= now);
+                let again = (bound == 0).then_some(again);
                 due = over.into_iter().chain(again).fold(due, Instant::min);
             }
         }
@@ -377,14 +380,15 @@ impl Pool {
         log::debug!("{}: {error}", self.target.name);
         let mut members = lock(&self.members);
         members.failed += 1;
-        let now = Instant::now();
+        let (now, waited_for) = (Instant::now(), !members.waiting.is_empty());
         let trouble = members.trouble.get_or_insert_with(|| {
             log::info!("{}: tunnels cannot be kept: {error}", self.target.name);
             Trouble { error: String::new(), since: SystemTime::now(), last: now, delays: 0, again: now }
         });
+        let due = trouble.due(waited_for);
         trouble.error = error;
         trouble.last = now;
-        if trouble.again <= now {
+        if due <= now {
             trouble.again = now + delay(trouble.delays);
             trouble.delays += 1;
         }
@@ -585,6 +589,11 @@ impl Member {
 }
 
 impl Trouble {
+    /// When the next attempt is due.
+    fn due(&self, waited_for: bool) -> Instant {
+        if waited_for { self.again.min(self.last + LONGEST_WAIT) } else { self.again }
+    }
+
     /// When it is over: a tunnel made after the last failure has proved itself, or all are there and have.
     fn over(&self, open: &BTreeMap<u32, Member>, all: bool) -> Option<Instant> {
         let later = open.values().filter(|member| member.tunnel.since > self.last).map(Member::proved).min();

@@ -118,7 +118,7 @@ fn the_rate_passes_and_what_is_over_is_dropped() {
         // The other direction has a rate of its own.
         let (mut passed, mut dropped) = (0, 0);
         let before = machine.dataplane().class_stats(0).expect("counted")[0];
-        for _ in 0..600 {
+        for _ in 0..1000 {
             let reason = machine.run(&down.frame()).expect("a verdict").reason;
             assert!([Reason::ToClient, Reason::OverBandwidth].contains(&reason), "{reason:?}");
             if reason == Reason::ToClient {
@@ -223,7 +223,7 @@ fn every_kind_of_flow_is_policed_and_other_backends_are_not() {
     for packet in [datagrams, short, tagged.data(100, &[7; 1200])] {
         let frame = packet.frame();
         let reason = |_| machine.run(&frame).expect("a verdict").reason;
-        let reasons: Vec<Reason> = (0..600).map(reason).collect();
+        let reasons: Vec<Reason> = (0..1000).map(reason).collect();
         assert!(reasons.contains(&Reason::ToBackend) || reasons.contains(&Reason::BoundL4), "{packet:?}");
         assert!(reasons.contains(&Reason::OverBandwidth), "{packet:?}");
     }

@@ -247,6 +247,29 @@ fn servers_that_are_killed_lose_no_request_that_can_be_repeated() {
     }
 }
 
+/// However long all were away: attempts to reach them are not left for later while somebody asks.
+#[test]
+fn who_asks_when_a_backend_is_back_is_served() {
+    for manner in [Manner::HTTP1, Manner::HTTP2] {
+        let mut scene = Scene::mirrors(manner, &[COOKIE]);
+        drop(std::mem::replace(&mut scene.servers, Servers::Others(Vec::new())));
+        until("attempts fail", || {
+            scene.tunnel_backends().iter().all(|one| one.established == 0 && one.failed > 6)
+        });
+        let ask = || {
+            let mut line = scene.connect(Family::V4, 0);
+            say(&mut line, &format!("GET / HTTP/1.1\r\nHost: {HOST}\r\nCookie: sid=user\r\n\r\n"))
+                .expect("an answer")
+        };
+        let (status, text) = ask();
+        assert!(status.contains("503") && text.contains("no tunnel to a backend"), "{status} {text}");
+        let place = &scene.topology.backends[1];
+        let _back = Mirror::start(&place.netns, "b2", PORT, &scene.authority, manner).expect("it starts");
+        let (status, text) = ask();
+        assert!(status.contains("200"), "{status} {text}");
+    }
+}
+
 #[test]
 fn at_its_end_the_daemon_waits_for_requests_but_not_for_ever() {
     let mut scene = Scene::mirrors(Manner::HTTP2, &[COOKIE]);
