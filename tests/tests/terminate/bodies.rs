@@ -291,6 +291,17 @@ fn bad_answers_become_502() {
     }
 }
 
+/// The same over HTTP/2, and the next tunnel is not asked.
+#[test]
+fn an_answer_that_is_malformed_is_asked_for_once() {
+    let scene = Scene::mirrors(Manner::HTTP2, &[COOKIE]);
+    for version in ["--http1.1", "--http2"] {
+        let answer = scene.curl("jar", Family::V4, &[version], "/longer").expect("an answer");
+        assert!(answer.starts_with("502 Bad Gateway: the backend's answer cannot be read ("), "{answer}");
+    }
+    assert_eq!(scene.seen().len(), 2);
+}
+
 /// Servers that say what was prepared.
 pub(crate) fn prepared(answers: Answers, lines: &[&str]) -> Scene {
     let scene = Scene::before(&[&[COOKIE], lines].concat(), |topology, authority| {
