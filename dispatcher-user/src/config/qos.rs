@@ -588,7 +588,7 @@ impl Text<'_> {
                 return refused(
                     text,
                     "path",
-                    "is no plain path; begin with \"/\", without \"%\", \"?\", \"//\" and \"..\", and with \"*\" at the end only",
+                    "is no plain path; begin with \"/\", without \"%\", \"?\", \";\", \"\\\", \"//\" and \"..\", and with \"*\" at the end only",
                 );
             }
             rule.path = Some(text.get_ref().clone());

@@ -232,7 +232,7 @@ impl Text<'_> {
                 let plain = path.starts_with('/') && secure::normal(path) == path;
                 let plain = plain && !path.contains(['?', '*']);
                 (!plain).then_some(
-                    "is no plain path; begin with \"/\", without \"%\", \"?\", \"//\" and \"..\", and with \"*\" at the end only",
+                    "is no plain path; begin with \"/\", without \"%\", \"?\", \";\", \"\\\", \"//\" and \"..\", and with \"*\" at the end only",
                 )
             })?,
             session: raw.session.unwrap_or(false),

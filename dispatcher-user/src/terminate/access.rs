@@ -135,7 +135,7 @@ pub(super) struct Line<'l> {
     pub(super) tries: usize,
     /// The body was sent to its end.
     pub(super) complete: bool,
-    /// What an answer of our own says of the reason.
+    /// Why we answered ourselves, or why the answer was not sent to its end.
     pub(super) error: Option<&'l str>,
     pub(super) request_id: &'l str,
 }

@@ -8,6 +8,8 @@ use hyper::{
     http::uri::Authority,
 };
 
+use memchr::memchr;
+
 use super::lock;
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -74,6 +76,15 @@ impl Told {
             forwarded: value(forwarded),
         };
         last.insert(named).clone()
+    }
+}
+
+/// Whether a server that takes `_` for `-` (as those of CGI and WSGI do) would take a field for one of ours.
+pub(super) fn is_alike(name: &HeaderName) -> bool {
+    let ours = [FORWARDED_FOR, FORWARDED_PROTO, FORWARDED_HOST, REQUEST_ID];
+    memchr(b'_', name.as_str().as_bytes()).is_some() && {
+        let read = name.as_str().replace('_', "-");
+        ours.iter().any(|one| *one == read.as_str())
     }
 }
 

@@ -21,8 +21,8 @@ use hyper::{
     HeaderMap, Method, Request, Response, StatusCode, Uri, Version,
     body::{Body as _, Frame, SizeHint},
     header::{
-        CACHE_CONTROL, CONNECTION, CONTENT_TYPE, COOKIE, HOST, HeaderName, HeaderValue, RETRY_AFTER,
-        SET_COOKIE, TE, TRANSFER_ENCODING, UPGRADE,
+        ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, HOST, HeaderName,
+        HeaderValue, RETRY_AFTER, SET_COOKIE, TE, TRANSFER_ENCODING, UPGRADE,
     },
     http::{
         request::Parts,
@@ -39,9 +39,9 @@ use tokio::{
 use super::{
     Reached, Site, access, class,
     connection::{Busy, Client, View},
-    forwarded::REQUEST_ID,
+    forwarded::{self, REQUEST_ID},
     secure,
-    sending::Sending,
+    sending::{self, Sending},
     session::{self, Binding},
 };
 use crate::{
@@ -65,18 +65,26 @@ const PATIENCE: Duration = Duration::from_secs(5);
 struct Failure {
     status: StatusCode,
     problem: String,
+    /// What is for the operator alone.
+    cause: Option<String>,
     /// It may try again soon.
     again: bool,
-    /// It is told nothing: it is gone.
-    left: bool,
 }
 
 /// After these a connection of HTTP/1.1 ends.
-const ENDING: [StatusCode; 3] =
-    [StatusCode::BAD_REQUEST, StatusCode::REQUEST_TIMEOUT, StatusCode::NOT_IMPLEMENTED];
+const ENDING: [StatusCode; 4] = [
+    StatusCode::BAD_REQUEST,
+    StatusCode::METHOD_NOT_ALLOWED,
+    StatusCode::REQUEST_TIMEOUT,
+    StatusCode::NOT_IMPLEMENTED,
+];
+/// What the log has in the place of a status where nobody was there to be answered.
+const LEFT_BEFORE: u16 = 499;
+/// What it says of that.
+const LEFT_UNANSWERED: &str = "the client left before the answer";
 
 fn failure(status: StatusCode, problem: impl Into<String>) -> Failure {
-    Failure { status, problem: problem.into(), again: false, left: false }
+    Failure { status, problem: problem.into(), cause: None, again: false }
 }
 
 /// The body of a request as a client sends it.
@@ -94,49 +102,39 @@ pub(super) fn answer<B: FromClient>(
     client: Arc<Client>,
     request: Request<B>,
 ) -> impl Future<Output = Result<Response<Sending<Watched>>, Infallible>> + Send + use<B> {
-    let busy = Busy::new(&client);
     let mut view = client.view();
     let id = client.request_id();
     let began = Instant::now();
-    let asked = view.site.log.is_some().then(|| Asked::of(&request));
+    let told = view.site.log.is_some().then(|| Record::of(&request, &view.site, &id, began));
+    let way = Way { secure: !client.clear, ..Way::default() };
+    let mut watch = Watch { told, way, busy: Busy::new(&client) };
     let http1 = request.version() < Version::HTTP_2;
-    let mut way = Way { secure: !client.clear, ..Way::default() };
     let mut received = receive(&client, &view.site, request, &id);
     async move {
         let passed = match received {
-            Ok(ref mut received) => pass_on(&client, &mut view, received, &id, &mut way).await,
+            Ok(ref mut received) => pass_on(&client, &mut view, received, &mut watch.way).await,
             Err(failure) => Err(failure),
         };
-        let (answer, error, left) = match passed {
-            Ok(answer) => (answer, None, false),
+        let (answer, error) = match passed {
+            Ok(answer) => (answer, None),
             Err(failure) => {
-                let Failure { status, problem, .. } = &failure;
                 let (service, from) = (&view.site.service.name, client.address);
-                log::debug!("{service} {from}: {status}: {problem} (request {id})");
-                (failure.page(&id, http1), Some(failure.problem), failure.left)
+                let (status, reason) = (failure.status, failure.reason());
+                log::debug!("{service} {from}: {status}: {reason} (request {id})");
+                (failure.page(&id, http1), Some(reason))
             }
         };
         let (status, now) = (answer.status(), Instant::now());
         let took = now - began;
-        client.counts().request(way.secure, status.as_u16(), took);
-        let length = answer.body().size_hint().exact();
-        let (sent, complete) = (0, false);
-        let told = asked.map(|asked| Record {
-            site: Arc::clone(&view.site),
-            asked,
-            id,
-            status,
-            error,
-            began,
-            took,
-            way,
-            length,
-            sent,
-            complete,
-            left,
-        });
+        client.counts().request(watch.way.secure, status.as_u16(), took);
+        if let Some(told) = &mut watch.told {
+            (told.status, told.error, told.took) = (status.as_u16(), error, Some(took));
+            told.length = answer.body().size_hint().exact();
+            // Nobody may ask for the body of what has none.
+            told.complete = told.method == Method::HEAD;
+        }
         Ok(answer.map(|body| {
-            let mut body = Watched { body, told, busy };
+            let mut body = Watched { body, watch };
             body.note(0);
             client.flows.follow(body, now)
         }))
@@ -155,52 +153,62 @@ struct Way {
     turn: Option<(u16, Duration)>,
 }
 
-/// What the access log says of a request.
-struct Asked {
+/// What the access log says of a request and its answer.
+struct Record {
+    site: Arc<Site>,
     time: String,
     method: Method,
     host: Option<String>,
     path: String,
     version: Version,
+    id: String,
+    status: u16,
+    /// Why we answered ourselves, or why the answer was not sent to its end.
+    error: Option<String>,
+    began: Instant,
+    /// None before there was an answer.
+    took: Option<Duration>,
+    /// Of the body, where it is known, and what was given of it.
+    length: Option<u64>,
+    sent: u64,
+    complete: bool,
 }
 
-impl Asked {
-    fn of<B>(request: &Request<B>) -> Self {
+impl Record {
+    /// Of a request whose client may leave now.
+    fn of<B>(request: &Request<B>, site: &Arc<Site>, id: &str, began: Instant) -> Box<Self> {
         let authority = request.uri().authority().map(Authority::to_string);
         let host = || request.headers().get(HOST)?.to_str().ok().map(str::to_owned);
-        Self {
+        Box::new(Self {
+            site: Arc::clone(site),
             time: access::time(),
             method: request.method().clone(),
             host: authority.or_else(host),
             path: request.uri().path().to_owned(),
             version: request.version(),
-        }
+            id: id.to_owned(),
+            status: LEFT_BEFORE,
+            error: None,
+            began,
+            took: None,
+            length: None,
+            sent: 0,
+            complete: false,
+        })
     }
-}
 
-/// What the access log says of an answer.
-struct Record {
-    site: Arc<Site>,
-    asked: Asked,
-    id: String,
-    status: StatusCode,
-    /// Why we answered ourselves.
-    error: Option<String>,
-    began: Instant,
-    took: Duration,
-    way: Way,
-    /// Of the body, where it is known, and what was given of it.
-    length: Option<u64>,
-    sent: u64,
-    complete: bool,
-    /// There was nobody to send it to.
-    left: bool,
-}
+    /// Why nothing more was sent, if nothing else is known of it.
+    fn ended(&self, client: &Client) -> Option<&str> {
+        let left = if self.took.is_none() { LEFT_UNANSWERED } else { "the client left" };
+        let stopped = *client.shared.terminator.closing.borrow();
+        let why = if stopped { "the dispatcher is being stopped" } else { left };
+        self.error.as_deref().or((!self.complete).then_some(why))
+    }
 
-impl Record {
-    fn write(&self, client: &Client) {
-        let Self { site, asked, id, status, error, began, took, way, length: _, sent, complete, left } = self;
+    fn write(&self, client: &Client, way: &Way) {
+        let Self { site, time, method, host, path, version, id, status, began, took, sent, .. } = self;
         let Some(log) = &site.log else { return };
+        let all = began.elapsed();
         let reached = client.shared.terminator.reached(site.service.id);
         let name = reached.as_ref().and_then(|reached| reached.addresses.get(&way.backend));
         let ms = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
@@ -208,28 +216,28 @@ impl Record {
         let class =
             |id: u16| config.classes.iter().find(|one| one.id == id).map_or(DEFAULT_CLASS, |one| &one.name);
         log.write(&access::Line {
-            time: asked.time.clone(),
+            time: time.clone(),
             service: &site.service.name,
             client: client.address.ip(),
-            method: asked.method.as_str(),
-            host: asked.host.as_deref(),
-            path: &asked.path,
-            version: match asked.version {
+            method: method.as_str(),
+            host: host.as_deref(),
+            path,
+            version: match *version {
                 Version::HTTP_2 => "2",
                 Version::HTTP_10 => "1.0",
                 _ => "1.1",
             },
-            status: status.as_u16(),
+            status: *status,
             sent_bytes: *sent,
-            head_ms: ms(*took),
-            ms: ms(began.elapsed()),
+            head_ms: ms(took.unwrap_or(all)),
+            ms: ms(all),
             backend: name.and_then(|(name, _)| name.split_once('/')).map(|(_, backend)| backend),
             class: way.turn.map(|(id, _)| class(id)),
             queued_ms: way.turn.map(|(_, queued)| ms(queued)),
             tunnel: Some(way.tunnel).filter(|tunnel| *tunnel != 0),
             tries: way.tries,
-            complete: *complete && !left,
-            error: error.as_deref(),
+            complete: self.complete && *status != LEFT_BEFORE,
+            error: self.ended(client),
             request_id: id,
         });
     }
@@ -348,27 +356,41 @@ fn left(error: &(dyn Error + 'static)) -> bool {
     })
 }
 
+/// A request under way. Whatever becomes of it, the log says so in the end, where there is one.
+struct Watch {
+    told: Option<Box<Record>>,
+    way: Way,
+    busy: Busy,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if let Some(told) = &self.told {
+            told.write(self.busy.client(), &self.way);
+        }
+    }
+}
+
 /// A body whose request is under way until it has been read, or is dropped.
 pub(super) struct Watched {
     body: Body,
-    told: Option<Record>,
-    busy: Busy,
+    watch: Watch,
 }
 
 impl Watched {
     /// Takes note of what was sent, and whether that was all.
     fn note(&mut self, sent: usize) {
-        if let Some(told) = &mut self.told {
+        if let Some(told) = &mut self.watch.told {
             told.sent += sent as u64;
             told.complete |= self.body.is_end_stream() || told.length == Some(told.sent);
         }
     }
 }
 
-impl Drop for Watched {
-    fn drop(&mut self) {
-        if let Some(told) = &self.told {
-            told.write(self.busy.client());
+impl sending::Told for Watched {
+    fn cut(&mut self, why: &str) {
+        if let Some(told) = &mut self.watch.told {
+            told.error = Some(why.to_owned());
         }
     }
 }
@@ -385,8 +407,16 @@ impl hyper::body::Body for Watched {
         let sent = frame.as_ref().and_then(|frame| frame.as_ref().ok()).and_then(Frame::data_ref);
         let sent = sent.map_or(0, Bytes::len);
         self.note(sent);
-        if let (None, Some(told)) = (&frame, &mut self.told) {
-            told.complete = true;
+        if let Some(told) = &mut self.watch.told {
+            match &frame {
+                Some(Err(error)) => {
+                    told.error =
+                        Some(format!("the backend's answer broke off: {}", crate::one_line(&**error)));
+                }
+                // Behind trailers nobody asks for more.
+                Some(Ok(frame)) => told.complete |= frame.is_trailers(),
+                None => told.complete = true,
+            }
         }
         Poll::Ready(frame)
     }
@@ -401,6 +431,14 @@ impl hyper::body::Body for Watched {
 }
 
 impl Failure {
+    /// What the operator is told.
+    fn reason(&self) -> String {
+        match &self.cause {
+            Some(cause) => format!("{}: {cause}", self.problem),
+            None => self.problem.clone(),
+        }
+    }
+
     fn page(&self, id: &str, http1: bool) -> Response<Body> {
         let Self { status, problem, again, .. } = self;
         let text = format!("{status}: {problem} (request {id})\n");
@@ -412,6 +450,10 @@ impl Failure {
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if let Ok(id) = HeaderValue::from_str(id) {
             headers.insert(REQUEST_ID, id);
+        }
+        if *status == StatusCode::METHOD_NOT_ALLOWED {
+            let others = HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS");
+            headers.insert(ALLOW, others);
         }
         if *again {
             headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
@@ -467,7 +509,7 @@ fn receive(
     let (mut head, body) = request.into_parts();
     let protocol = upgraded.is_some().then(|| head.headers.get(UPGRADE).cloned()).flatten();
     let trailers = takes_trailers(&head.headers);
-    strip(&mut head.headers);
+    strip(&mut head.headers, forwarded::is_alike);
     join_cookies(&mut head.headers);
     let host = client.told.tell(&mut head.headers, &authority, id);
     let given = session::of_request(&head.headers, &site.cookie).map(|value| session::key(site, value));
@@ -503,7 +545,6 @@ async fn pass_on(
     client: &Arc<Client>,
     view: &mut Arc<View>,
     received: &mut Received,
-    id: &str,
     way: &mut Way,
 ) -> Result<Response<Body>, Failure> {
     let secure = received.secure;
@@ -556,19 +597,25 @@ async fn pass_on(
         let unsent = unprocessed.is_some();
         received.body = unprocessed;
         if received.uploads() == LEFT {
-            return Err(Failure { left: true, ..failure(StatusCode::BAD_REQUEST, "the client left") });
+            let status = StatusCode::from_u16(LEFT_BEFORE).unwrap_or(StatusCode::BAD_REQUEST);
+            return Err(failure(status, LEFT_UNANSWERED));
         }
         if malformed || received.uploads() == BROKEN {
             return Err(failure(StatusCode::BAD_REQUEST, "the request's body cannot be read"));
         }
+        let cause = || Some(crate::one_line(&*error));
+        if !unsent && is_unreadable(&*error) {
+            // The next would say the same, or break as this one did.
+            let problem = failure(StatusCode::BAD_GATEWAY, "the backend's answer cannot be read");
+            return Err(Failure { cause: cause(), ..problem });
+        }
         if way.tries >= TRIES || !(unsent || received.repeatable) {
-            // Why is for the operator.
-            log::debug!("{}: {} (request {id})", view.site.service.name, crate::one_line(&*error));
             if *client.shared.terminator.closing.borrow() {
                 // It was no fault of the backend's.
                 return Err(failure(StatusCode::SERVICE_UNAVAILABLE, "the dispatcher is being stopped"));
             }
-            return Err(failure(StatusCode::BAD_GATEWAY, "the connection to the backend failed"));
+            let problem = failure(StatusCode::BAD_GATEWAY, "the connection to the backend failed");
+            return Err(Failure { cause: cause(), ..problem });
         }
         client.counts().retry();
         // Others may have ended with this one: they are asked first, and given a little time.
@@ -581,6 +628,13 @@ async fn pass_on(
             avoid.push(backend);
         }
     }
+}
+
+/// Whether a backend did answer, but with what is no HTTP. What is wrong with a whole tunnel of HTTP/2 may be due to another
+/// request's answer.
+fn is_unreadable(error: &(dyn Error + 'static)) -> bool {
+    error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse)
+        || error.downcast_ref::<h2::Error>().is_some_and(|error| error.is_reset() && error.is_library())
 }
 
 /// Takes the answer to a request that was sent. A short answer to a request that can be repeated is read to its end, and
@@ -638,7 +692,18 @@ fn check<B>(request: &Request<B>) -> Result<Authority, Failure> {
     }
     let host = headers.get(HOST).map(|host| Authority::try_from(host.as_bytes()));
     let host = host.transpose().map_err(|_| refuse("the Host cannot be read"))?;
-    let authority = match (request.uri().authority(), host) {
+    let uri = request.uri();
+    match (uri.scheme(), uri.authority()) {
+        (Some(scheme), _) if *scheme != Scheme::HTTP && *scheme != Scheme::HTTPS => {
+            return Err(refuse("the target is neither of http nor of https"));
+        }
+        (None, Some(_)) => return Err(refuse("the target has no path")),
+        _ if uri.path() == "*" && request.method() != Method::OPTIONS => {
+            return Err(refuse("the target * is for OPTIONS alone"));
+        }
+        _ => {}
+    }
+    let authority = match (uri.authority(), host) {
         // RFC 9113 section 8.3.1; in HTTP/1.1 the Host beside a whole target does not count (RFC 9112 section 3.2.2).
         (Some(authority), Some(host)) if request.version() == Version::HTTP_2 && *authority != host => {
             return Err(refuse("Host and :authority differ"));
@@ -650,7 +715,19 @@ fn check<B>(request: &Request<B>) -> Result<Authority, Failure> {
     if authority.as_str().contains('@') {
         return Err(refuse("there is a user's name in the Host"));
     }
+    if !is_one_place(&authority) {
+        return Err(refuse("the Host is not one name or address, with a port up to 65535 or without"));
+    }
     Ok(authority)
+}
+
+/// Whether a host, without a user, is one, and its port a number, or none.
+fn is_one_place(authority: &Authority) -> bool {
+    let host = authority.host();
+    let rest = authority.as_str().get(host.len()..).unwrap_or_default();
+    let is_port = |port: &str| port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok();
+    let port = rest.strip_prefix(':');
+    !host.contains(',') && port.map_or(rest.is_empty(), |port| port.is_empty() || is_port(port))
 }
 
 /// Whether it goes through a tunnel: all that came over TLS does, and what is declared secure.
@@ -661,12 +738,28 @@ fn is_secure(client: &Client, site: &Site, head: &Parts, session: bool) -> bool 
     })
 }
 
+/// Whether the connection is to become something else, though not HTTP/2: of the requests that follow there we would see
+/// nothing.
 fn wants_upgrade<B>(request: &Request<B>) -> bool {
-    let asks = |name: &[u8]| name.trim_ascii().eq_ignore_ascii_case(b"upgrade");
-    let mut lines = request.headers().get_all(CONNECTION).into_iter();
+    let headers = request.headers();
+    let is = |name: &'static str| move |word: &[u8]| word.eq_ignore_ascii_case(name.as_bytes());
     request.version() == Version::HTTP_11
-        && request.headers().contains_key(UPGRADE)
-        && lines.any(|line| line.as_bytes().split(|byte| *byte == b',').any(asks))
+        && headers.contains_key(UPGRADE)
+        && words(headers, &CONNECTION).any(is("upgrade"))
+        && !words(headers, &UPGRADE).any(is("h2c"))
+}
+
+/// The words of a list, which may be in several lines.
+fn words<'h>(headers: &'h HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'h [u8]> {
+    let lines = headers.get_all(name).into_iter();
+    lines.flat_map(|line| line.as_bytes().split(|byte| *byte == b',')).map(<[u8]>::trim_ascii)
+}
+
+/// Whether what a backend switches to is, all of it, what it was asked for.
+fn is_as_asked(headers: &HeaderMap, asked: Option<&HeaderValue>) -> bool {
+    let asked = || asked.into_iter().flat_map(|line| line.as_bytes().split(|byte| *byte == b','));
+    let mut found = words(headers, &UPGRADE).peekable();
+    found.peek().is_some() && found.all(|word| asked().any(|one| one.trim_ascii().eq_ignore_ascii_case(word)))
 }
 
 /// Whether the client takes trailers, which servers of gRPC want to see.
@@ -695,24 +788,32 @@ fn hop_by_hop(name: &HeaderName) -> bool {
     matches!(
         name.as_str(),
         // `Expect` we answer ourselves as soon as the body is wanted.
-        "connection" | "expect" | "keep-alive" | "proxy-connection" | "te" | "transfer-encoding" | "upgrade"
+        "connection"
+            | "expect"
+            | "http2-settings"
+            | "keep-alive"
+            | "proxy-connection"
+            | "te"
+            | "transfer-encoding"
+            | "upgrade"
     )
 }
 
-/// Removes what is for one connection only.
-fn strip(headers: &mut HeaderMap) {
+/// Removes what is for one connection only, and other fields.
+fn strip(headers: &mut HeaderMap, other: impl Fn(&HeaderName) -> bool) {
     // Most have none or one of them.
-    let own: Vec<HeaderName> = headers.keys().filter(|name| hop_by_hop(name)).cloned().collect();
+    let own: Vec<HeaderName> =
+        headers.keys().filter(|name| hop_by_hop(name) || other(name)).cloned().collect();
     if own.is_empty() {
         return;
     }
+    if headers.contains_key(TRANSFER_ENCODING) {
+        // Beside it a length does not count (RFC 9112 section 6.3).
+        headers.remove(CONTENT_LENGTH);
+    }
     // What is said of the connection itself names no other field.
     let options = [&b"keep-alive"[..], b"close"];
-    let named: Vec<HeaderName> = headers
-        .get_all(CONNECTION)
-        .into_iter()
-        .flat_map(|line| line.as_bytes().split(|byte| *byte == b','))
-        .map(<[u8]>::trim_ascii)
+    let named: Vec<HeaderName> = words(headers, &CONNECTION)
         .filter(|name| !options.iter().any(|option| option.eq_ignore_ascii_case(name)))
         .filter_map(|name| HeaderName::from_bytes(name).ok())
         .collect();
@@ -889,6 +990,9 @@ fn finish(
         let Some(from) = received.upgraded.take() else {
             return Err(failure(StatusCode::BAD_GATEWAY, "the backend switched protocols unasked"));
         };
+        if !is_as_asked(response.headers(), received.protocol.as_ref()) {
+            return Err(failure(StatusCode::BAD_GATEWAY, "the backend switched to another protocol"));
+        }
         let to = hyper::upgrade::on(&mut response);
         let busy = Busy::new(client);
         tokio::spawn(async move {
@@ -900,7 +1004,7 @@ fn finish(
         });
         return Ok(response.map(|_| nothing()));
     }
-    strip(response.headers_mut());
+    strip(response.headers_mut(), |_| false);
     let (site, mut sets) = (&*view.site, false);
     for line in response.headers().get_all(SET_COOKIE) {
         let Some(value) = session::of_set_cookie(line, &site.cookie) else { continue };

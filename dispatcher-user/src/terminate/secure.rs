@@ -12,21 +12,28 @@ pub(super) fn is_for(rule: &Secure, method: &Method, path: &str, session: bool) 
         && (session || !rule.session)
 }
 
-/// Whether a path, as the server would read it, is the pattern's, in which a `*` at the end stands for anything.
+/// Whether a path, as any server might read it, is the pattern's, in which a `*` at the end stands for anything. Case does
+/// not count: some servers ignore it.
 pub(super) fn fits(pattern: &str, path: &str) -> bool {
     let path = normal(path);
+    let is = |path: &str, other: &str| path.eq_ignore_ascii_case(other);
     match pattern.strip_suffix('*') {
-        Some(start) => path.starts_with(start) || start.strip_suffix('/') == Some(path.as_str()),
-        None => path.strip_suffix('/').unwrap_or(&path) == pattern.strip_suffix('/').unwrap_or(pattern),
+        Some(start) => {
+            path.get(..start.len()).is_some_and(|begin| is(begin, start))
+                || start.strip_suffix('/').is_some_and(|folder| is(&path, folder))
+        }
+        None => is(path.strip_suffix('/').unwrap_or(&path), pattern.strip_suffix('/').unwrap_or(pattern)),
     }
 }
 
-/// A path without percent-encoding, dot segments and empty segments, so that it cannot be written in two ways
-/// (RFC 3986 section 6.2.2).
+/// A path without percent-encoding, dot segments, empty segments and parameters of segments (`;a=b`), with slashes for
+/// backslashes, so that it cannot be written in two ways (RFC 3986 sections 3.3 and 6.2.2).
 pub(crate) fn normal(path: &str) -> String {
-    let decoded = percent_decode_str(path).decode_utf8_lossy();
+    // Parameters may have slashes in percent-encoding, which are none.
+    let plain = path.split(['/', '\\']).map(without_parameters).collect::<Vec<_>>().join("/");
+    let decoded = percent_decode_str(&plain).decode_utf8_lossy();
     let mut segments: Vec<&str> = Vec::new();
-    let mut all = decoded.split('/').peekable();
+    let mut all = decoded.split(['/', '\\']).map(without_parameters).peekable();
     let mut last = false;
     while let Some(segment) = all.next() {
         last = all.peek().is_none() && matches!(segment, "" | "." | "..");
@@ -38,6 +45,10 @@ pub(crate) fn normal(path: &str) -> String {
     }
     let end = if last && !segments.is_empty() { "/" } else { "" };
     format!("/{}{end}", segments.join("/"))
+}
+
+fn without_parameters(segment: &str) -> &str {
+    segment.split(';').next().unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -60,6 +71,13 @@ mod tests {
             ("/a%2fb", "/a/b"),
             ("/a/%2e%2e/b", "/b"),
             ("/%zz", "/%zz"),
+            ("/login;jsessionid=1", "/login"),
+            ("/a;b=c/d;e", "/a/d"),
+            ("/x/..;/login", "/login"),
+            ("/login;a%2fb", "/login"),
+            ("/login%3Ba", "/login"),
+            ("/x/..\\login", "/login"),
+            ("/x/..%5clogin", "/login"),
         ] {
             assert_eq!(normal(path), read, "{path}");
         }
@@ -84,6 +102,11 @@ mod tests {
             (&account, Method::GET, "/%61ccount/1", false, true),
             (&account, Method::GET, "/x/..//account/1", false, true),
             (&account, Method::GET, "/accounts", false, false),
+            (&account, Method::GET, "/LOGIN", false, true),
+            (&account, Method::GET, "/Account/1", false, true),
+            (&account, Method::GET, "/ACCOUNT", false, true),
+            (&account, Method::GET, "/login;jsessionid=1", false, true),
+            (&account, Method::GET, "/x/..\\login", false, true),
             (&account, Method::GET, "/login", false, true),
             (&account, Method::GET, "/login/", false, true),
             (&account, Method::GET, "/login/x", false, false),

@@ -33,6 +33,11 @@ enum Cut {
     Stalled,
 }
 
+/// A body that is told why its rest is not sent.
+pub(super) trait Told {
+    fn cut(&mut self, why: &str);
+}
+
 /// The answers of one connection.
 pub(super) struct Flows<B>(Mutex<Vec<Weak<Mutex<Flow<B>>>>>);
 
@@ -56,7 +61,10 @@ impl<B> Flows<B> {
     }
 
     /// Lets go of answers of which nothing was taken, or nothing came, for so long.
-    pub(super) fn cut(&self, untaken: Duration, stalled: Duration) {
+    pub(super) fn cut(&self, untaken: Duration, stalled: Duration)
+    where
+        B: Told,
+    {
         lock(&self.0).retain(|one| {
             let Some(flow) = one.upgrade() else { return false };
             let mut flow = lock(&flow);
@@ -65,6 +73,9 @@ impl<B> Flows<B> {
                 Some(_) => (stalled, Cut::Stalled),
             };
             if flow.since.elapsed() >= limit {
+                if let Ok(body) = &mut flow.rest {
+                    body.cut(&cut.to_string());
+                }
                 flow.rest = Err(cut);
                 flow.waits.take().into_iter().for_each(Waker::wake);
             }

@@ -43,10 +43,10 @@ pub(super) fn of_set_cookie<'h>(line: &'h HeaderValue, name: &str) -> Option<&'h
     value(pairs(line.as_bytes()).next()?, name).filter(|value| !value.is_empty())
 }
 
-/// As in the data path, a value ends before a blank.
+/// As in the data path, a value ends before a blank. Those around `=` do not count (RFC 6265bis section 5.6).
 pub(super) fn value<'h>(pair: &'h [u8], name: &str) -> Option<&'h [u8]> {
-    let pair = pair.trim_ascii_start();
-    let rest = pair.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
+    let rest = pair.trim_ascii_start().strip_prefix(name.as_bytes())?;
+    let rest = rest.trim_ascii_start().strip_prefix(b"=")?.trim_ascii_start();
     Some(&rest[..memchr2(b' ', b'\t', rest).unwrap_or(rest.len())])
 }
 
@@ -267,6 +267,11 @@ mod tests {
             (&["SID=; SID=y"], Some(b"y")),
             (&["sid=x"], None),
             (&["SID=a b"], Some(b"a")),
+            (&["SID = x"], Some(b"x")),
+            (&["a=1; SID\t=x"], Some(b"x")),
+            (&["SID= x; SID=y"], Some(b"x")),
+            (&["SID = ; SID=y"], Some(b"y")),
+            (&["SID x=y"], None),
             (&["SID"], None),
             (&[], None),
         ] {
@@ -278,6 +283,7 @@ mod tests {
     fn a_set_cookie_names_one() {
         let line = |text| HeaderValue::from_static(text);
         assert_eq!(of_set_cookie(&line("SID=x; Path=/; HttpOnly"), "SID"), Some(&b"x"[..]));
+        assert_eq!(of_set_cookie(&line("SID = x; Path=/"), "SID"), Some(&b"x"[..]));
         assert_eq!(of_set_cookie(&line("a=1; SID=x"), "SID"), None);
         assert_eq!(of_set_cookie(&line("SID=; Max-Age=0"), "SID"), None);
     }

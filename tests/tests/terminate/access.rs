@@ -6,7 +6,8 @@ use dispatcher_tests::{daemon::Folder, tls::HOST, topology::Family, town::until}
 use serde_json::Value;
 
 use crate::{
-    mirror::Manner,
+    bodies::prepared,
+    mirror::{Answers, Manner},
     scene::{COOKIE, Scene, say},
 };
 
@@ -100,11 +101,78 @@ fn uploads_that_break_off_are_told_apart() {
         .map(|line| (line["status"].as_u64(), line["complete"].as_bool(), line["error"].clone()))
         .collect();
     let expected = [
-        (400, false, "the client left"),
+        (499, false, "the client left before the answer"),
         (400, true, "the request's body cannot be read"),
         (408, true, "nothing more of the request's body came within 1 s"),
     ];
     for (found, (status, complete, error)) in found.iter().zip(expected) {
         assert_eq!(*found, (Some(status), Some(complete), error.into()));
+    }
+}
+
+/// Status, whether it was complete, and the error, of the only line.
+fn only(path: &Path) -> (u64, bool, Option<String>) {
+    until("a line", || !lines(path).is_empty());
+    let line = lines(path).pop().expect("a line");
+    std::fs::write(path, "").expect("emptied");
+    let status = line["status"].as_u64().expect("a status");
+    (status, line["complete"] == true, line["error"].as_str().map(str::to_owned))
+}
+
+#[test]
+fn how_an_answer_ended_is_told() {
+    const ANSWERS: Answers = &[
+        (
+            false,
+            b"HTTP/1.1 200 OK\r\nTrailer: x-sum\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nx-sum: 1\r\n\r\n",
+        ),
+        (true, b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\nonly this"),
+        (false, b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\nonly this"),
+        (true, b"SSH-2.0-OpenSSH_9.9\r\n\r\n"),
+    ];
+    let folder = Folder::new().expect("a folder");
+    let path = folder.path().join("access.jsonl");
+    let log = format!("terminate.access_log = \"{}\"", path.display());
+    let limits = ["terminate.response_timeout = \"1s\"", "terminate.idle_timeout = \"30s\""];
+    let scene = prepared(ANSWERS, &[&[log.as_str()], &limits[..]].concat());
+    for version in ["--http1.1", "--http2"] {
+        let ask = |number: &str| drop(scene.curl("jar", Family::V4, &[version], number));
+        ask("/0");
+        assert_eq!(only(&path), (200, true, None), "{version}");
+        for (number, status, why) in [
+            ("/1", 200, "the backend's answer broke off: "),
+            ("/2", 200, "the backend sent nothing for too long"),
+            ("/3", 502, "the backend's answer cannot be read: "),
+        ] {
+            ask(number);
+            let (found, complete, error) = only(&path);
+            assert_eq!((found, complete), (status, status == 502), "{number}");
+            assert!(error.as_ref().is_some_and(|error| error.starts_with(why)), "{number}: {error:?}");
+        }
+    }
+    // What breaks one backend is not sent to the next.
+    scene.curl("jar", Family::V4, &[], "/3").expect("an answer");
+    until("a line", || !lines(&path).is_empty());
+    assert_eq!(lines(&path)[0]["tries"], 1);
+}
+
+#[test]
+fn clients_that_leave_are_told() {
+    let folder = Folder::new().expect("a folder");
+    let path = folder.path().join("access.jsonl");
+    let log = format!("terminate.access_log = \"{}\"", path.display());
+    let scene = Scene::mirrors(Manner::HTTP2, &[COOKIE, &log]);
+    for version in ["--http1.1", "--http2"] {
+        for (url, status, why) in [
+            ("/slow/5000", 499, "the client left before the answer"),
+            ("/bytes/1000000000000", 200, "the client left"),
+        ] {
+            let left = scene.curl("jar", Family::V4, &[version, "-o", "/dev/null", "-m", "1"], url);
+            left.expect_err("it takes too long");
+            assert_eq!(only(&path), (status, false, Some(why.to_owned())), "{version} {url}");
+        }
+        // What has no body is complete.
+        scene.curl("jar", Family::V4, &[version, "-I"], "/").expect("an answer");
+        assert_eq!(only(&path), (200, true, None), "{version}");
     }
 }

@@ -189,10 +189,13 @@ fn answers_without_a_body_end_no_connection() {
 
 #[test]
 fn interim_answers_do_not_pass_for_the_answer() {
-    let scene = prepared(&[(
-        false,
-        b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
-    )]);
+    let scene = prepared(
+        &[(
+            false,
+            b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+        )],
+        &[],
+    );
     for version in ["--http1.1", "--http2"] {
         let answer = scene.curl("jar", Family::V4, &[version, "-D", "-"], "/0").expect("an answer");
         assert!(answer.contains(" 200") && answer.ends_with("\r\n\r\nok"), "{answer}");
@@ -274,7 +277,7 @@ fn bad_answers_become_502() {
         (false, b"HTTP/1.1 99 OK\r\nContent-Length: 2\r\n\r\nok"),
         (false, b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"),
     ];
-    let scene = prepared(BAD);
+    let scene = prepared(BAD, &[]);
     for (number, (_, bytes)) in BAD.iter().enumerate() {
         let shown = String::from_utf8_lossy(bytes).into_owned();
         let text = format!("POST /{number} HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: 0\r\n\r\n");
@@ -288,9 +291,20 @@ fn bad_answers_become_502() {
     }
 }
 
+/// The same over HTTP/2, and the next tunnel is not asked.
+#[test]
+fn an_answer_that_is_malformed_is_asked_for_once() {
+    let scene = Scene::mirrors(Manner::HTTP2, &[COOKIE]);
+    for version in ["--http1.1", "--http2"] {
+        let answer = scene.curl("jar", Family::V4, &[version], "/longer").expect("an answer");
+        assert!(answer.starts_with("502 Bad Gateway: the backend's answer cannot be read ("), "{answer}");
+    }
+    assert_eq!(scene.seen().len(), 2);
+}
+
 /// Servers that say what was prepared.
-fn prepared(answers: Answers) -> Scene {
-    let scene = Scene::before(&[COOKIE], |topology, authority| {
+pub(crate) fn prepared(answers: Answers, lines: &[&str]) -> Scene {
+    let scene = Scene::before(&[&[COOKIE], lines].concat(), |topology, authority| {
         let start = |place: &Place| {
             Prepared::start(&place.netns, PORT, authority, answers).map(|one| Box::new(one) as _)
         };
@@ -301,9 +315,51 @@ fn prepared(answers: Answers) -> Scene {
     scene
 }
 
+/// RFC 9112 section 6.3.
+#[test]
+fn beside_chunks_a_length_does_not_count() {
+    const BOTH: Answers = &[
+        (
+            false,
+            b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        ),
+        (
+            false,
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        ),
+    ];
+    let scene = prepared(BOTH, &[]);
+    for version in ["--http1.1", "--http2"] {
+        for (method, path) in [("GET", "/0"), ("POST", "/0"), ("GET", "/1"), ("POST", "/1")] {
+            let answer = scene.curl("jar", Family::V4, &[version, "-X", method, "-D", "-"], path);
+            let answer = answer.unwrap_or_else(|error| panic!("{version} {method} {path}: {error:#}"));
+            assert!(answer.contains(" 200") && answer.ends_with("\r\n\r\nok"), "{answer}");
+            assert!(!answer.to_lowercase().contains("content-length"), "{answer}");
+        }
+    }
+}
+
+#[test]
+fn a_switch_to_what_nobody_asked_for_is_none() {
+    const SWITCHED: Answers = &[
+        (false, b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: other\r\n\r\n"),
+        (false, b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\n\r\n"),
+        (false, b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: Echo\r\n\r\n"),
+    ];
+    let scene = prepared(SWITCHED, &[]);
+    for (number, status) in ["502", "502", "101"].into_iter().enumerate() {
+        let text = format!(
+            "GET /{number} HTTP/1.1\r\nHost: {HOST}\r\nConnection: Upgrade\r\nUpgrade: test/1, echo\r\n\r\n"
+        );
+        let (said, body) = say(&mut scene.connect(Family::V4, 0), &text).expect("an answer");
+        assert!(said.contains(status), "{number}: {said}: {body}");
+        assert!(status == "101" || body.contains("the backend switched to another protocol"), "{body}");
+    }
+}
+
 #[test]
 fn an_answer_that_breaks_off_is_not_taken_for_whole() {
-    let scene = prepared(&[(true, b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\nonly this")]);
+    let scene = prepared(&[(true, b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\nonly this")], &[]);
     for version in ["--http1.1", "--http2"] {
         let error = scene.curl("jar", Family::V4, &[version, "-X", "POST"], "/0").expect_err("it breaks off");
         let text = format!("{error:#}");

@@ -54,6 +54,9 @@ fn claim_c10_c13_what_is_declared_secure_goes_through_the_tunnel() {
             (&[], "/account/1", true),
             (&[], "/%61ccount/1", true),
             (&[], "/x/..//account/1", true),
+            (&[], "/account;jsessionid=1/1", true),
+            (&[], "/Account/1", true),
+            (&[], "/x/..%5Caccount/1", true),
             (&[], "/accounts", false),
             (&["--http2-prior-knowledge"], "/", false),
             (&["--http2-prior-knowledge"], "/account/1", true),
@@ -90,5 +93,5 @@ fn claim_c10_c13_what_is_declared_secure_goes_through_the_tunnel() {
         let line = metrics.lines().find_map(|line| line.strip_prefix(&start));
         line.and_then(|count| count.parse::<u64>().ok()).unwrap_or_else(|| panic!("{metrics}"))
     };
-    assert_eq!((count("clear"), count("tunnel")), (2 * (4 + 1 + 1 + 3), 2 * (1 + 6 + 1 + 3)));
+    assert_eq!((count("clear"), count("tunnel")), (2 * (4 + 1 + 1 + 3), 2 * (1 + 9 + 1 + 3)));
 }

@@ -6,17 +6,20 @@ use dispatcher_tests::{tls::HOST, topology::Family};
 use crate::{
     frames::{END_HEADERS, END_STREAM, End, Frames, HEADERS, request},
     mirror::{Manner, Seen},
-    scene::{COOKIE, Scene},
+    scene::{COOKIE, Scene, say},
 };
 
 /// What a client says of itself, in vain.
-const LIES: [&str; 7] = [
+const LIES: [&str; 10] = [
     "X-Forwarded-For: 192.0.2.66",
     "x-forwarded-for: 192.0.2.67",
     "X-Forwarded-Proto: http",
     "X-Forwarded-Host: lie.test",
     "Forwarded: for=192.0.2.66",
     "X-Request-Id: lie",
+    "x_forwarded_for: 192.0.2.66",
+    "X-Forwarded_Proto: http",
+    "X_Request_ID: lie",
     "X-Other: kept",
 ];
 
@@ -49,6 +52,7 @@ fn backends_learn_who_asks_and_believe_no_client() {
                 let id = seen.header("x-request-id").unwrap_or_default();
                 assert!(id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit()), "{id}");
                 assert_eq!(seen.header("x-other"), Some("kept"));
+                assert!(!seen.headers.keys().any(|name| name.contains('_')), "{seen:?}");
                 assert!(seen.uri.ends_with("/a?b=c"), "{seen:?}");
                 assert!(head.contains(" 200"), "{head}");
             }
@@ -83,6 +87,26 @@ fn what_is_for_one_hop_goes_no_further() {
                 assert!(!named || !head.contains(name), "{name}: {head}");
             }
             assert!(head.contains("x-kept: x"), "{head}");
+        }
+    }
+}
+
+/// What would make a backend read all that follows as HTTP/2, past us.
+#[test]
+fn nobody_switches_to_http2_in_clear() {
+    let scene = Scene::mirrors(Manner::HTTP1, &[COOKIE]);
+    for upgrade in ["h2c", "H2C", "websocket, h2c", "h2c\r\nUpgrade: websocket"] {
+        for options in ["Upgrade, HTTP2-Settings", "Upgrade"] {
+            let text = format!(
+                "GET / HTTP/1.1\r\nHost: {HOST}\r\nConnection: {options}\r\nUpgrade: {upgrade}\r\nHTTP2-Settings: AAMAAABk\r\n\r\n"
+            );
+            let (status, _) = say(&mut scene.connect(Family::V4, 0), &text).expect("an answer");
+            assert!(status.contains("200"), "{status}");
+            for (seen, name) in
+                scene.seen().iter().flat_map(|seen| ["upgrade", "http2-settings"].map(|name| (seen, name)))
+            {
+                assert_eq!(seen.headers.get(name), None, "{name} of {upgrade}: {seen:?}");
+            }
         }
     }
 }

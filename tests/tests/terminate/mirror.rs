@@ -280,6 +280,8 @@ async fn answer(desk: Arc<Desk>, request: Request<Incoming>) -> Result<Answer, h
                 add("connection", "x-named, close");
             }
         }
+        // Of HTTP/2: with HTTP/1.1 hyper does not let it pass.
+        "/longer" => add("content-length", "9"),
         "/named" => add("set-cookie", "sid=from-the-backend; Path=/"),
         "/trailers" => {
             let mut trailers = HeaderMap::new();
