@@ -299,7 +299,10 @@ fn who_waits_for_a_backend_that_goes_is_served_by_another() {
             }
             match how {
                 // What is under way goes on, and they wait for it.
-                "disable" => blocker.end(),
+                "disable" => {
+                    until("it is left", || scene.tunnel_backends().iter().all(|one| one.backend != "b1"));
+                    blocker.end();
+                }
                 _ => drop(blocker),
             }
             for one in asked {
