@@ -135,6 +135,45 @@ pub fn mix(key: &FlowKey) -> u64 {
     h ^ h >> 32
 }
 
+/// Slots that a flow may have, of which it takes the first that is free. With four, one connection of 250 finds none
+/// in a stash that is a quarter full; with two it would be one of 16.
+const PLACES: u32 = 4;
+
+/// What [`dispatcher_find_slot`] looks for.
+const KEPT: u32 = 0;
+const FREE: u32 = 1;
+const HELD: u32 = 2;
+/// None of the flow's slots is what was looked for.
+const NO_SLOT: u32 = u32::MAX;
+
+/// The first slot of the packet's flow that is `wanted`, not locked: [`KEPT`] has this connection's data, [`FREE`] may be
+/// taken, [`HELD`] waits for the daemon and has all that came before this segment. Else [`NO_SLOT`].
+///
+/// Exported, so that the verifier checks it once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn dispatcher_find_slot(wanted: u32) -> u32 {
+    let (Ok(globals), Ok(scratch)) = (globals(), scratch()) else { return NO_SLOT };
+    let (p, segment) = (&scratch.packet, &scratch.segment);
+    let hash = mix(&p.key);
+    let mut at = hash as u32;
+    for _ in 0..PLACES {
+        let index = at & globals.stash_mask;
+        let Ok(slot) = slot(index) else { return NO_SLOT };
+        let found = match wanted {
+            FREE => is_free(slot, p, segment.now),
+            HELD => waits(slot, p, segment.seq),
+            _ => keeps(slot, p, segment.ack.wrapping_sub(1)),
+        };
+        if found {
+            return index;
+        }
+        // Odd, so that no place comes twice.
+        at = at.wrapping_add((hash >> 32) as u32 | 1);
+    }
+    NO_SLOT
+}
+
 /// The payload in a slot, as the parsers read it.
 pub struct Payload<'a> {
     /// The slot.
@@ -219,18 +258,11 @@ pub fn left(frame: &Frame, p: &Parsed) -> Verdict {
     let tcp = frame.view().ptr::<Tcp>(p.l4()).ok_or(Reason::BadTransport)?;
     // SAFETY: `ptr` checked the bounds.
     let (seq, flags) = unsafe { (u32::from_be((*tcp).seq), (*tcp).flags) };
-    let (hash, mask) = (mix(&p.key), globals()?.stash_mask);
-    let goes = |slot: &Slot| {
-        let end = slot.isn.wrapping_add(1).wrapping_add(slot.len);
-        slot.key == p.key && slot.stage == STAGE_HELD && seq == end
-    };
-    let mut index = hash as u32 & mask;
-    if !goes(slot(index)?) {
-        index = (hash >> 32) as u32 & mask;
-    }
-    if goes(slot(index)?) {
+    scratch()?.segment.seq = seq;
+    let index = dispatcher_find_slot(HELD);
+    if index != NO_SLOT {
         let _ = locked(index, |slot| {
-            if goes(slot) {
+            if waits(slot, p, seq) {
                 slot.stage = STAGE_FREE;
             }
             Verdict(Reason::ResetIgnored)
@@ -266,15 +298,9 @@ fn collect(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
     segment.ack = u32::from_be(tcp.ack);
     let our_isn = segment.ack.wrapping_sub(1);
 
-    let hash = mix(&p.key);
-    let mut index = hash as u32 & globals.stash_mask;
-    let second = (hash >> 32) as u32 & globals.stash_mask;
-    let mut known = keeps(slot(index)?, p, our_isn);
-    if !known && keeps(slot(second)?, p, our_isn) {
-        known = true;
-        index = second;
-    }
-    if !known {
+    segment.index = dispatcher_find_slot(KEPT);
+    segment.known = u32::from(segment.index != NO_SLOT);
+    if segment.known == 0 {
         if is_answered(&p.key) {
             return pipeline::stage(STAGE_ANSWER);
         }
@@ -292,17 +318,13 @@ fn collect(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
             reply::reset(frame, p)?;
             return Verdict(Reason::ResetClient);
         }
-        if !is_free(slot(index)?, p, segment.now) {
-            index = second;
-            if !is_free(slot(index)?, p, segment.now) {
-                return Verdict(Reason::StashFull);
-            }
+        segment.index = dispatcher_find_slot(FREE);
+        if segment.index == NO_SLOT {
+            return Verdict(Reason::StashFull);
         }
         segment.isn = isn;
         segment.options = u32::from(options.pack());
     }
-    segment.index = index;
-    segment.known = u32::from(known);
     keep(frame, p, frontend)
 }
 
@@ -336,6 +358,12 @@ fn keep(frame: &Frame, p: &Parsed, frontend: u32) -> Verdict {
 #[inline(always)]
 fn keeps(slot: &Slot, p: &Parsed, our_isn: u32) -> bool {
     slot.key == p.key && slot.cookie == our_isn && slot.stage != STAGE_FREE && slot.stage != STAGE_REPLAYED
+}
+
+/// True when the slot has what a connection sent so far, the daemon was asked about it, and the next byte is `seq`.
+#[inline(always)]
+fn waits(slot: &Slot, p: &Parsed, seq: u32) -> bool {
+    slot.key == p.key && slot.stage == STAGE_HELD && seq == slot.isn.wrapping_add(1).wrapping_add(slot.len)
 }
 
 /// True when a flow may take the slot.

@@ -412,6 +412,28 @@ fn a_hello_longer_than_the_stash_is_bound_by_what_was_seen() {
 }
 
 #[test]
+fn a_quarter_of_the_stash_is_used_without_collisions() {
+    let machine = machine();
+    let hello = client_hello(&[0x77; 32], 0);
+    let (first, rest) = hello.split_at(100);
+    machine.know(Service::Plain, &[0x77; 32], confirmed(2)).expect("a session");
+    let count = (machine.dataplane().stash().capacity() / 4) as u16;
+    let begun: Vec<Talk> = (0..count)
+        .filter_map(|number| {
+            let mut talk = Talk::new(Service::Plain, Family::BOTH[usize::from(number % 2)], 10_000 + number);
+            talk.shake(&machine);
+            let outcome = machine.run(&talk.data(0, first).frame()).expect("a verdict");
+            assert!([Reason::AckedPart, Reason::StashFull].contains(&outcome.reason), "{outcome:?}");
+            (outcome.reason == Reason::AckedPart).then_some(talk)
+        })
+        .collect();
+    assert!(begun.len() + 3 >= usize::from(count), "only {} of {count} found a slot", begun.len());
+    for talk in begun {
+        let _ = machine.expect("it finds it again", &talk.data(100, rest), Reason::BoundHit);
+    }
+}
+
+#[test]
 fn wrong_checksums_are_not_stashed() {
     let machine = machine();
     let mut talk = Talk::new(Service::Plain, Family::V4, 5500);
